@@ -1,0 +1,143 @@
+"""Does it see? Held-out loss, the loss without the picture, and captions graded against what is there.
+
+A captioner lowers its loss a good way without looking, by knowing how captions go. So each figure stands beside a
+floor, the loss that can be had without the picture: for `scenes` the exact entropy of the captions (scenes.surprise),
+for other data the lowest loss that the run has reached on pictures that were shuffled among the captions. "It sees"
+means a held-out loss clearly below the floor.
+
+Letters: B images, K kept patches, T text positions.
+
+    python evaluate.py RUN        measures the last checkpoint of a run again, on its held-out pictures
+"""
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import data
+import scenes
+from config import Config
+from decoder import caption_loss, generate, target_count
+from devices import Place
+from masking import keep
+from tokenizer import Tokenizer
+from vit import vit
+
+
+def look(params: dict, batch: dict, model: Any) -> tuple[jax.Array, jax.Array]:
+    """Kept image tokens (B,K,D) of held-out pictures and which they are (B,K): the draw depends on the picture's
+    place in the held-out set alone, so that every evaluation of every run sees the same patches."""
+    tokens = vit(params["encoder"], batch["images"], model.encoder)["tokens"]
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch["row"])
+    return keep(keys, tokens, model.keep_ratio)
+
+
+def make_loss(model: Any, devices: list | None = None) -> Any:
+    """pmapped (params, batch) -> (summed loss, predicted words), over the batches of all devices."""
+    def loss(params, batch):
+        kept, _ = look(params, batch, model)
+        sums = caption_loss(params["decoder"], kept, batch["text"], model.decoder).sum(), target_count(batch["text"]).sum()
+        return jax.lax.psum(sums, "devices")
+    return jax.pmap(loss, axis_name="devices", devices=devices)
+
+
+def make_captions(model: Any, length: int, devices: list | None = None) -> Any:
+    """pmapped (params, batch) -> greedy captions (B,T) and kept patches (B,K) of the whole batch, on every device."""
+    def captions(params, batch):
+        kept, chosen = look(params, batch, model)
+        found = generate(params["decoder"], kept, model.decoder, length), chosen
+        return jax.tree.map(functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True), found)
+    return jax.pmap(captions, axis_name="devices", devices=devices)
+
+
+def held_out(reader: data.Reader, count: int, resolution: int, batch: int, share: range) -> Iterator[tuple[dict, int]]:
+    """(this process's share of a batch, pictures in the whole batch) over the held-out pictures. The last batch is
+    filled up with pictures whose text is empty, which add nothing to a loss."""
+    for start in range(0, count, batch):
+        real = min(batch, count - start)
+        rows = range(start + share.start, start + share.stop)
+        found = reader.batch(rows, resolution)
+        found["text"][max(0, count - rows.start):] = 0
+        yield found, real
+
+
+class HeldOut:
+    """The held-out pictures of a run at one resolution, and what can be asked of a model about them."""
+
+    def __init__(self, cfg: Config, reader: data.Reader, resolution: int, batch: int, model: Any, place: Place):
+        self.reader, self.count = reader, min(cfg.val_count, len(reader.source))
+        self.model, self.length, self.place = model, cfg.text_length, place
+        batch = min(batch, math.ceil(self.count / place.total) * place.total)
+        self.batches = list(held_out(reader, self.count, resolution, batch, place.share(batch)))
+        self.loss, self.captions = make_loss(model, place.pmap), make_captions(model, cfg.text_length, place.pmap)
+
+    def losses(self, params: Any) -> dict[str, float]:
+        """val_loss, and shuffled_loss: the captions of pictures that were moved on by one."""
+        out = {}
+        for name, moved in (("val_loss", 0), ("shuffled_loss", 1)):
+            sums = np.zeros(2)
+            for batch, real in self.batches:
+                n = int((batch["text"].any(-1)).sum())
+                text = np.concatenate([np.roll(batch["text"][:n], moved, axis=0), batch["text"][n:]])
+                sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | {"text": text}))]
+            out[name] = float(sums[0] / sums[1])
+        return out
+
+    def blind(self) -> float | None:
+        """For `scenes`, the least loss a word that can be had without looking (None for other data)."""
+        if not isinstance(self.reader.source, data.Scenes):
+            return None
+        texts = [self.reader.tokenizer.encode(self.reader.source.caption(i), self.length) for i in range(self.count)]
+        return sum(scenes.surprise(self.reader.source.record(i)) for i in range(self.count)) / sum((t[1:] != 0).sum() for t in texts)
+
+    def write(self, params: Any, count: int | None = None) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(sample, greedy caption, kept patches (K,)) of held-out pictures, `count` or all."""
+        done = 0
+        for batch, real in self.batches:
+            words, chosen = (self.place.get(x) for x in self.captions(params, self.place.put(batch)))
+            for n in range(real):
+                if count is None or done < count:
+                    yield self.reader.sample_index(done), self.reader.tokenizer.decode(words[n]), chosen[n]
+                done += 1
+            if count is not None and done >= count:
+                return
+
+
+def grades(held: HeldOut, params: Any) -> dict[str, float]:
+    """For `scenes`: the share of right captions, words, objects and attributes among greedy captions."""
+    right: dict[str, list[int]] = {}
+    for i, text, _ in held.write(params):
+        for name, pair in scenes.grade(text, held.reader.source.record(i)).items():
+            right.setdefault(name, []).append(pair)
+    shares = {name: float(np.sum([r for r, _ in pairs]) / np.sum([n for _, n in pairs])) for name, pairs in right.items()}
+    names = {"exact": "exact_match"}
+    return {names.get(name, f"{name}_accuracy"): share for name, share in shares.items()}
+
+
+if __name__ == "__main__":
+    import sys
+
+    import checkpoint
+    from config import ConfigError
+    from devices import Place
+    from run import Run
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python evaluate.py RUN, a folder that train.py made")
+    try:
+        with open(os.path.join(sys.argv[1], "config.json"), encoding="utf-8") as f:
+            cfg = Config(**(json.load(f) | {"out": sys.argv[1]}))
+        run = Run(cfg, Place(cfg.devices))
+        if run.arrays is None:
+            raise checkpoint.CheckpointError(f"{sys.argv[1]} has no checkpoint yet")
+        stage = next(s for s in run.plan if run.step <= s.end)
+        run.enter(stage)
+    except (OSError, TypeError, json.JSONDecodeError) as problem:
+        sys.exit(f"error: {sys.argv[1]} is not the folder of a run ({problem})")
+    except (ConfigError, data.DataError, checkpoint.CheckpointError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,202 @@
+"""The embedded data set: small pictures with dense captions, drawn by Pillow as a function of (seed, split, index).
+
+A scene has one to three objects (two at most beside a word), each with a colour, shape, size and place, on a background with a tone and a pattern,
+and half of the scenes have a short word written across one row. Captions are dense, in three wordings, and come with
+the record that they state: so a generated caption can be graded in any wording (`parse`, `grade`), and the lowest loss
+that can be had without looking at the picture is a closed formula (`surprise`). It stands in for the paper's
+Recap-DataComp-1B at a size where seeing takes minutes to learn.
+
+    python scenes.py         writes scenes.png, a sheet of scenes with their captions
+"""
+import functools
+import itertools
+import math
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 128  # pixels of a drawn scene; readers resize it
+COLOURS = {"red": (214, 40, 40), "orange": (245, 132, 31), "yellow": (250, 217, 50), "green": (46, 160, 67),
+           "cyan": (70, 205, 220), "blue": (40, 80, 220), "purple": (130, 50, 180), "pink": (250, 130, 190)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 15.0, "big": 26.0}  # radius in pixels
+TONES = {"white": (246, 246, 246), "gray": (150, 150, 150), "brown": (120, 84, 60), "black": (22, 22, 22)}
+PATTERNS = ("plain", "striped", "dotted")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+ROWS = ("top", "bottom")  # where a word may stand; objects then keep out of that row
+WORDS = ("cat", "dog", "sun", "bus", "cup", "hat", "key", "map", "owl", "pig",
+         "bird", "book", "fish", "frog", "lamp", "milk", "moon", "rain", "ship", "tree")
+NUMBERS = ("no", "one", "two", "three")
+WORDINGS = 3
+
+
+def record(seed: int, split: str, index: int) -> dict[str, Any]:
+    """What is in the scene, and in which wording its caption is. Objects are in reading order, one a place.
+    `jitter` holds the numbers in 0..1 that the drawing, and no caption, depends on."""
+    u = iter(np.random.default_rng((seed, ("train", "val").index(split), index)).random(48).tolist())
+
+    def pick(options):
+        return options[int(next(u) * len(options))]
+
+    word = pick(WORDS) if next(u) < 0.5 else None
+    row = pick(ROWS) if word else None
+    free = [i for i in range(4) if row is None or i // 2 != ROWS.index(row)]
+    count = 1 + pick(range(len(free) - (not word)))
+    places = sorted(free.pop(pick(range(len(free)))) for _ in range(count))
+    objects = [{"size": pick(tuple(SIZES)), "colour": pick(tuple(COLOURS)), "shape": pick(SHAPES), "place": PLACES[i]}
+               for i in places]
+    return {"objects": objects, "tone": pick(tuple(TONES)), "pattern": pick(PATTERNS), "word": word, "row": row,
+            "wording": pick(range(WORDINGS)), "jitter": list(u)}
+
+
+def surprise(scene: dict[str, Any]) -> float:
+    """-log of the caption's probability, in nats, for one who knows the generator and not the picture. Record and
+    wording fix the caption and the other way round, so this is exact: no captioner can do better without looking."""
+    n, free, most = len(scene["objects"]), *((2, 2) if scene["word"] else (4, 3))
+    choices = (2 * (len(WORDS) * len(ROWS) if scene["word"] else 1) * most * math.comb(free, n)
+               * (len(SIZES) * len(COLOURS) * len(SHAPES)) ** n * len(TONES) * len(PATTERNS))
+    return math.log(choices) + math.log(WORDINGS)
+
+
+# ------------------------------------------------------------------------------------------------------------- caption
+def caption(scene: dict[str, Any]) -> str:
+    """The record in words; every wording states all of it."""
+    ground = f"{scene['pattern']} {scene['tone']}"
+    objects = [(o["place"], o["size"], o["colour"], o["shape"]) for o in scene["objects"]]
+    word, row = scene["word"], scene["row"]
+    if scene["wording"] == 0:
+        text = ", ".join(f"{p} a {s} {c} {f}" for p, s, c, f in objects) + f", on {ground}."
+        return text + (f" {row} the word {word}." if word else "")
+    if scene["wording"] == 1:
+        text = f"{ground} background. " + " ".join(f"{p}: {s} {c} {f}." for p, s, c, f in objects)
+        return text + (f" {row}: it says {word}." if word else "")
+    text = f"{NUMBERS[len(objects)]} on {ground}: " + ", ".join(f"{p} {c} {f} {s}" for p, s, c, f in objects)
+    return text + (f", {row} reading {word}." if word else ".")
+
+
+def any_of(name: str, options: Any) -> str:
+    return f"(?P<{name}>" + "|".join(sorted(options, key=len, reverse=True)) + ")"
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """The record that a caption states, by the grammar of `caption`; None if it is in none of the wordings. Spacing
+    around punctuation does not matter, for a tokenizer does not keep it."""
+    text = re.sub(r"\s*([.,:])\s*", r"\1", text.strip().lower())
+    size, colour, shape, place = (any_of(*x) for x in (("size", SIZES), ("colour", COLOURS), ("shape", SHAPES), ("place", PLACES)))
+    ground = any_of("pattern", PATTERNS) + " " + any_of("tone", TONES)
+    word, row = r"(?P<word>[a-z]+)", any_of("row", ROWS)
+    number = any_of("number", NUMBERS)
+    wordings = (
+        (r"(?P<objects>.*),on " + ground + rf"\.(?:{row} the word {word}\.)?", ",", rf"{place} a {size} {colour} {shape}"),
+        (ground + rf" background\.(?P<objects>.*?)\.(?:{row}:it says {word}\.)?", r"\.", rf"{place}:{size} {colour} {shape}"),
+        (number + " on " + ground + rf":(?P<objects>.*?)(?:,{row} reading {word})?\.", ",", rf"{place} {colour} {shape} {size}"),
+    )
+    for whole, between, one in wordings:
+        if found := re.fullmatch(whole, text):
+            parts = [re.fullmatch(one, part) for part in re.split(between, found["objects"])]
+            stated = found.groupdict()
+            if all(parts) and ("number" not in stated or NUMBERS.index(stated["number"]) == len(parts)):
+                objects = [{k: part[k] for k in ("size", "colour", "shape", "place")} for part in parts]
+                return {"objects": objects} | {k: stated[k] for k in ("tone", "pattern", "word", "row")}
+    return None
+
+
+def grade(text: str, scene: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(right, out of) by attribute for one generated caption. "object" asks for colour, shape and place together,
+    "exact" for the whole record and nothing false. Objects are paired so that most attributes agree; one that the
+    caption invents, or leaves out, counts as wrong. A caption in no wording has everything wrong."""
+    stated, truth = parse(text) or {"objects": []}, scene["objects"]
+    said = stated["objects"][:len(PLACES)]
+    most = max(len(truth), len(said))
+    size = max(most, 1)
+    keys = ("colour", "shape", "size", "place")
+    same = np.array([[[a[k] == b[k] for k in keys] for b in said + [{k: None for k in keys}] * (size - len(said))]
+                     for a in truth])                                           # (true, said, attribute)
+    pairing = max(itertools.permutations(range(size), len(truth)), key=lambda p: sum(same[i, j].sum() for i, j in enumerate(p))) \
+        if size <= 6 else tuple(range(len(truth)))
+    right = np.array([same[i, j] for i, j in enumerate(pairing)])               # (true, attribute)
+    ground = [stated.get(k) == scene[k] for k in ("tone", "pattern")]
+    out = {k: (int(right[:, i].sum()), most) for i, k in enumerate(keys)}
+    out["object"] = (int((right[:, 0] & right[:, 1] & right[:, 3]).sum()), most)
+    out["count"] = (int(len(said) == len(truth)), 1)
+    out["background"] = (int(all(ground)), 1)
+    if scene["word"]:
+        out["word"] = (int(stated.get("word") == scene["word"]), 1)
+    exact = all(ground) and bool(right.all()) and len(said) == len(truth) and all(stated.get(k) == scene[k] for k in ("word", "row"))
+    out["exact"] = (int(exact), 1)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------- paint
+@functools.cache
+def outline(shape: str) -> np.ndarray:
+    """Corners of a polygon in a circle of radius 1."""
+    if shape == "cross":
+        a, b = 0.36, 0.95
+        return np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])
+    corners = {"square": 4, "triangle": 3, "star": 10}[shape]
+    turn = np.arange(corners) * 2 * np.pi / corners + (np.pi / 4 if shape == "square" else 0)
+    radius = np.where(np.arange(corners) % 2, 0.45, 1.1) if shape == "star" else {"square": 1.2, "triangle": 1.15}[shape]
+    return np.stack([np.sin(turn) * radius, -np.cos(turn) * radius], axis=1) + ((0, 0.15) if shape == "triangle" else 0)
+
+
+@functools.cache
+def pattern(name: str) -> Image.Image:
+    """Where a background's second tone goes."""
+    y, x = np.mgrid[:SIDE, :SIDE]
+    on = (x + y) // 8 % 2 == 0 if name == "striped" else (x % 16 - 8) ** 2 + (y % 16 - 8) ** 2 < 16
+    return Image.fromarray((on * 255).astype(np.uint8))
+
+
+@functools.cache
+def lettering(word: str) -> Image.Image:
+    """The word as a mask."""
+    font = ImageFont.load_default(46)
+    left, top, right, bottom = font.getbbox(word)
+    mask = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2))
+    ImageDraw.Draw(mask).text((1 - left, 1 - top), word, fill=255, font=font)
+    return mask
+
+
+def paint(scene: dict[str, Any]) -> Image.Image:
+    """The picture of a record: RGB, 128 x 128."""
+    u = iter(scene["jitter"])
+    tone = TONES[scene["tone"]]
+    light = sum(tone) > 380
+    picture = Image.new("RGB", (SIDE, SIDE), tone)
+    if scene["pattern"] != "plain":
+        picture.paste(tuple(c - 26 if light else c + 30 for c in tone), None, pattern(scene["pattern"]))
+    pen = ImageDraw.Draw(picture)
+    for o in scene["objects"]:
+        row, column = divmod(PLACES.index(o["place"]), 2)
+        x, y = ((i + 0.5) * SIDE / 2 + (next(u) - 0.5) * 8 for i in (column, row))
+        r = SIZES[o["size"]] + (next(u) - 0.5) * 4
+        shade = (next(u) - 0.5) * 30
+        colour = tuple(int(min(255, max(0, c + shade))) for c in COLOURS[o["colour"]])
+        if o["shape"] == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        elif o["shape"] == "ring":
+            pen.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=round(r * 0.42))
+        else:
+            pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour)
+    if scene["word"]:
+        mask = lettering(scene["word"])
+        x = (SIDE - mask.width) / 2 + (next(u) - 0.5) * 10
+        y = (ROWS.index(scene["row"]) + 0.5) * SIDE / 2 - mask.height / 2 + (next(u) - 0.5) * 4
+        picture.paste((15, 15, 15) if light else (245, 245, 245), (int(x), max(0, int(y))), mask)
+    return picture
+
+
+if __name__ == "__main__":
+    sheet = Image.new("RGB", (4 * 320, 4 * 190), "white")
+    for n in range(16):
+        scene, x, y = record(0, "train", n), n % 4 * 320 + 8, n // 4 * 190 + 8
+        sheet.paste(paint(scene), (x, y))
+        words, lines = caption(scene).split(), [""]
+        for w in words:
+            lines = lines + [w] if len(lines[-1] + w) > 48 else lines[:-1] + [(lines[-1] + " " + w).strip()]
+        ImageDraw.Draw(sheet).multiline_text((x, y + 134), "\n".join(lines), fill="black")
+    sheet.save("scenes.png")
+    print("scenes.png: 16 scenes with their captions")

@@ -1,0 +1,298 @@
+"""The encoder: a plain ViT that turns an image into patch tokens (paper section 2.2; sizes of Table 1).
+
+What OpenVision 2 keeps after pretraining is this file's parameters and nothing else. It knows nothing of captions,
+masks, devices or data. The transformer block lives here too; the decoder uses the same one with a causal mask.
+
+Letters: B images, R pixels a side, P patch, G = R/P grid side, N = G*G patches, S = N (+1 with a CLS token),
+D width, H heads, M mlp, L layers. Parameters are nested dicts of fp32 arrays; a block's weights carry a leading L.
+
+    python vit.py            prints the family: layers, width, parameters, tokens and FLOPs an image
+"""
+import dataclasses
+import functools
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, of pixels in 0..1 (released preprocessing)
+STD = (0.229, 0.224, 0.225)
+EPS = 1e-6                    # every layer norm of the released models
+
+#           layers, width, heads, mlp
+FAMILY = {
+    "micro": (4, 128, 4, 512),  # ours: what the toy trains in minutes
+    "Ti": (12, 192, 3, 768),
+    "S": (12, 384, 6, 1536),
+    "B": (12, 768, 12, 3072),
+    "L": (24, 1024, 16, 4096),
+    "So400m": (27, 1152, 16, 4304),
+    "H": (32, 1280, 16, 5120),
+    "g": (40, 1408, 16, 6144),
+}
+REMAT = {  # what the backward pass keeps of each block; the rest is computed again
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    layers: int
+    width: int
+    heads: int
+    mlp: int
+    patch: int
+    cls: bool = False          # the released weights carry a CLS token; nothing in the method reads it
+    dtype: str = "float32"     # of activations and matmul inputs; parameters stay fp32
+    remat: str = "none"        # a key of REMAT
+    unroll: int = 1            # layers a scan step: more compile time, fewer copies around the loop
+
+
+def config(name: str, **changes: Any) -> ViTConfig:
+    """The family member "SIZE/PATCH", such as "L/14" or "S/8". ValueError names what is wrong with any other text."""
+    size, slash, patch = name.partition("/")
+    if size not in FAMILY or not slash or not patch.isdigit() or int(patch) < 1:
+        raise ValueError(f"unknown encoder {name!r}: write SIZE/PATCH with SIZE one of {', '.join(FAMILY)}, as in L/14")
+    return ViTConfig(*FAMILY[size], patch=int(patch), **changes)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+class Weight(NamedTuple):
+    """One array, declared once: everything else (init, counts, decay, files) derives from these."""
+    shape: tuple[int, ...]
+    std: float | None  # of a normal draw; 0 gives zeros, None gives ones
+
+
+def dense(fan_in: int, fan_out: int, stack: tuple[int, ...] = (), copies: int = 1, bias: bool = True) -> dict:
+    """A matmul's weights with Xavier scale. `copies` matrices side by side (q, k, v) are each scaled on their own."""
+    kernel = Weight((*stack, fan_in, copies * fan_out), math.sqrt(2 / (fan_in + fan_out)))
+    return {"kernel": kernel} | ({"bias": Weight((*stack, copies * fan_out), 0.0)} if bias else {})
+
+
+def norm_weights(width: int, stack: tuple[int, ...] = ()) -> dict:
+    return {"scale": Weight((*stack, width), None), "bias": Weight((*stack, width), 0.0)}
+
+
+def block_weights(layers: int, width: int, mlp: int) -> dict:
+    """One transformer block, stacked `layers` deep: the layout of encoder and decoder alike."""
+    stack = (layers,)
+    return {
+        "norm1": norm_weights(width, stack),
+        "qkv": dense(width, width, stack, copies=3),
+        "out": dense(width, width, stack),
+        "norm2": norm_weights(width, stack),
+        "fc1": dense(width, mlp, stack),
+        "fc2": dense(mlp, width, stack),
+    }
+
+
+def weights(cfg: ViTConfig) -> dict:
+    """Every array of the encoder. The patch kernel is (P*P*3, D): rows in (y, x, colour) order, no bias (released)."""
+    declared = {
+        "patch": dense(cfg.patch * cfg.patch * 3, cfg.width, bias=False),
+        "blocks": block_weights(cfg.layers, cfg.width, cfg.mlp),
+        "norm": norm_weights(cfg.width),
+    }
+    return declared | ({"cls": {"embedding": Weight((1, cfg.width), 0.02)}} if cfg.cls else {})
+
+
+def is_weight(x: Any) -> bool:
+    return isinstance(x, Weight)
+
+
+def initialise(key: jax.Array, declared: dict) -> dict:
+    """fp32 arrays for declared weights. A key per name: adding a weight disturbs no other."""
+    def draw(path, w: Weight) -> jax.Array:
+        if not w.std:
+            return (jnp.ones if w.std is None else jnp.zeros)(w.shape, jnp.float32)
+        own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return w.std * jax.random.normal(own, w.shape, jnp.float32)
+    return jax.tree_util.tree_map_with_path(draw, declared, is_leaf=is_weight)
+
+
+def init(key: jax.Array, cfg: ViTConfig) -> dict:
+    return initialise(key, weights(cfg))
+
+
+def count(declared: dict) -> int:
+    """Parameters in a tree of declared weights."""
+    return sum(math.prod(w.shape) for w in jax.tree.leaves(declared, is_leaf=is_weight))
+
+
+# --------------------------------------------------------------------------------------------------------------- block
+def layer_norm(x: jax.Array, w: dict) -> jax.Array:
+    """Over the last axis, in fp32 whatever x is; returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    centred = x32 - mean
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPS)
+    return (centred * inverse * w["scale"] + w["bias"]).astype(x.dtype)
+
+
+def fence(tree: Any) -> Any:
+    """On a CPU, keep XLA from merging what is before into each thing after: it would compute the activation's erf anew,
+    element by element, inside every matmul's operand and column sum that reads it. It halves the training step there.
+    Elsewhere such merging pays, and this is nothing."""
+    return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+@jax.custom_vjp
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return x @ kernel + bias
+
+
+def affine_backward(saved: tuple, g: jax.Array) -> tuple:
+    """The textbook gradients; the bias's is a matmul with ones, for XLA's column sums are slow on a CPU."""
+    x, kernel = saved
+    rows, g = x.reshape(-1, x.shape[-1]), fence(g)
+    g_rows = g.reshape(-1, g.shape[-1])
+    return g @ kernel.T, rows.T @ g_rows, (jnp.ones((1, len(g_rows)), g.dtype) @ g_rows)[0]
+
+
+affine.defvjp(lambda x, kernel, bias: (fence(x @ kernel + bias), (x, kernel)), affine_backward)
+
+
+def linear(x: jax.Array, w: dict) -> jax.Array:
+    kernel = w["kernel"].astype(x.dtype)
+    return affine(x, kernel, w["bias"].astype(x.dtype)) if "bias" in w else x @ kernel
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: jax.Array, exact: bool) -> jax.Array:
+    """x times the normal distribution's mass below x: exact by erf, or the tanh approximation. The backward pass keeps
+    the derivative, where autodiff would keep x and compute the erf or tanh again."""
+    return gelu_forward(x, exact)[0]
+
+
+def gelu_forward(x: jax.Array, exact: bool) -> tuple[jax.Array, jax.Array]:
+    z = x.astype(jnp.float32)
+    if exact:
+        below = 0.5 * (1 + jax.lax.erf(z * math.sqrt(0.5)))
+        slope = below + z * jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    else:
+        a, b = math.sqrt(2 / math.pi), 0.044715
+        t = jnp.tanh(a * (z + b * z * z * z))
+        below = 0.5 * (1 + t)
+        slope = below + 0.5 * z * (1 - t * t) * a * (1 + 3 * b * z * z)
+    return fence(((z * below).astype(x.dtype), slope.astype(x.dtype)))
+
+
+gelu.defvjp(gelu_forward, lambda exact, slope, g: (fence(g * slope),))
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """q (B,Q,H,Dh), k and v (B,S,H,Dh), mask broadcastable to (B,H,Q,S), True where looking is allowed.
+    Returns the mixed values (B,Q,H,Dh) and who looked at whom (B,H,Q,S), fp32, rows summing to 1."""
+    scores = jnp.einsum("bqhd,bshd->bhqs", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    looks = jax.nn.softmax(scores, axis=-1)
+    return jnp.einsum("bhqs,bshd->bqhd", looks.astype(v.dtype), v), looks
+
+
+def block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exact_gelu: bool = True,
+          cache: tuple[jax.Array, jax.Array, jax.Array] | None = None) -> tuple[jax.Array, dict]:
+    """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out.
+
+    cache: (keys, values, place) of a sequence being written, (B,S,H,Dh) twice and where this x's first token goes;
+    the mask then covers S. Also returns {"keys", "values", "looks"}; what the caller drops is never computed.
+    """
+    B, Q, D = x.shape
+    qkv = linear(layer_norm(x, w["norm1"]), w["qkv"])                          # (B,Q,3D)
+    q, k, v = (a.reshape(B, Q, heads, D // heads) for a in jnp.split(qkv, 3, axis=-1))
+    if cache is not None:
+        keys, values, place = cache
+        k = jax.lax.dynamic_update_slice_in_dim(keys, k, place, axis=1)
+        v = jax.lax.dynamic_update_slice_in_dim(values, v, place, axis=1)
+    mixed, looks = attend(q, k, v, mask)
+    x = x + linear(mixed.reshape(B, Q, D), w["out"])
+    hidden = gelu(linear(layer_norm(x, w["norm2"]), w["fc1"]), exact_gelu)
+    x = x + linear(hidden, w["fc2"])
+    return x, {"keys": k, "values": v, "looks": looks}
+
+
+def stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (), **how: Any) -> tuple[jax.Array, dict]:
+    """Run all L blocks: one compiled body scanned over the leading axis of the weights. cfg gives heads, remat and
+    unroll; `how` goes to `block`. Returns x and the wanted by-products, each with a leading L."""
+    def body(x, w):
+        x, extra = block(x, w, cfg.heads, **how)
+        return x, {name: extra[name] for name in wanted}
+    if cfg.remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
+    return jax.lax.scan(body, x, blocks, unroll=min(cfg.unroll, cfg.layers))
+
+
+# ------------------------------------------------------------------------------------------------------------- encoder
+def positions(grid: int, width: int) -> np.ndarray:
+    """2-D sin-cos table (N, D) fp32, columns [sin x, cos x, sin y, cos y], omega_i = 10000^(-i/(D/4-1)): MoCo-v3's
+    form, as released. It is computed for any grid, so a change of resolution needs no surgery."""
+    if width % 4 or width < 8:
+        raise ValueError(f"width {width} cannot hold a sin-cos table: it must be a multiple of 4, and at least 8")
+    omega = 10000.0 ** (-np.arange(width // 4) / (width // 4 - 1))
+    y, x = np.mgrid[:grid, :grid].reshape(2, -1, 1) * omega                     # (N, D/4) each
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """uint8 pixels to fp32 with ImageNet mean 0 and deviation 1; done on the device, so that bytes travel."""
+    return (images.astype(jnp.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+
+
+def patchify(images: jax.Array, patch: int) -> jax.Array:
+    """(B,R,R,3) to (B,N,P*P*3), row by row: a matmul on these is the patch convolution."""
+    B, R, _, C = images.shape
+    G = R // patch
+    if G * patch != R or G < 1:
+        raise ValueError(f"resolution {R} is not a multiple of the patch size {patch}")
+    tiles = images.reshape(B, G, patch, G, patch, C).swapaxes(2, 3)             # (B,G,G,P,P,C)
+    return tiles.reshape(B, G * G, patch * patch * C)
+
+
+def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False) -> dict:
+    """images (B,R,R,3), uint8 or already normalised floats. Returns by name:
+
+    tokens (B,N,D)         patch tokens before the final norm: what the decoder eats, and a multimodal model should
+    pooled (B,D)           mean of the patch tokens, then the final norm (released pooling; CLS left out)
+    cls (B,D)              the CLS token before the final norm, if the config has one
+    attention (L,B,H,S,S)  on request; row i says where token i looked
+    """
+    if images.dtype == jnp.uint8:
+        images = normalise(images)
+    x = linear(patchify(images.astype(cfg.dtype), cfg.patch), params["patch"])  # (B,N,D)
+    x = x + positions(images.shape[1] // cfg.patch, cfg.width).astype(cfg.dtype)
+    if cfg.cls:                                                                 # its row of the table is zeros
+        cls = jnp.broadcast_to(params["cls"]["embedding"].astype(x.dtype), (x.shape[0], 1, cfg.width))
+        x = jnp.concatenate([cls, x], axis=1)                                   # (B,1+N,D)
+    x, extra = stack(x, params["blocks"], cfg, wanted=("looks",) if attention else ())
+    tokens = x[:, int(cfg.cls):]
+    out = {"tokens": tokens, "pooled": layer_norm(tokens.mean(1), params["norm"])}
+    if cfg.cls:
+        out["cls"] = x[:, 0]
+    if attention:
+        out["attention"] = extra["looks"]
+    return out
+
+
+def block_flops(tokens: float, width: int, mlp: int, layers: int) -> float:
+    """Forward FLOPs of `layers` blocks on one sequence, 2 a multiply-add, matmuls alone."""
+    return layers * (tokens * (8 * width * width + 4 * width * mlp) + 4 * tokens * tokens * width)
+
+
+def flops(cfg: ViTConfig, resolution: int) -> float:
+    """Forward FLOPs of the encoder for one image."""
+    N = (resolution // cfg.patch) ** 2
+    return block_flops(N + cfg.cls, cfg.width, cfg.mlp, cfg.layers) + 2 * N * cfg.patch**2 * 3 * cfg.width
+
+
+if __name__ == "__main__":
+    print(f"{'encoder':>10} {'layers':>6} {'width':>6} {'heads':>6} {'mlp':>6} {'params':>9}   tokens and GFLOPs an image")
+    for size in FAMILY:
+        p, sides = {"micro": (8, (32, 64))}.get(size, (16, (160, 224, 384)) if size in ("Ti", "S", "B") else (14, (84, 224, 448)))
+        c = config(f"{size}/{p}")
+        costs = "   ".join(f"{s}px {(s // p)**2:4d} {flops(c, s) / 1e9:8.3f}" for s in sides)
+        print(f"{size + '/' + str(p):>10} {c.layers:6d} {c.width:6d} {c.heads:6d} {c.mlp:6d} {count(weights(c)) / 1e6:8.1f}M   {costs}")
