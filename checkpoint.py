@@ -8,10 +8,12 @@ moment leaves the former checkpoints whole.
 
     python checkpoint.py FILE        prints what a checkpoint holds
 """
+import io
 import json
 import os
 import re
 import zipfile
+import zlib
 from typing import Any
 
 import jax
@@ -65,15 +67,15 @@ def write(path: str, fill: Any) -> None:
 def load(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays by path, meta). CheckpointError if the file is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as f:
-            arrays = {name: f[name] for name in f.files}
+        with zipfile.ZipFile(path) as f:  # a member is read whole, for its CRC is checked at its end
+            arrays = {name.removesuffix(".npy"): np.load(io.BytesIO(f.read(name)), allow_pickle=False) for name in f.namelist()}
         meta = json.loads(arrays.pop("meta").tobytes())
         for name, kind in meta.pop("bits").items():
             arrays[name] = arrays[name].view(getattr(ml_dtypes, kind))
         return arrays, meta
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, NotImplementedError) as problem:
+    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as problem:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({problem})") from None
 
 

@@ -44,11 +44,13 @@ def opt(default: Any, text: str, choices: tuple | None = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    encoder: str = opt("micro/16", "encoder, SIZE/PATCH as in Ti/16 or L/14 (python vit.py lists them); out of memory: take a smaller one")
+    encoder: str = opt("micro/8", "encoder, SIZE/PATCH as in Ti/16 or L/14 (python vit.py lists them); out of memory: take a smaller one")
     decoder: str = opt("micro", "caption decoder, by size (python decoder.py lists them)", tuple(decoder.FAMILY))
     keep_ratio: float = opt(0.35, "share of patch tokens that the decoder sees, drawn anew each step; lower is faster")
     prefix: str = opt("causal", "whether image tokens in the decoder see only those before them, or all", ("causal", "bidirectional"))
     cls: bool = opt(False, "give the encoder a CLS token, as the released weights have")
+    grid: int = opt(0, "0: patches count 0, 1, 2 … at every resolution, as released; G: positions are stretched so that every picture spans "
+                       "G patches, which makes the switch of resolution gentler")
     stages: str = opt("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L warmup=W, in steps or images as the length is; "
                           "stages part by commas")
     data: str = opt("", "training pictures: scenes, a folder of images with .txt captions, or tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
@@ -91,8 +93,8 @@ def paper(encoder: str, dec: str, low: int) -> Config:
 
 
 PRESETS = {
-    "toy": Config(data="scenes", crop=1.0, text_length=34, vocab_size=1000, clip=1.0, weight_decay=0.05, unroll=4,
-                  stages="resolution=48 steps=900 batch=64 lr=2e-3 warmup=100, resolution=96 steps=300 batch=64 lr=1e-3 warmup=50"),
+    "toy": Config(data="scenes", crop=1.0, grid=4, text_length=28, vocab_size=192, clip=1.0, weight_decay=0.05,
+                  stages="resolution=32 steps=1100 batch=64 lr=2e-3 warmup=100, resolution=64 steps=300 batch=64 lr=1e-3 warmup=50"),
     "ti16": paper("Ti/16", "Ti", 160),
     "s16": paper("S/16", "S", 160),
     "b16": paper("B/16", "B", 160),
@@ -134,7 +136,7 @@ def stages(cfg: Config) -> tuple[Stage, ...]:
 def models(cfg: Config, vocab: int) -> tuple[vit.ViTConfig, decoder.DecoderConfig]:
     """Encoder and decoder as the run has them, the word table with `vocab` rows."""
     how = {"dtype": cfg.dtype, "remat": cfg.remat, "unroll": cfg.unroll}
-    enc = vit.config(cfg.encoder, cls=cfg.cls, **how)
+    enc = vit.config(cfg.encoder, cls=cfg.cls, grid=cfg.grid, **how)
     return enc, decoder.config(cfg.decoder, vocab, enc.width, prefix=cfg.prefix, loss_chunk=cfg.loss_chunk, **how)
 
 
@@ -155,7 +157,7 @@ def check(cfg: Config, devices: int = 1) -> None:
     bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "gray": (0, 1), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
               "clip": (0, 1e9), "text_length": (3, 1 << 20), "vocab_size": (8, 1 << 30), "val_count": (2, 1 << 30), "accum": (1, 1 << 20),
               "workers": (1, 1024), "log_every": (1, 1 << 40), "eval_every": (1, 1 << 40), "save_every": (1, 1 << 40), "loss_chunk": (0, 1 << 20),
-              "unroll": (1, 1024), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20)}
+              "unroll": (1, 1024), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20), "grid": (0, 1 << 12)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(cfg, name) <= high:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {'above 0' if low == 1e-9 else f'at least {low}'}"

@@ -25,12 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageOps
 
 import scenes
+from decoder import EOS
 from tokenizer import Tokenizer
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+UPRIGHT = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # what undoes a camera's orientation, 2 to 8
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels a picture is a broken sample
 
 
@@ -83,7 +85,8 @@ class Files:
         if not len(self.rows):
             found = "; ".join(f"{n} {why}" for why, n in self.skipped.items()) or "no images at all"
             raise DataError(f"no captioned image in {self.where}: {found}. Each KEY.jpg (or .png, .webp …) needs "
-                            + ("a KEY.txt beside it" if self.field == "txt" else f"a KEY.json with the field {self.field!r} beside it"))
+                            + ("a KEY.txt beside it, or a KEY.json and --caption FIELD" if self.field == "txt" else
+                               f"a KEY.json with the field {self.field!r} beside it"))
         problems = []
         for i in range(min(len(self), 200)):                   # a wrong --caption shows in the first samples or never
             try:
@@ -97,14 +100,22 @@ class Files:
         if count > 0:
             self.skipped[why] = self.skipped.get(why, 0) + count
 
+    def note(self, found: dict[str, dict[str, tuple]], key: str, suffix: str, place: tuple) -> None:
+        """found: {key: {suffix: (file, offset, size)}} of one shard or folder. Of equal names the last counts, as when
+        a tar is unpacked."""
+        parts = found.setdefault(key, {})
+        self.skip("replaced by a later file of the same name", suffix in parts)
+        parts[suffix] = place
+
     def pair(self, found: dict[str, dict[str, tuple]]) -> None:
-        """found: {key: {suffix: (file, offset, size)}} of one shard or folder; adds the complete samples."""
+        """Adds the complete samples of one shard or folder."""
         text = "txt" if self.field == "txt" else "json"
         for parts in found.values():
-            image = next((parts[s] for s in IMAGES if s in parts), None)
-            if image and text in parts:
-                self.rows.append((*image, *parts[text]))
-            elif image:
+            images = [parts[s] for s in IMAGES if s in parts]
+            self.skip("beside another image of the same name", len(images) - 1)
+            if images and text in parts:
+                self.rows.append((*images[0], *parts[text]))
+            elif images:
                 self.skip(f"without a .{text}")
             elif text in parts:
                 self.skip("without an image")
@@ -114,11 +125,15 @@ class Files:
 
     def fingerprint(self) -> str:
         """Changes when the data set does: to continue a run on other data would be another run."""
-        return f"{len(self)} samples ({zlib.crc32(np.ascontiguousarray(self.rows[:, [1, 2, 4, 5]])):08x})"
+        crc = zlib.crc32(np.ascontiguousarray(self.rows[:, [1, 2, 4, 5]]))
+        for file, _, size in self.rows[:, :3]:
+            if size < 0:  # in a folder the names tell, where in tars the sizes do
+                crc = zlib.crc32(os.fsencode(os.path.relpath(self.paths[file], self.where)), crc)
+        return f"{len(self)} samples ({crc:08x})"
 
     def name(self, i: int) -> str:
         file, offset, _ = self.rows[i][:3]
-        return self.paths[file] + (f" at byte {offset}" if offset else "")
+        return printable(self.paths[file]) + (f" at byte {offset}" if offset else "")
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """size -1 means the whole file."""
@@ -144,7 +159,7 @@ class Files:
                 text = fields[self.field]
         except UnicodeDecodeError:
             raise BadSample("caption is not UTF-8 text") from None
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError is also what a number of thousands of digits gives
             raise BadSample("json cannot be parsed") from None
         if not isinstance(text, str) or not text.strip():
             raise BadSample("caption is empty")
@@ -159,24 +174,30 @@ class Files:
             raise BadSample(f"image cannot be opened ({type(problem).__name__})") from None
 
 
+def printable(path: str) -> str:
+    """A path as text: on disk it may be bytes that no terminal takes."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def folder(where: str, field: str) -> Files:
     """All images below a folder, in the order of their names."""
     source = Files(where, field)
-    for base, folders, names in os.walk(where):
+    for base, folders, names in os.walk(where, onerror=lambda _: source.skip("folders that cannot be read")):
         folders.sort()
         found: dict[str, dict] = {}
         for name in sorted(names):
             key, dot, suffix = name.rpartition(".")
             if dot and key and suffix.lower() in (*IMAGES, "txt", "json"):
                 source.paths.append(os.path.join(base, name))
-                found.setdefault(key, {})[suffix.lower()] = (len(source.paths) - 1, 0, -1)
+                source.note(found, key, suffix.lower(), (len(source.paths) - 1, 0, -1))
         source.pair(found)
     return source.close()
 
 
 def shards(where: str, field: str) -> Files:
     """WebDataset tars: a glob, or a brace list such as data/{00000..00011}.tar."""
-    paths = sorted({p for one in expand(where) for p in (glob.glob(one) or ([] if glob.has_magic(one) else [one]))})
+    named = [where] if os.path.exists(where) else expand(where)  # a name may itself hold brackets
+    paths = sorted({p for one in named for p in ([one] if os.path.exists(one) or not glob.has_magic(one) else glob.glob(one))})
     if not paths:
         raise DataError(f"no file matches {where}")
     source = Files(where, field)
@@ -197,11 +218,11 @@ def shards(where: str, field: str) -> Files:
                     if member.offset_data + member.size > size:
                         source.skip("cut off by the end of a shard")
                     elif member.isfile():
-                        found.setdefault(key, {})[suffix.lower()] = (len(source.paths) - 1, member.offset_data, member.size)
+                        source.note(found, key, suffix.lower(), (len(source.paths) - 1, member.offset_data, member.size))
             except (tarfile.TarError, OSError, ValueError):
                 pass  # what came before is good; the mark below is then missing
         if not ends_well(path, end):
-            source.skip(f"shard {path} has no end mark: it was cut off or damaged, and what could be read is used, by shard")
+            source.skip(f"shard {printable(path)} has no end mark: it was cut off or damaged, and what could be read is used, by shard")
         source.pair(found)
     return source.close()
 
@@ -220,6 +241,8 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     inside = found[1]
     if span := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        if len(span[2]) > 7:
+            raise DataError(f"{pattern} lists too many files: give a range below ten million")
         options = [f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)]
     else:
         options = inside.split(",")
@@ -287,19 +310,24 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
     """A picture of any mode and size to (R,R,3) uint8: (crop,) bilinear antialiased resize of the whole to a square.
     Transparency lies on white, an animation gives its first frame, a camera's rotation is applied. BadSample if it
     cannot be decoded."""
+    if image.mode in ("I", "F"):
+        raise BadSample("image has 32-bit pixels, and which of them is white is not known")
     try:
         width, height = image.size
         box = crop_box(width, height, augment.crop, rng) if augment and augment.crop < 1 else (0, 0, width, height)
         need = (resolution * width / max(box[2] - box[0], 1), resolution * height / max(box[3] - box[1], 1))
         image.draft("RGB", (int(need[0]) + 1, int(need[1]) + 1))  # a JPEG decodes at 1/2, 1/4 or 1/8 when that suffices
         box = [b * new / old for b, new, old in zip(box, image.size * 2, (width, height) * 2)]
+        image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation)  # now, for not every conversion below keeps it
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB").resize((resolution, resolution), Image.Resampling.BILINEAR, box)
-        image = ImageOps.exif_transpose(image)
+        if turned in UPRIGHT:
+            image = image.transpose(UPRIGHT[turned])
         if augment:
             if augment.flip and rng.random() < 0.5:
                 image = ImageOps.mirror(image)
@@ -352,6 +380,8 @@ class Reader:
                 continue
             try:
                 text = self.tokenizer.encode(self.source.caption(i), self.length)
+                if text[1] == EOS:
+                    raise BadSample("caption holds no word")  # nothing but control characters
                 rng = np.random.default_rng((self.seed, 2, position)) if self.augment else None
                 return to_pixels(self.source.picture(i), resolution, self.augment, rng), text, i
             except BadSample as problem:
@@ -413,6 +443,7 @@ if __name__ == "__main__":
     for n, (pixels, i) in enumerate(zip(batch["images"], batch["index"])):
         sheet.paste(Image.fromarray(pixels), (n % 8 * 168, n // 8 * 220))
         caption = source.caption(i)
-        ImageDraw.Draw(sheet).multiline_text((n % 8 * 168, n // 8 * 220 + 164), "\n".join(caption[k:k + 27] for k in range(0, min(len(caption), 108), 27)), fill="black")
+        lines = "\n".join(caption[k:k + 27] for k in range(0, min(len(caption), 108), 27))
+        ImageDraw.Draw(sheet).multiline_text((n % 8 * 168, n // 8 * 220 + 164), lines, fill="black")
     sheet.save("contact.png")
     print(f"contact.png: 16 training pictures of {where}; skipped: {source.skipped or 'none'}")

@@ -21,7 +21,7 @@ PAD, BOS, EOS = 0, 1, 2
 
 #           layers, width, heads, mlp        The paper names no decoder for So400m and g; ours take L's and H's.
 FAMILY = {
-    "micro": (3, 128, 4, 512),  # ours: for the toy
+    "micro": (3, 96, 3, 384),  # ours: for the toy
     "Ti": (12, 192, 3, 768),
     "S": (12, 384, 6, 1536),
     "B": (12, 512, 8, 2048),

@@ -127,6 +127,7 @@ if __name__ == "__main__":
     from config import ConfigError
     from devices import Place
     from run import Run
+    import train
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python evaluate.py RUN, a folder that train.py made")
     try:
@@ -136,7 +137,9 @@ if __name__ == "__main__":
         if run.arrays is None:
             raise checkpoint.CheckpointError(f"{sys.argv[1]} has no checkpoint yet")
         stage = next(s for s in run.plan if run.step <= s.end)
-        run.enter(stage)
+        held = HeldOut(cfg, run.val_reader, stage.resolution, stage.batch, run.model, run.place)
+        params = run.place.copies(checkpoint.restore(run.arrays, jax.eval_shape(lambda: train.init(cfg, run.model)), under="params"))
+        print(json.dumps(held.losses(params) | (grades(held, params) if isinstance(run.val_source, data.Scenes) else {}), indent=1))
     except (OSError, TypeError, json.JSONDecodeError) as problem:
         sys.exit(f"error: {sys.argv[1]} is not the folder of a run ({problem})")
     except (ConfigError, data.DataError, checkpoint.CheckpointError) as problem:

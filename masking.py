@@ -31,3 +31,23 @@ def keep(keys: jax.Array, tokens: jax.Array, keep_ratio: float) -> tuple[jax.Arr
     N = tokens.shape[1]
     chosen = keep_indices(keys, N, kept_count(N, keep_ratio))
     return jnp.take_along_axis(tokens, chosen[:, :, None], axis=1), chosen
+
+
+if __name__ == "__main__":
+    import numpy as np
+    from PIL import Image
+
+    import scenes
+    side, patch, ratios = 256, 32, (1.0, 0.75, 0.5, 0.35, 0.1)
+    sheet = Image.new("RGB", (len(ratios) * (side + 8), 2 * (side + 8)), "white")
+    for row in range(2):
+        picture = np.asarray(scenes.paint(scenes.record(0, "train", row + 2)).resize((side, side)))
+        for column, ratio in enumerate(ratios):
+            n = (side // patch) ** 2
+            chosen = keep_indices(jax.random.split(jax.random.key(row), 1), n, kept_count(n, ratio))[0]
+            seen = np.zeros(n, bool)
+            seen[np.asarray(chosen)] = True
+            seen = seen.reshape(side // patch, -1).repeat(patch, 0).repeat(patch, 1)[..., None]
+            sheet.paste(Image.fromarray(np.where(seen, picture, 255)), (column * (side + 8), row * (side + 8)))
+    sheet.save("kept.png")
+    print(f"kept.png: the patches that the decoder sees at keep ratios {ratios}")

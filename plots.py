@@ -87,14 +87,14 @@ def wrap(text: str, width: float, font: Any) -> str:
     return "\n".join(lines)
 
 
-def samples(path: str, items: list[tuple[np.ndarray, np.ndarray, int, str, str]], columns: int = 2) -> None:
-    """Held-out pictures: (pixels (R,R,3), kept patches (K,), patch size in pixels, true caption, generated caption).
-    Beside each picture: the patches that the decoder was given, the others dimmed; green where both captions agree."""
+def samples(path: str, items: list[tuple[np.ndarray, np.ndarray, int, str, str, bool]], columns: int = 2) -> None:
+    """Held-out pictures: (pixels (R,R,3), kept patches (K,), patch size in pixels, true caption, generated caption,
+    whether it is right). Beside each picture: the patches that the decoder was given, the others dimmed; right ones green."""
     side, width, height = 160, 2 * 160 + 300, 176
     font = ImageFont.load_default(13)
     sheet = Image.new("RGB", (columns * width + 8, math.ceil(len(items) / columns) * height + 8), "white")
     pen = ImageDraw.Draw(sheet)
-    for n, (pixels, chosen, patch, truth, said) in enumerate(items):
+    for n, (pixels, chosen, patch, truth, said, right) in enumerate(items):
         x, y = n % columns * width + 8, n // columns * height + 8
         grid = len(pixels) // patch
         seen = np.zeros(grid * grid, bool)
@@ -107,8 +107,7 @@ def samples(path: str, items: list[tuple[np.ndarray, np.ndarray, int, str, str]]
         text = wrap(truth, 270, font)
         pen.multiline_text((x + 2 * side + 14, y), text, fill="black", font=font)
         below = pen.multiline_textbbox((0, 0), text, font=font)[3] + 8
-        same = "".join(truth.lower().split()) == "".join(said.split())
-        pen.multiline_text((x + 2 * side + 14, y + below), wrap(said or "(nothing)", 270, font), fill=INKS[2] if same else INKS[0], font=font)
+        pen.multiline_text((x + 2 * side + 14, y + below), wrap(said or "(nothing)", 270, font), fill=INKS[2] if right else INKS[0], font=font)
     sheet.save(path)
 
 

@@ -20,6 +20,7 @@ import data
 import decoder
 import evaluate
 import plots
+import scenes
 import tokenizer
 import vit
 from config import Config, ConfigError, Stage, models, stages
@@ -224,7 +225,8 @@ class Run:
         items = []
         for i, said, chosen in self.held.write(params, 12):
             truth = self.tok.decode(self.tok.encode(self.val_source.caption(i), self.cfg.text_length))
-            items.append((data.to_pixels(self.val_source.picture(i), last.resolution), chosen, self.model.encoder.patch, truth, said))
+            right = scenes.grade(said, self.val_source.record(i))["exact"][0] == 1 if isinstance(self.val_source, data.Scenes) else truth == said
+            items.append((data.to_pixels(self.val_source.picture(i), last.resolution), chosen, self.model.encoder.patch, truth, said, right))
         graded = evaluate.grades(self.held, params) if isinstance(self.val_source, data.Scenes) else {}
         if not self.place.first:
             return
@@ -235,7 +237,7 @@ class Run:
         summary = losses | {
             "floor_loss": self.floor_loss, "images_seen": last.first_image + last.steps * last.batch, "seconds": round(time.time() - self.begun, 1),
             "images_per_second": round(self.state["train_images"] / max(self.state["train_seconds"], 1e-9), 1),
-            "parameters": sum(x.size for x in evaluate.leaves(one)), "held_out_pictures": self.held.count, "bad_samples": len(self.reader.bad)} | graded
+            "parameters": sum(x.size for x in checkpoint.flatten(one).values()), "held_out_pictures": self.held.count, "bad_samples": len(self.reader.bad)} | graded
         checkpoint.write(self.path("summary.json"), lambda f: f.write(json.dumps(summary, indent=1).encode()))
         print(json.dumps(summary, indent=1))
         print(f"held-out loss {summary['val_loss']:.3f}; without the picture {summary['floor_loss']:.3f}")

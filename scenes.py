@@ -1,7 +1,7 @@
 """The embedded data set: small pictures with dense captions, drawn by Pillow as a function of (seed, split, index).
 
 A scene has one to three objects (two at most beside a word), each with a colour, shape, size and place, on a background with a tone and a pattern,
-and half of the scenes have a short word written across one row. Captions are dense, in three wordings, and come with
+and two in three scenes have a short word written across one row. Captions are dense, in three wordings, and come with
 the record that they state: so a generated caption can be graded in any wording (`parse`, `grade`), and the lowest loss
 that can be had without looking at the picture is a closed formula (`surprise`). It stands in for the paper's
 Recap-DataComp-1B at a size where seeing takes minutes to learn.
@@ -22,12 +22,12 @@ COLOURS = {"red": (214, 40, 40), "orange": (245, 132, 31), "yellow": (250, 217, 
            "cyan": (70, 205, 220), "blue": (40, 80, 220), "purple": (130, 50, 180), "pink": (250, 130, 190)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 15.0, "big": 26.0}  # radius in pixels
-TONES = {"white": (246, 246, 246), "gray": (150, 150, 150), "brown": (120, 84, 60), "black": (22, 22, 22)}
+TONES = {"white": (250, 250, 250), "gray": (178, 178, 178), "tan": (222, 190, 140), "mint": (178, 226, 196)}
+INK = (10, 10, 10)  # of outlines and letters
 PATTERNS = ("plain", "striped", "dotted")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 ROWS = ("top", "bottom")  # where a word may stand; objects then keep out of that row
-WORDS = ("cat", "dog", "sun", "bus", "cup", "hat", "key", "map", "owl", "pig",
-         "bird", "book", "fish", "frog", "lamp", "milk", "moon", "rain", "ship", "tree")
+WORDS = ("cat", "dog", "sun", "bus", "hat", "key", "map", "owl", "bird", "book", "fish", "frog", "lamp", "milk", "ship", "tree")
 NUMBERS = ("no", "one", "two", "three")
 WORDINGS = 3
 
@@ -40,7 +40,7 @@ def record(seed: int, split: str, index: int) -> dict[str, Any]:
     def pick(options):
         return options[int(next(u) * len(options))]
 
-    word = pick(WORDS) if next(u) < 0.5 else None
+    word = pick(WORDS) if next(u) < 2 / 3 else None
     row = pick(ROWS) if word else None
     free = [i for i in range(4) if row is None or i // 2 != ROWS.index(row)]
     count = 1 + pick(range(len(free) - (not word)))
@@ -55,7 +55,7 @@ def surprise(scene: dict[str, Any]) -> float:
     """-log of the caption's probability, in nats, for one who knows the generator and not the picture. Record and
     wording fix the caption and the other way round, so this is exact: no captioner can do better without looking."""
     n, free, most = len(scene["objects"]), *((2, 2) if scene["word"] else (4, 3))
-    choices = (2 * (len(WORDS) * len(ROWS) if scene["word"] else 1) * most * math.comb(free, n)
+    choices = ((1.5 * len(WORDS) * len(ROWS) if scene["word"] else 3) * most * math.comb(free, n)
                * (len(SIZES) * len(COLOURS) * len(SHAPES)) ** n * len(TONES) * len(PATTERNS))
     return math.log(choices) + math.log(WORDINGS)
 
@@ -114,8 +114,7 @@ def grade(text: str, scene: dict[str, Any]) -> dict[str, tuple[int, int]]:
     keys = ("colour", "shape", "size", "place")
     same = np.array([[[a[k] == b[k] for k in keys] for b in said + [{k: None for k in keys}] * (size - len(said))]
                      for a in truth])                                           # (true, said, attribute)
-    pairing = max(itertools.permutations(range(size), len(truth)), key=lambda p: sum(same[i, j].sum() for i, j in enumerate(p))) \
-        if size <= 6 else tuple(range(len(truth)))
+    pairing = max(itertools.permutations(range(size), len(truth)), key=lambda p: sum(same[i, j].sum() for i, j in enumerate(p)))
     right = np.array([same[i, j] for i, j in enumerate(pairing)])               # (true, attribute)
     ground = [stated.get(k) == scene[k] for k in ("tone", "pattern")]
     out = {k: (int(right[:, i].sum()), most) for i, k in enumerate(keys)}
@@ -154,9 +153,9 @@ def pattern(name: str) -> Image.Image:
 def lettering(word: str) -> Image.Image:
     """The word as a mask."""
     font = ImageFont.load_default(46)
-    left, top, right, bottom = font.getbbox(word)
+    left, top, right, bottom = font.getbbox(word, stroke_width=1)
     mask = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2))
-    ImageDraw.Draw(mask).text((1 - left, 1 - top), word, fill=255, font=font)
+    ImageDraw.Draw(mask).text((1 - left, 1 - top), word, fill=255, font=font, stroke_width=1)
     return mask
 
 
@@ -164,10 +163,9 @@ def paint(scene: dict[str, Any]) -> Image.Image:
     """The picture of a record: RGB, 128 x 128."""
     u = iter(scene["jitter"])
     tone = TONES[scene["tone"]]
-    light = sum(tone) > 380
     picture = Image.new("RGB", (SIDE, SIDE), tone)
     if scene["pattern"] != "plain":
-        picture.paste(tuple(c - 26 if light else c + 30 for c in tone), None, pattern(scene["pattern"]))
+        picture.paste(tuple(c - 24 for c in tone), None, pattern(scene["pattern"]))
     pen = ImageDraw.Draw(picture)
     for o in scene["objects"]:
         row, column = divmod(PLACES.index(o["place"]), 2)
@@ -175,17 +173,18 @@ def paint(scene: dict[str, Any]) -> Image.Image:
         r = SIZES[o["size"]] + (next(u) - 0.5) * 4
         shade = (next(u) - 0.5) * 30
         colour = tuple(int(min(255, max(0, c + shade))) for c in COLOURS[o["colour"]])
-        if o["shape"] == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-        elif o["shape"] == "ring":
-            pen.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=round(r * 0.42))
+        if o["shape"] in ("circle", "ring"):
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=INK, width=4)
+            if o["shape"] == "ring":
+                hole = r * 0.5
+                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=tone, outline=INK, width=4)
         else:
-            pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour)
+            pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour, outline=INK, width=4)
     if scene["word"]:
         mask = lettering(scene["word"])
-        x = (SIDE - mask.width) / 2 + (next(u) - 0.5) * 10
+        x = (SIDE - mask.width) / 2 + (next(u) - 0.5) * 6
         y = (ROWS.index(scene["row"]) + 0.5) * SIDE / 2 - mask.height / 2 + (next(u) - 0.5) * 4
-        picture.paste((15, 15, 15) if light else (245, 245, 245), (int(x), max(0, int(y))), mask)
+        picture.paste(INK, (int(x), max(0, int(y))), mask)
     return picture
 
 

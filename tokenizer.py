@@ -31,7 +31,7 @@ def words(text: str) -> list[str]:
     if not text.isascii():
         kept = []
         for c in text:
-            if c not in "\t\n\r" and (c == "\ufffd" or unicodedata.category(c)[0] == "C"):
+            if c not in "\t\n\r" and (c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs")):
                 continue
             kept.append(f" {c} " if any(a <= ord(c) <= b for a, b in CJK) else c)
         text = "".join(c for c in unicodedata.normalize("NFD", "".join(kept)) if unicodedata.category(c) != "Mn")

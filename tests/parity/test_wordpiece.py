@@ -25,6 +25,9 @@ LONG = ("a" * 99, "b" * 100, "c" * 101, "é" * 100, "e\u0301" * 101, "가" * 50,
 SPACES = " \t\n\r\u00a0\u1680\u2002\u2009\u2028\u2029\u202f\u205f\u3000"
 DIRT = "\0\1\x07\x08\x0b\x0c\x1b\x1c\x1d\x1e\x1f\x7f\x80\x85\x9f\xad\u180e\u200b\u200c\u200d\u200e\u202a\u2060\ufeff\ufffd\ue000\U000f1234"
 NOWHERE = "\ufdd0\ufdef\ufffe\uffff\U0001fffe\U0010ffff"  # never to be assigned: kept, where other C categories go
+EDGES = ("\u33ff\u3400\u4dbf\u4dc0\u4dff\u4e00\u9fff\ua000\uf8ff\uf900\ufaff\ufb00\U0001ffff\U00020000\U0002a6df\U0002a6e0"
+         "\U0002a6ff\U0002a700\U0002b73f\U0002b740\U0002b81f\U0002b820\U0002b91f\U0002b920\U0002ceaf\U0002ceb0\U0002f7ff\U0002f800"
+         "\U0002fa1f\U0002fa20")  # of the blocks of ideographs, from both sides
 
 
 def settled(c):
@@ -35,7 +38,7 @@ def settled(c):
     return old == new not in ("Cn", "Cs") or old == "Cn" and new[0] == "S"
 
 
-ALL = [c for c in map(chr, range(0x110000)) if settled(c)] + list(NOWHERE)
+ALL = [c for c in map(chr, range(0x110000)) if settled(c) or c in NOWHERE + EDGES]
 BY_CATEGORY = {}
 for _c in ALL:
     BY_CATEGORY.setdefault(unicodedata.category(_c), []).append(_c)

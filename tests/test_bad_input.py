@@ -1,0 +1,175 @@
+"""Bad input: one sentence that names the flag or file, an exit status other than 0, and never a stack trace."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_data import members, photo, put, spill
+
+import train
+
+TINY = "resolution=16 steps=1 batch=8 lr=1e-3"
+
+
+def refused(argv, capsys):
+    """What a command line that is refused says last, checked to be a sentence of ours and not a stack trace."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = train.main(argv)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert code in (1, 2), (code, out, err)
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and "Traceback" not in out + err, err
+    assert lines[0].startswith("error: ") if code == 1 else re.match(r"usage: ", err), err
+    assert before == {s: signal.getsignal(s) for s in before}
+    return lines[0]
+
+
+@pytest.fixture
+def say(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *argv: refused(list(argv), capsys)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--colour red", "unrecognized arguments: --colour"),
+    ("--see 1", "unrecognized arguments"),
+    ("l15", "invalid choice: 'l15'"),
+    ("toy toy", "unrecognized arguments: toy"),
+    ("--seed one", "--seed: invalid int value: 'one'"),
+    ("--seed 1.5", "--seed: invalid int"),
+    ("--seed", "--seed: expected one argument"),
+    ("--flip=yes", "--flip.*ignored explicit argument 'yes'"),
+    ("--flip perhaps", "invalid choice: 'perhaps'"),
+    ("--dtype float64", "--dtype: invalid choice: 'float64'"),
+    ("--decoder huge", "--decoder: invalid choice"),
+    ("--crop big", "--crop: invalid float"),
+    ("--seed -1", "--seed -1 is out of range: at least 0"),
+    ("--crop 0", "--crop 0.0 is out of range: above 0"),
+    ("--crop 1.5", "--crop 1.5 is out of range"),
+    ("--crop nan", "--crop nan is out of range"),
+    ("--keep-ratio 0", "--keep-ratio 0.0 is out of range"),
+    ("--keep-ratio 1.01", "--keep-ratio 1.01"),
+    ("--text-length 2", "--text-length 2"),
+    ("--workers 0", "--workers 0"),
+    ("--accum 0", "--accum 0"),
+    ("--val-count 0", "--val-count 0"),
+    ("--weight-decay inf", "--weight-decay inf"),
+    ("--clip -1", "--clip -1.0"),
+    ("--save-every 0", "--save-every 0"),
+    ("--encoder L", "--encoder.*L"),
+    ("--encoder L/x", "--encoder.*L/x"),
+    ("--encoder L/0", "--encoder.*L/0"),
+    ("--encoder XXL/14", "--encoder.*XXL"),
+    ("--devices 9999", "9999 devices"),
+    ("--vocab-size 20", "--vocab-size"),
+])
+def test_a_bad_flag_is_named(say, argv, says):
+    for dry in ([], ["--dry-run"]):
+        if not (dry and re.search("devices|vocab-size", argv)):  # a dry run knows neither devices nor captions
+            assert re.search(says, say(*argv.split(), *dry)), argv
+    assert not os.path.exists("runs/toy/metrics.jsonl")
+
+
+@pytest.mark.parametrize("stages, says", [
+    ("", "lacks resolution, batch, lr"),
+    ("  ", "lacks resolution, batch, lr"),
+    ("resolution=32", "lacks batch, lr"),
+    ("resolution=32 batch=8 lr=1e-3", r"lacks steps or images \(one of the two\)"),
+    ("resolution=32 batch=8 lr=1e-3 steps=5 images=40", "lacks steps or images"),
+    (TINY + ",", "lacks resolution"),
+    (TINY + " colour=3", "'colour=3' is not one of resolution="),
+    (TINY + " steps=4", "'steps=4' is not one of .* each once"),
+    ("32 px", "'32' is not one of"),
+    (TINY.replace("=16", "=sixteen"), "'resolution=sixteen' wants a whole number"),
+    (TINY.replace("=16", "=16.5"), "wants a whole number"),
+    (TINY.replace("=16", "="), "'resolution=' wants a whole number"),
+    (TINY.replace("=16", "=-16"), "not negative"),
+    (TINY.replace("1e-3", "nan"), "'lr=nan' wants a number"),
+    (TINY.replace("1e-3", "inf"), "'lr=inf' wants a number"),
+    (TINY.replace("steps=1", "steps=1e400"), "'steps=1e400' wants a whole number"),
+    (TINY.replace("batch=8", "batch=0"), "lacks batch"),
+    (TINY + " warmup=1", "warm-up .* is as long as the stage"),
+    (TINY.replace("=16", "=20"), "resolution 20 of stage 1 is not a multiple of the patch size 8 of micro/8: take 16 or 24"),
+    (TINY.replace("=16", "=5"), "resolution 5 of stage 1 is not a multiple .*: take 8"),
+])
+def test_a_bad_curriculum_is_told_by_its_words(say, stages, says):
+    for dry in ([], ["--dry-run"]):
+        line = say("--stages", stages, *dry)
+        assert line.startswith("error: --stages: ") and re.search(says, line)
+
+
+def test_a_batch_that_cannot_be_cut_is_told(say):
+    assert re.search("batch 8 of stage 1 cannot be shared by 1 devices x 3 pieces .*multiple of 3", say("--stages", TINY, "--accum", "3"))
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("l14", "--data is missing"),
+    ("--data absent", "absent is no data: .*nothing of that name exists"),
+    ("--data none/*.tar", r"no file matches none/\*.tar"),
+    ("--data bare.tar", r"no captioned image in bare.tar: 2 without a .txt"),
+    ("--data good.tar --caption absent", r"no field 'absent' \(it has re_caption, n\); name one with --caption"),
+    ("--data good.tar --val absent.tar", "absent.tar cannot be read as an uncompressed tar: No such file"),
+    ("--data one", "one holds one sample: give at least two, or held-out pictures with --val"),
+    ("--data note.txt", "note.txt is no data"),
+    ("--data note.tar", "note.tar cannot be read as an uncompressed tar"),
+    ("--vocab absent.txt", "--vocab: .*absent.txt"),
+    ("--vocab good.tar", "--vocab: good.tar is no WordPiece vocab.txt"),
+    ("--vocab note.txt", "--vocab: note.txt is no WordPiece vocab.txt: its first line must be"),
+    ("--vocab one", "--vocab: one is a folder"),
+    ("--vocab twice.txt", "--vocab: twice.txt lists 'a' more than once"),
+    ("--vocab long.txt --vocab-size 100", "--vocab-size 100 is less than the 304 pieces of long.txt"),
+    ("--out note.txt", "note.txt"),
+    ("--out note.txt/run", "note.txt"),
+    ("--out /proc/run", "/proc/run"),
+])
+def test_a_bad_file_is_named(say, tmp_path, argv, says):
+    put("good.tar", members(4))
+    put("bare.tar", [(n, c) for n, c in members(2) if n.endswith("jpg")])
+    spill("one", members(1))
+    for name in ("note.txt", "note.tar"):
+        (tmp_path / name).write_text("a note, and no data " * 100)
+    (tmp_path / "twice.txt").write_text("[PAD]\n[BOS]\n[EOS]\n[UNK]\na\na\n")
+    (tmp_path / "long.txt").write_text("\n".join(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *(f"w{i}" for i in range(300))]))
+    recipe = [] if argv == "l14" else ["--stages", TINY]
+    line = say(*argv.split(), *recipe)
+    assert re.search(says, line) and len(line) < 400
+
+
+def test_a_run_with_other_settings_or_broken_checkpoints_is_not_touched(say, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "step-00000001.npz").write_bytes(b"PK damaged")
+    assert re.search("every checkpoint in run is damaged: delete them", say("--stages", TINY, "--out", "run"))
+    train.checkpoint.save(str(folder / "step-00000001.npz"), {}, {"step": 1, "config": {"seed": 3}, "data": {"training data": "scenes"}})
+    assert re.search("run holds a run with other settings: --seed is 0, was 3", say("--stages", TINY, "--out", "run"))
+    assert sorted(os.listdir(folder)) == ["step-00000001.npz"]
+
+
+def test_from_a_shell_too(tmp_path):
+    """Whole processes: no usage of jax, tqdm or threads adds a trace, or hangs, on the way out."""
+    broken = {f"{i}.{s}": c for i in range(4) for s, c in (("png", b"no picture"), ("txt", b"a cat"), ("json", json.dumps({"c": "cat"}).encode()))}
+    spill(tmp_path / "broken", broken.items())
+    photo().save(tmp_path / "photo.png")
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    commands = [
+        (["--stages", TINY.replace("batch=8", "batch=12")], eight, 1, "batch 12 of stage 1 cannot be shared by 8 devices"),
+        (["--stages", TINY, "--data", "broken", "--caption", "txt"], {}, 1, "not one usable sample in the data"),
+        (["--data", "photo.png"], {}, 1, "photo.png is no data"),
+        (["--flavour", "sweet"], {}, 2, "unrecognized arguments: --flavour"),
+    ]
+
+    def run(argv, extra):
+        script = os.path.abspath(train.__file__)
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | extra
+        return subprocess.run([sys.executable, script, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    with ThreadPoolExecutor(2) as pool:
+        for (_, _, code, says), done in zip(commands, pool.map(lambda c: run(*c[:2]), commands)):
+            assert done.returncode == code and says in done.stderr.splitlines()[-1], done.stderr
+            assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr + done.stdout

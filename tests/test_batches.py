@@ -1,0 +1,190 @@
+"""From a picture of any kind to pixels, and from samples to batches that are a function of (seed, step) alone."""
+import itertools
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from test_data import members, open_source, opened, photo, put, reader
+
+import data
+from data import Augment, BadSample, DataError, hold_out, to_pixels
+
+
+def near(a, b, most=1.0):
+    return np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() <= most
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+def halves(mode, left, right):
+    image = Image.new(mode, (40, 20), right)
+    image.paste(left, (0, 0, 20, 20))
+    return image
+
+
+PALETTE = halves("P", 0, 1)
+PALETTE.putpalette((0, 0, 255, 255, 0, 0))
+SIXTEEN = Image.fromarray(np.repeat(np.array([[0x4000, 0xFFFF]], np.uint16), 20, 1).repeat(20, 0))
+FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (40, 20), "green")] * 2}
+KINDS = {
+    "rgb": (halves("RGB", "red", "blue"), "PNG", {}, (255, 0, 0), (0, 0, 255)),
+    "rgba on white": (halves("RGBA", (0, 0, 0, 0), (255, 0, 0, 128)), "PNG", {}, (255, 255, 255), (255, 127, 127)),
+    "palette with a clear colour": (PALETTE, "PNG", {"transparency": 0}, (255, 255, 255), (255, 0, 0)),
+    "palette with alphas": (PALETTE, "PNG", {"transparency": bytes((255, 0))}, (0, 0, 255), (255, 255, 255)),
+    "rgb with a clear colour": (halves("RGB", "red", "blue"), "PNG", {"transparency": (255, 0, 0)}, (255, 255, 255), (0, 0, 255)),
+    "gray and alpha": (halves("LA", (0, 255), (0, 0)), "PNG", {}, (0, 0, 0), (255, 255, 255)),
+    "cmyk": (halves("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), "JPEG", {"quality": 95}, (0, 255, 255), (0, 0, 0)),
+    "gray": (halves("L", 10, 200), "JPEG", {"quality": 95}, (10, 10, 10), (200, 200, 200)),
+    "16-bit": (SIXTEEN, "PNG", {}, (64, 64, 64), (255, 255, 255)),
+    "16-bit tiff": (SIXTEEN, "TIFF", {}, (64, 64, 64), (255, 255, 255)),
+    "1-bit": (halves("1", 0, 1), "PNG", {}, (0, 0, 0), (255, 255, 255)),
+    "bmp": (halves("RGB", "red", "blue"), "BMP", {}, (255, 0, 0), (0, 0, 255)),
+    "animated gif": (halves("RGB", "red", "blue"), "GIF", FRAMES, (255, 0, 0), (0, 0, 255)),
+    "animated webp": (halves("RGB", "red", "blue"), "WEBP", FRAMES | {"lossless": True}, (255, 0, 0), (0, 0, 255)),
+    "animated png": (halves("RGB", "red", "blue"), "PNG", FRAMES, (255, 0, 0), (0, 0, 255)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_of_any_mode_shows_its_colours(kind):
+    image, form, how, left, right = KINDS[kind]
+    pixels = to_pixels(opened(image, form, **how), 16)
+    assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
+    assert near(pixels[:, 2], left, 3) and near(pixels[:, -3], right, 3)
+    for seed in range(5):
+        assert to_pixels(opened(image, form, **how), 9, Augment(0.3, True, 0.4, 0.5), np.random.default_rng(seed)).shape == (9, 9, 3)
+
+
+def test_numbers_without_a_known_white_are_refused():
+    for image in (Image.new("F", (9, 9), 0.5), Image.new("I", (9, 9), 70000)):
+        with pytest.raises(BadSample, match="32-bit"):
+            to_pixels(opened(image, "TIFF"), 4)
+
+
+@pytest.mark.parametrize("form, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGBA"), ("PNG", "I;16"), ("TIFF", "RGB")])
+def test_a_cameras_orientation_is_undone(form, mode):
+    upright = photo(40, 60).convert("L").convert("RGB")
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        back = next(t for t in (None, *Image.Transpose) if np.array_equal(upright, ImageOps.exif_transpose(with_exif(turn(upright, t), exif))))
+        stored = turn(upright, back)
+        if mode == "I;16":
+            stored = Image.fromarray(np.asarray(stored.convert("L")).astype(np.uint16) * 257)
+        elif mode == "RGBA":
+            stored.putalpha(254)
+        found = to_pixels(opened(stored, form, exif=exif, **({} if form in ("PNG", "TIFF") else {"quality": 95})), 24)
+        assert near(found, to_pixels(upright, 24), 4), orientation
+
+
+def turn(image, how):
+    return image.copy() if how is None else image.transpose(how)
+
+
+def with_exif(image, exif):
+    image.info["exif"] = exif.tobytes()
+    return image
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 2), (5000, 3)])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_extreme_shapes(size, form):
+    colour = (200, 100, 50)
+    for seed in range(20):
+        augment = (Augment(), np.random.default_rng(seed)) if seed else ()
+        assert near(to_pixels(opened(Image.new("RGB", size, colour), form), 16, *augment), colour, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_decoded_small_is_nearly_the_picture_decoded_whole(mode):
+    whole = opened(photo(1003, 771).convert(mode), "JPEG", quality=95)
+    whole.load()  # decoded: draft does nothing now
+    for seed in range(8):
+        augment = (Augment(), np.random.default_rng(seed)) if seed else ()
+        again = (Augment(), np.random.default_rng(seed)) if seed else ()
+        small = to_pixels(opened(photo(1003, 771).convert(mode), "JPEG", quality=95), 64, *augment)
+        assert near(small, to_pixels(whole.copy(), 64, *again), 1.5)
+
+
+def test_a_crop_lies_inside_and_keeps_the_area_it_should():
+    shares = []
+    for seed, (w, h) in itertools.product(range(300), ((100, 80), (33, 47), (400, 300))):
+        x0, y0, x1, y1 = data.crop_box(w, h, 0.4, np.random.default_rng(seed))
+        assert 0 <= x0 < x1 <= w + 1e-9 and 0 <= y0 < y1 <= h + 1e-9
+        assert (x0, y0, x1, y1) == data.crop_box(w, h, 0.4, np.random.default_rng(seed))
+        shares.append((x1 - x0) * (y1 - y0) / (w * h))
+    assert 0.4 <= min(shares) < 0.45 and 0.95 < max(shares) <= 1 + 1e-9 and len(set(shares)) > 600
+
+
+def test_only_what_is_asked_for_is_changed():
+    image, rng = photo(), np.random.default_rng
+    plain = to_pixels(image, 24)
+    assert not Augment().flip and all(np.array_equal(to_pixels(image, 24, Augment(crop=1.0), rng(s)), plain) for s in range(20))
+    seen = {to_pixels(image, 24, Augment(crop=1.0, flip=True), rng(s)).tobytes() for s in range(20)}
+    assert seen == {plain.tobytes(), plain[:, ::-1].tobytes()}
+    grays = [to_pixels(image, 24, Augment(crop=1.0, gray=0.5), rng(s)) for s in range(20)]
+    assert {bool(np.ptp(g, axis=-1).max() == 0) for g in grays} == {True, False}
+    assert len({to_pixels(image, 24, Augment(crop=1.0, jitter=0.4), rng(s)).tobytes() for s in range(20)}) == 20
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+@pytest.fixture(params=["tar", "scenes", "part"])
+def source(request, tmp_path):
+    if request.param == "scenes":
+        return open_source("scenes", seed=5)
+    whole = open_source(put(tmp_path / "a.tar", members(13)))
+    return whole if request.param == "tar" else hold_out(whole, 2)[0]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_a_batch_follows_from_seed_and_position(source):
+    steps = [range(8 * s, 8 * s + 8) for s in range(5)]
+    one = reader(source, workers=1)
+    run = [one.batch(p, 16) for p in steps]
+    assert run[0]["images"].shape == (8, 16, 16, 3) and run[0]["images"].dtype == np.uint8 and run[0]["text"].shape == (8, 12)
+    assert all(same(run[s], reader(source, workers=4).batch(steps[s], 16)) for s in (4, 2, 3, 0))  # anew, from the middle, in any order
+    halves = [[reader(source).batch(p[i:i + 4], 16) for i in (0, 4)] for p in steps]
+    assert all(same(whole, {k: np.concatenate([a[k], b[k]]) for k in a}) for whole, (a, b) in zip(run, halves))
+    assert all(same(a, b) for a, b in zip(run, reader(source).ahead(((p, 16) for p in steps), lambda b: b)))
+    other = reader(source, seed=1).batch(steps[0], 16)
+    assert not np.array_equal(other["images"], run[0]["images"])
+    assert len({x.tobytes() for b in run for x in b["images"]}) == 40  # no crop comes twice
+
+
+def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(tmp_path):
+    whole = open_source(put(tmp_path / "a.tar", members(13)))
+    index = reader(whole).batch(range(13 * 4), 8)["index"].reshape(4, 13)
+    assert all(sorted(epoch) == list(range(13)) for epoch in index.tolist())
+    assert len({tuple(e) for e in index.tolist()}) == 4
+    assert reader(whole, augment=None).batch(range(13), 8)["index"].tolist() == list(range(13))
+
+
+def test_held_out_samples_and_the_rest_are_the_whole(tmp_path):
+    whole = open_source(put(tmp_path / "a.tar", members(43)))
+    for count, held in ((2, 2), (512, 4)):
+        train, val = hold_out(whole, count)
+        parts = [[p.caption(i) for i in range(len(p))] for p in (train, val)]
+        assert len(parts[1]) == held and sorted(parts[0] + parts[1]) == sorted(whole.caption(i) for i in range(43))
+        assert val.name(0) == whole.name(int(val.indices[0])) and train.fingerprint() != val.fingerprint() != whole.fingerprint()
+    with pytest.raises(DataError, match="--val"):
+        hold_out(open_source(put(tmp_path / "b.tar", members(1))), 1)
+
+
+def test_reading_ahead_passes_errors_on_and_ends_with_its_user():
+    def wanted(last):
+        yield range(4), 8
+        raise last
+    ahead = reader(open_source("scenes")).ahead(wanted(DataError("no more")), lambda b: b)
+    assert len(next(ahead)["row"]) == 4
+    with pytest.raises(DataError, match="no more"):
+        next(ahead)
+    before = set(threading.enumerate())
+    endless = reader(open_source("scenes")).ahead(((range(4), 8) for _ in itertools.count()), lambda b: b)
+    next(endless)
+    [thread] = [t for t in set(threading.enumerate()) - before if t.name == "batches"]
+    endless.close()
+    thread.join(30)
+    assert not thread.is_alive()

@@ -1,0 +1,185 @@
+"""Data: every kind of place, what is wrong with one said in a sentence, and broken samples skipped in the open."""
+import io
+import itertools
+import json
+import os
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import tokenizer
+from data import Augment, DataError, Reader, open_source, to_pixels
+
+TOK = tokenizer.build(["a cat number 0123456789"], 200)
+
+
+def photo(width=48, height=36, seed=0):
+    """Soft blotches of colour, unlike in every corner."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind="PNG", **how):
+    held = io.BytesIO()
+    image.save(held, kind, **how)
+    return held.getvalue()
+
+
+def opened(image, kind="PNG", **how):
+    return Image.open(io.BytesIO(encoded(image, kind, **how)))
+
+
+def sample(i):
+    return {"jpg": encoded(photo(seed=i), "JPEG"), "json": json.dumps({"re_caption": f"a cat number {i}", "n": i}).encode(), "txt": b"a cat %d" % i}
+
+
+def put(path, members):
+    """A tar of (name, bytes), as img2dataset lays them out; a name may be bytes."""
+    with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def members(count, start=0):
+    return [(f"{i:09d}.{suffix}", content) for i in range(start, start + count) for suffix, content in sample(i).items()]
+
+
+def spill(folder, files):
+    for name, content in files:
+        path = os.path.join(os.fsencode(folder), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f:
+            f.write(content)
+    return str(folder)
+
+
+def captions(source):
+    return [source.caption(i) for i in range(len(source))]
+
+
+def reader(source, seed=0, augment=Augment(), workers=2):
+    return Reader(source, TOK, 12, seed, augment, workers)
+
+
+# --------------------------------------------------------------------------------------------------------------- places
+def test_folder_tars_globs_and_brace_lists_hold_the_same_samples(tmp_path):
+    spill(tmp_path / "all", members(6))
+    put(tmp_path / "00000.tar", members(3))
+    put(tmp_path / "00001.tar", members(3, start=3))
+    for where in ("all", "*.tar", "0000?.tar", "{00000..00001}.tar", "0000{0,1}.tar", "0000{0,1}.ta[r]"):
+        source = open_source(str(tmp_path / where))
+        assert captions(source) == [f"a cat {i}" for i in range(6)] and source.skipped == {}, where
+        assert captions(open_source(str(tmp_path / where), "re_caption")) == [f"a cat number {i}" for i in range(6)]
+        assert np.array_equal(to_pixels(source.picture(4), 16), to_pixels(opened(photo(seed=4), "JPEG"), 16))
+
+
+def test_odd_names_are_only_names(tmp_path):
+    names = ["with space", "dots.in.it", "sub/folder/x", "./here", "käse", b"not-utf8-\xff", "new\nline"]
+    files = [(os.fsencode(n) + b"." + os.fsencode(s), c) for n, i in zip(names, itertools.count()) for s, c in sample(i).items()]
+    wheres = spill(tmp_path / "all [1] {a}", files), put(tmp_path / "odd [1] {a,b}.tar", files)
+    for where in wheres:
+        source = open_source(where)
+        assert sorted(captions(source)) == [f"a cat {i}" for i in range(len(names))] and source.skipped == {}
+        assert all(source.name(i).encode() for i in range(len(source)))  # can be printed
+
+
+def test_incomplete_and_repeated_files_are_counted(tmp_path):
+    files = [*members(2), ("x.jpg", sample(0)["jpg"]), ("y.txt", b"no image"), ("z.gif", b"GIF"), ("README.md", b"-"), ("000000000.png", encoded(photo()))]
+    counted = {"without a .txt": 2, "without an image": 1, "beside another image of the same name": 1}
+    assert open_source(spill(tmp_path / "all", files)).skipped == counted
+    twice = open_source(put(tmp_path / "a.tar", [*files, ("000000001.txt", b"the later one")]))
+    assert twice.skipped == counted | {"replaced by a later file of the same name": 1}
+    assert captions(twice) == ["a cat 0", "the later one"]
+
+
+def test_fingerprint_tells_data_sets_apart(tmp_path):
+    a, b = (spill(tmp_path / n, members(2, start=s)) for n, s in (("a", 0), ("b", 1)))
+    tars = [put(tmp_path / f"{n}.tar", members(n)) for n in (2, 3)]
+    assert len({open_source(w).fingerprint() for w in (a, b, *tars)}) == 4
+    os.rename(a, tmp_path / "moved")
+    assert open_source(str(tmp_path / "moved")).fingerprint() == open_source(spill(a, members(2))).fingerprint()
+
+
+@pytest.mark.parametrize("where, field, says", [
+    ("absent", "txt", "nothing of that name exists"), ("none*.tar", "txt", "no file matches"), ("absent.tar", "txt", "absent.tar cannot be read .*No such file"),
+    ("{0..99999999999}.tar", "txt", "too many files"), ("one.tar.gz", "txt", "is no data: give scenes, a folder"), ("one.tar.g*", "txt", "uncompressed tar"),
+    ("zero.tar", "txt", "zero.tar cannot be read as an uncompressed tar: empty file"), ("text.tar", "txt", "text.tar cannot be read as an uncompressed"),
+    ("folder*", "txt", "Is a directory"), ("bare.tar", "txt", r"no captioned image .*1 without a \.txt.*--caption"), ("folder", "txt", "no images at all"),
+    ("good.tar", "caption", r"no field 'caption' \(it has re_caption, n\); name one with --caption"), ("good.tar", "n", "caption is empty"),
+    ("bare.tar", "re_caption", r"1 without a \.json"),
+])
+def test_a_place_without_data_is_one_sentence(tmp_path, where, field, says):
+    put(tmp_path / "good.tar", members(2))
+    put(tmp_path / "bare.tar", [("a.jpg", sample(0)["jpg"])])
+    (tmp_path / "one.tar.gz").write_bytes(b"\x1f\x8b" + bytes(600))
+    (tmp_path / "zero.tar").write_bytes(b"")
+    (tmp_path / "text.tar").write_bytes(b"not a tar " * 200)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=says) as problem:
+        open_source(str(tmp_path / where), field)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_cut_off_tar_gives_what_it_holds_and_says_so(tmp_path):
+    whole = open(put(tmp_path / "whole.tar", members(4)), "rb").read()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        third = tar.getmember("000000003.jpg")
+    for cut in (third.offset + 100, third.offset, third.offset_data, third.offset_data + 200):  # in a header, between, in data
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        source = open_source(str(tmp_path / "cut.tar"))
+        assert captions(source) == [f"a cat {i}" for i in range(3)], cut
+        assert any("cut.tar has no end mark" in why for why in source.skipped), cut
+        reader(source).batch(range(3), 8)
+    (tmp_path / "hurt.tar").write_bytes(whole[:third.offset] + b"\xff" * 512 + whole[third.offset + 512:])
+    assert any("hurt.tar has no end mark" in why for why in open_source(str(tmp_path / "hurt.tar")).skipped)
+
+
+# ------------------------------------------------------------------------------------------------------- broken samples
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+BOMB = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+JPEG = encoded(photo(400, 300), "JPEG")
+PIXELS = {"noise": b"\x00\x01" * 400, "empty": b"", "cut.jpeg": JPEG[:len(JPEG) // 2], "cut.png": encoded(photo())[:-200], "bomb": BOMB, "text": b"<html>404</html>",
+          "float": encoded(Image.new("F", (9, 9), 0.5), "TIFF")}
+TEXTS = {"empty": b"", "blank": b" \n\t", "latin1": "käse".encode("latin1"), "utf16": "a cat".encode("utf16"), "zeros": bytes(8)}
+JSONS = {"broken": b'{"c": "a', "list": b'["c"]', "text": b'"c"', "number": b'{"c": 3}', "null": b'{"c": null}', "deep": b"[" * 200000, "empty": b"",
+         "absent": b'{"d": "x"}', "blank": b'{"c": " "}', "digits": b'{"c": ' + b"9" * 5000 + b"}"}
+BROKEN = [("txt", "jpg", k, v) for k, v in PIXELS.items()] + [("txt", "txt", k, v) for k, v in TEXTS.items()] + [("c", "json", k, v) for k, v in JSONS.items()]
+
+
+@pytest.mark.parametrize("field, part, kind, content", BROKEN, ids=[f"{b[1]}-{b[2]}" for b in BROKEN])
+def test_a_broken_sample_is_replaced_counted_and_named(tmp_path, field, part, kind, content):
+    files = {(i, s): c for i in range(4) for s, c in (sample(i) | {"json": b'{"c": "a cat %d"}' % i}).items()}
+    files[1, part] = content
+    source = open_source(put(tmp_path / "a.tar", [(f"{i}.{s}", c) for (i, s), c in files.items()]), field)
+    found = [reader(source, workers=w) for w in (1, 4)]
+    one, other = (r.batch(range(8), 16) for r in found)
+    assert all(np.array_equal(one[k], other[k]) for k in one)
+    assert set(one["index"]) == {0, 2, 3} and np.bincount(one["index"])[2] == 4  # twice an epoch: for itself, and for 1
+    assert found[0].bad == found[1].bad and list(found[0].bad) == [1] and "\n" not in found[0].bad[1]
+    assert [found[0].sample_index(p) for p in range(8)] == one["index"].tolist()
+    everything_broken = data.Part(source, np.array([1, 1]))
+    with pytest.raises(DataError, match="not one usable sample"):
+        reader(everything_broken).batch(range(2), 16)
+
+
+def test_odd_but_whole_samples_are_used(tmp_path):
+    files = [("a.jpg", encoded(photo())), ("a.txt", b"\xef\xbb\xbfa c\0at"), ("b.JPG", JPEG), ("b.txt", "猫 😀 \u200b\r\n".encode()),
+             ("c.gif", encoded(photo(), "WEBP")), ("c.txt", b"cat " * 5000)]
+    source = open_source(spill(tmp_path / "all", files))
+    batch, plain = (reader(source, augment=None).batch(range(3), 16) for _ in "12")
+    assert len(source) == 3 and batch["text"].tolist() == plain["text"].tolist()
+    assert batch["text"][0].tolist() == TOK.encode("a cat", 12).tolist() and batch["text"][2][-1] == 2
+    (tmp_path / "all" / "b.JPG").unlink()  # while the run goes on
+    gone = reader(source, augment=None)
+    assert gone.batch(range(3), 16)["index"].tolist() == [0, 2, 2] and "cannot be read" in gone.bad[1]

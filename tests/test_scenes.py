@@ -1,0 +1,172 @@
+"""The embedded pictures: what a caption states is what is drawn, what is graded, and what its surprise counts."""
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+
+import scenes
+import tokenizer
+
+MANY = [scenes.record(seed, split, i) for seed in (0, 7) for split in ("train", "val") for i in range(1500)]
+STATED = ("objects", "tone", "pattern", "word", "row")
+
+
+def right(text, scene):
+    return {name for name, (n, of) in scenes.grade(text, scene).items() if n == of}
+
+
+def test_a_scene_follows_from_seed_split_and_index():
+    there = [scenes.record(3, "train", i) for i in range(20)]
+    back = [scenes.record(3, "train", i) for i in reversed(range(20))][::-1]
+    assert there == back
+    assert all(np.array_equal(scenes.paint(a), scenes.paint(b)) for a, b in zip(there, back))
+    others = [scenes.record(*key) for key in ((4, "train", 0), (3, "val", 0), (3, "train", 20))]
+    assert all(o != there[0] and not np.array_equal(scenes.paint(o), scenes.paint(there[0])) for o in others)
+
+
+def test_train_and_val_share_no_picture():
+    drawn = {split: {tuple(scenes.record(0, split, i)["jitter"]) for i in range(2000)} for split in ("train", "val")}
+    assert len(drawn["train"]) == len(drawn["val"]) == 2000 and not drawn["train"] & drawn["val"]
+
+
+def test_a_picture_is_rgb_and_shows_every_attribute():
+    """Two records that differ in one attribute, drawn with the same jitter, are different pictures."""
+    scene = next(s for s in MANY if s["word"] and len(s["objects"]) == 2)
+    picture = scenes.paint(scene)
+    assert picture.mode == "RGB" and picture.size == (scenes.SIDE, scenes.SIDE)
+    for changed in one_off(scene):
+        assert not np.array_equal(scenes.paint(changed), picture), changed
+    assert all(scenes.paint(scene | {"word": w}).size == picture.size for w in scenes.WORDS)
+
+
+def test_nothing_overlaps_and_all_values_occur():
+    for s in MANY:
+        places = [o["place"] for o in s["objects"]]
+        assert places == sorted(set(places), key=scenes.PLACES.index) and 1 <= len(places) <= (2 if s["word"] else 3)
+        assert (s["word"] is None) == (s["row"] is None)
+        assert not s["row"] or not any(p.startswith(s["row"]) for p in places)
+    for values, seen in ((scenes.TONES, "tone"), (scenes.PATTERNS, "pattern"), (range(scenes.WORDINGS), "wording"),
+                         ((*scenes.WORDS, None), "word"), ((*scenes.ROWS, None), "row")):
+        assert {s[seen] for s in MANY} == set(values)
+    for values, seen in ((scenes.COLOURS, "colour"), (scenes.SHAPES, "shape"), (scenes.SIZES, "size"), (scenes.PLACES, "place")):
+        assert {o[seen] for s in MANY for o in s["objects"]} == set(values)
+
+
+@pytest.mark.parametrize("wording", range(scenes.WORDINGS))
+def test_a_caption_states_the_record_in_every_wording(wording):
+    tok = tokenizer.build(map(scenes.caption, MANY), 192)
+    for s in MANY:
+        text = scenes.caption(s | {"wording": wording})
+        through = tok.decode(tok.encode(text, 128))
+        assert through.count(" ") > text.count(" ")  # the tokenizer sets marks apart
+        for form in (text, through, text.upper(), re.sub(r"([.,:])", r" \1 ", text)):
+            assert scenes.parse(form) == {k: s[k] for k in STATED}, form
+
+
+def test_the_toys_text_length_and_vocabulary_hold_every_caption():
+    tok = tokenizer.build(map(scenes.caption, MANY), 192)
+    longest = max(len(tok.pieces_of(scenes.caption(s | {"wording": w}))) for s in MANY for w in range(scenes.WORDINGS))
+    assert longest + 2 <= 28
+    assert not any(tok.unknown in tok.pieces_of(scenes.caption(s)) for s in MANY)
+
+
+@pytest.mark.parametrize("text", ["", " ", ".", "a red circle", "two on plain white: top left red circle big.", "[UNK] " * 20, "on plain white.",
+                                  "three on plain white: , , .", "plain white background. .", "top left a big red circle, on plain white. top the word"])
+def test_what_is_in_no_wording_is_not_parsed_and_earns_nothing(text):
+    assert scenes.parse(text) is None
+    for s in MANY[:50]:
+        assert all(n == 0 and of > 0 for n, of in scenes.grade(text, s).values())
+
+
+# --------------------------------------------------------------------------------------------------------------- grades
+def one_off(scene):
+    """Every record that differs from this one in one value."""
+    values = {"size": scenes.SIZES, "colour": scenes.COLOURS, "shape": scenes.SHAPES}
+    for i, o in enumerate(scene["objects"]):
+        for key, options in values.items():
+            for other in set(options) - {o[key]}:
+                yield scene | {"objects": [*scene["objects"][:i], o | {key: other}, *scene["objects"][i + 1:]]}
+        for other in set(scenes.PLACES) - {x["place"] for x in scene["objects"]}:
+            yield scene | {"objects": [*scene["objects"][:i], o | {"place": other}, *scene["objects"][i + 1:]]}
+    yield from (scene | {"tone": t} for t in set(scenes.TONES) - {scene["tone"]})
+    yield from (scene | {"pattern": p} for p in set(scenes.PATTERNS) - {scene["pattern"]})
+    if scene["word"]:
+        yield from (scene | {"word": w} for w in set(scenes.WORDS) - {scene["word"]})
+        yield scene | {"row": next(r for r in scenes.ROWS if r != scene["row"])}
+
+
+def test_the_truth_is_graded_right_in_every_wording_and_order():
+    for s in MANY[:500]:
+        for wording in range(scenes.WORDINGS):
+            for objects in itertools.permutations(s["objects"]):
+                grade = scenes.grade(scenes.caption(s | {"wording": wording, "objects": list(objects)}), s)
+                assert all(n == of for n, of in grade.values()) and ("word" in grade) == bool(s["word"])
+
+
+def test_each_single_wrong_value_is_noticed_and_nothing_else_is_marked_down():
+    for s in MANY[:60]:
+        for said in one_off(s):
+            [wrong] = [k for k in STATED if said[k] != s[k]]
+            if wrong == "objects":
+                [(key, _)] = [(k, v) for a, b in zip(s["objects"], said["objects"]) for k, v in a.items() if b[k] != v]
+                lost = {key, "exact"} | ({"object"} if key != "size" else set())
+            else:
+                lost = {"exact"} | {"tone": {"background"}, "pattern": {"background"}, "word": {"word"}, "row": set()}[wrong]
+            every = set(scenes.grade(scenes.caption(s), s))
+            assert right(scenes.caption(said), s) == every - lost, (scenes.caption(said), s)
+
+
+def test_objects_left_out_or_invented_count_as_wrong():
+    for s in MANY[:300]:
+        n, free = len(s["objects"]), [p for p in scenes.PLACES if p not in {o["place"] for o in s["objects"]}]
+        extra = {"size": "big", "colour": "red", "shape": "star", "place": free[0]}
+        for objects, same, of in ((s["objects"][1:], n - 1, n), ([*s["objects"], extra], n, n + 1), ([*s["objects"], s["objects"][0]], n, n + 1)):
+            if objects and len(objects) < len(scenes.NUMBERS):
+                grade = scenes.grade(scenes.caption(s | {"objects": objects}), s)
+                assert grade["count"] == grade["exact"] == (0, 1)
+                assert all(grade[k] == (same, of) for k in ("colour", "shape", "size", "place", "object"))
+
+
+def test_a_word_left_out_or_invented_is_noticed():
+    for s in MANY[:300]:
+        said = s | ({"word": None, "row": None} if s["word"] else {"word": "cat", "row": "top"})
+        grade = scenes.grade(scenes.caption(said), s)
+        assert grade["exact"] == (0, 1) and grade.get("word", (0, 1)) == (0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- surprise
+def test_surprise_is_the_logarithm_of_a_probability_that_sums_to_one():
+    """Over kinds of scene (word or not, which places), each standing for as many captions as its other values allow."""
+    total = 0.0
+    looks = len(scenes.SIZES) * len(scenes.COLOURS) * len(scenes.SHAPES)
+    grounds = len(scenes.TONES) * len(scenes.PATTERNS)
+    for row in (None, *scenes.ROWS):
+        open_places = [p for p in scenes.PLACES if not row or not p.startswith(row)]
+        for n in (1, 2, 3)[:2 if row else 3]:
+            for places in itertools.combinations(open_places, n):
+                objects = [{"size": "big", "colour": "red", "shape": "star", "place": p} for p in places]
+                scene = {"objects": objects, "tone": "white", "pattern": "plain", "word": "cat" if row else None, "row": row, "wording": 0}
+                captions = looks ** n * grounds * scenes.WORDINGS * (len(scenes.WORDS) if row else 1)
+                total += captions * math.exp(-scenes.surprise(scene))
+    assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_surprise_agrees_with_how_often_kinds_of_scene_are_drawn():
+    """The share of scenes with (word, n objects, the very places) against the formula with the rest summed out."""
+    seen = {}
+    for s in MANY:
+        kind = s["row"], tuple(o["place"] for o in s["objects"])
+        seen.setdefault(kind, []).append(s)
+    looks = len(scenes.SIZES) * len(scenes.COLOURS) * len(scenes.SHAPES)
+    assert len(seen) == 14 + 2 * 3
+    for (row, places), found in seen.items():
+        alike = looks ** len(places) * len(scenes.TONES) * len(scenes.PATTERNS) * scenes.WORDINGS * (len(scenes.WORDS) if row else 1)
+        expected = alike * math.exp(-scenes.surprise(found[0]))
+        assert abs(len(found) / len(MANY) - expected) < 5 * math.sqrt(expected / len(MANY)), (row, places)
+
+
+def test_different_records_have_different_captions():
+    kinds = {tuple((k, str(s[k])) for k in (*STATED, "wording")) for s in MANY}
+    assert len({scenes.caption(s) for s in MANY}) == len(kinds)

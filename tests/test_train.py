@@ -1,0 +1,227 @@
+"""The run as a whole: the step on any number of devices, stages, interruption, and what a run leaves behind."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+import checkpoint
+import config
+import evaluate
+import plots
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ["--stages", "resolution=16 steps=6 batch=8 lr=1e-3 warmup=1, resolution=24 steps=5 batch=8 lr=1e-3 warmup=1",
+        "--val-count", "20", "--log-every", "2", "--eval-every", "4", "--save-every", "3", "--workers", "2"]
+
+
+def rows(folder) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k not in ("images_per_second", "data_wait")} for r in plots.read_metrics(os.path.join(folder, "metrics.jsonl"))]
+
+
+def arrays(folder) -> dict:
+    return checkpoint.latest(str(folder))[1]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted tiny run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_what_it_should(whole):
+    names = set(os.listdir(whole))
+    assert {"config.json", "vocab.txt", "metrics.jsonl", "curve.png", "samples.png", "summary.json", "encoder.npz", "step-00000011.npz"} <= names
+    assert not [n for n in names if n.endswith((".part", ".new"))]
+    summary = json.load(open(whole / "summary.json"))
+    assert {"val_loss", "floor_loss", "images_seen", "seconds", "images_per_second", "parameters", "object_accuracy", "exact_match", "word_accuracy",
+            "colour_accuracy", "shape_accuracy", "size_accuracy", "place_accuracy"} <= summary.keys()
+    assert summary["images_seen"] == 11 * 8 and 0 < summary["floor_loss"] < 2 and summary["parameters"] > 500_000
+    for name in ("curve.png", "samples.png"):
+        assert min(Image.open(whole / name).size) > 300
+
+
+def test_metrics_tell_of_both_stages(whole):
+    steps = [r for r in rows(whole) if "loss" in r]
+    assert [(r["step"], r["stage"], r["images"]) for r in steps] == [(2, 1, 16), (4, 1, 32), (6, 1, 48), (8, 2, 64), (10, 2, 80), (11, 2, 88)]
+    assert [r["step"] for r in rows(whole) if "val_loss" in r] == [4, 6, 8, 11]
+    assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in steps)
+
+
+def test_the_switch_carries_parameters_and_starts_a_new_optimizer(whole):
+    found = arrays(whole)
+    counts = [v for k, v in found.items() if k.startswith("opt/") and k.endswith("count")]
+    assert counts and all(int(c) == 5 for c in counts)  # steps of the second stage alone
+    assert any(k.startswith("params/decoder/") for k in found)
+
+
+def test_encoder_file_is_the_encoder(whole):
+    encoder, meta = checkpoint.load(str(whole / "encoder.npz"))
+    full = arrays(whole)
+    assert encoder and all(np.array_equal(v, full[f"params/encoder/{k}"]) for k, v in encoder.items())
+    assert meta["encoder"]["patch"] == 8 and meta["resolution"] == 24
+
+
+def test_finished_run_is_left_alone(whole, capsys):
+    before = os.stat(whole / "summary.json").st_mtime_ns
+    assert train.main([*TINY, "--out", str(whole)]) == 0
+    assert "is finished" in capsys.readouterr().out and os.stat(whole / "summary.json").st_mtime_ns == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole, capsys):
+    assert train.main([*TINY, "--out", str(whole), "--keep-ratio", "0.5", "--seed", "3"]) == 1
+    said = capsys.readouterr().err
+    assert "--keep-ratio is 0.5, was 0.35" in said and "--seed is 3, was 0" in said
+    assert json.load(open(whole / "config.json"))["keep_ratio"] == 0.35
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_interrupted_equals_uninterrupted(whole, tmp_path, number, status):
+    """A signal in the first or second stage, then the same command: the same parameters, optimizer and metrics, bit for bit."""
+    command = [sys.executable, "train.py", *TINY, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics, wanted = tmp_path / "run" / "metrics.jsonl", {signal.SIGTERM: 1, signal.SIGINT: 5, signal.SIGKILL: 6}[number]
+    while process.poll() is None and not (metrics.exists() and len(rows(tmp_path / "run")) >= wanted):
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    assert process.returncode == status
+    if number != signal.SIGKILL:
+        assert "saved at step" in said
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "continuing" in again.stdout
+    assert same(arrays(tmp_path / "run"), arrays(whole))
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def test_evaluate_measures_a_run_again(whole):
+    done = subprocess.run([sys.executable, "evaluate.py", str(whole)], cwd=ROOT, capture_output=True, text=True)
+    again = json.loads(done.stdout[done.stdout.index("{"):])
+    summary = json.load(open(whole / "summary.json"))
+    assert again["val_loss"] == summary["val_loss"] and again["object_accuracy"] == summary["object_accuracy"]
+
+
+DEVICES = """
+import json, jax, numpy as np, config, train, data, scenes, tokenizer
+from devices import Place
+cfg = config.PRESETS["toy"]
+tok = tokenizer.build([scenes.caption(scenes.record(0, "train", i)) for i in range(500)], 192)
+model = train.Model(*config.models(cfg, 192), 0.35)
+reader = data.Reader(data.Scenes(0, "train"), tok, 28, 0, data.Augment(1.0), 2)
+stage = config.Stage(1, 16, 16, 1e-3, 20, 2, 0, 0)
+out = {}
+for name, count, accum in (("one", 1, 1), ("eight", 8, 1), ("pieces", 1, 4), ("both", 2, 4)):
+    place, optimizer = Place(count), train.make_optimizer(cfg, stage)
+    params = train.init(cfg, model)
+    step = train.make_step(model, optimizer, 0, accum, place.local)
+    params, state, losses = place.copies(params), place.copies(optimizer.init(params)), []
+    for s in range(5):
+        params, state, metrics = step(params, state, place.put(reader.batch(range(16 * s, 16 * s + 16), 16)))
+        losses.append([float(place.get(metrics[k])) for k in ("loss", "grad_norm")])
+    gaps = [float(np.abs(np.asarray(x) - np.asarray(x)[:1]).max()) for x in jax.tree.leaves(params)]
+    out[name] = losses, max(gaps)
+print(json.dumps(out))
+"""
+
+
+def test_devices_and_pieces_change_no_number():
+    """1 device, 8 pretend devices, 4 pieces, 2 devices x 4 pieces: one curve, for loss and for the whole gradient's norm."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", DEVICES], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = json.loads(done.stdout.splitlines()[-1])
+    for name in ("eight", "pieces", "both"):
+        np.testing.assert_allclose(out[name][0], out["one"][0], rtol=2e-5)
+        assert out[name][1] == 0  # every device holds the same parameters
+
+
+def test_gradients_of_eight_devices_are_those_of_one():
+    """With plain SGD the update is the gradient: each leaf against one device's."""
+    code = DEVICES.replace("train.make_optimizer(cfg, stage)", "__import__('optax').sgd(1.0)").replace("range(5)", "range(1)").replace(
+        "out[name] = losses, max(gaps)", "out[name] = [np.asarray(x)[0].tolist() for x in jax.tree.leaves(jax.tree.map(lambda a, b: a - b, place.get(params), "
+        "jax.tree.map(np.asarray, train.init(cfg, model))))]; out[name] = [[float(np.linalg.norm(x)) for x in out[name]], [float(np.sum(np.asarray(x) * "
+        "np.sin(np.arange(np.asarray(x).size)).reshape(np.asarray(x).shape))) for x in out[name]]]")
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = json.loads(done.stdout.splitlines()[-1])
+    norms = np.array(out["one"][0])
+    for name in ("eight", "pieces", "both"):
+        np.testing.assert_allclose(out[name][0], norms, rtol=1e-4, atol=1e-7)
+        assert (np.abs(np.array(out[name][1]) - out["one"][1]) <= 1e-4 * norms * 10 + 1e-6).all()  # a projection sees signs and order too
+
+
+def test_decay_is_on_matrices_alone():
+    cfg, stage = config.PRESETS["toy"], config.Stage(1, 16, 8, 1e-2, 10, 0, 0, 0)
+    params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones((2, 3))}, "embed": {"embedding": jnp.ones((4, 2))}, "norm": {"scale": jnp.ones((2, 3))}}
+    optimizer = train.make_optimizer(cfg, stage)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["a"]["kernel"], -1e-2 * cfg.weight_decay, rtol=1e-5)
+    assert all((updates[a][b] == 0).all() for a, b in (("a", "bias"), ("embed", "embedding"), ("norm", "scale")))
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    rate = train.schedule(config.Stage(1, 16, 8, 3e-3, 100, 10, 0, 0))
+    values = [float(rate(s)) for s in range(101)]
+    assert values[0] == 0 and values[10] == pytest.approx(3e-3) and values[100] == pytest.approx(0, abs=1e-9)
+    assert values[55] == pytest.approx(1.5e-3, rel=1e-3) and values[5] == pytest.approx(1.5e-3)
+    assert optax.tree.norm(jnp.diff(jnp.array(values[:11]))) > 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+    argv = ["--stages", "resolution=16 steps=40 batch=8 lr=1e30 warmup=0", "--clip", "0", "--val-count", "8", "--out", str(tmp_path / "run")]
+    assert train.main(argv) == 1
+    said = capsys.readouterr().err
+    assert "no longer finite" in said and "lower lr" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("recipe", list(config.PRESETS))
+def test_every_recipe_says_what_it_would_be(recipe, capsys):
+    assert train.main([recipe, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "encoder" in said and "patch tokens" in said and "FLOPs" in said
+    if recipe == "l14":
+        for figure in ("encoder 302.9 M", "256 patch tokens, 89 kept", "36 patch tokens, 12 kept", "206.16 GFLOPs", "391,000" if False else "390,981 steps"):
+            assert figure in said, said
+
+
+def test_shuffled_pictures_cost_a_model_that_looks(tmp_path):
+    """A decoder that copies what the picture says: its loss is low on its own pictures and high on shuffled ones."""
+    from devices import Place
+    from run import Run
+    cfg = config.parse([*TINY, "--out", str(tmp_path / "run")])[0]
+    run = Run(cfg, Place())
+    run.enter(run.plan[0])
+    run.bar.close()
+    params = run.place.copies(train.init(cfg, run.model))
+    captions = [tuple(run.tok.encode(run.val_source.caption(i), cfg.text_length)) for i in range(20)]
+    seen = []
+
+    def spy(params, batch):
+        seen.append([tuple(t) for t in np.asarray(batch["text"]).reshape(-1, cfg.text_length)])
+        return [np.ones((1,)), np.ones((1,))]
+    run.held.loss, run.place = spy, run.place
+    run.held.place.get = lambda x: x[0]
+    run.held.losses(params)
+    n = len(seen) // 2
+    straight, moved = ([t for batch in part for t in batch if any(t)] for part in (seen[:n], seen[n:]))
+    assert straight == captions and sorted(moved) == sorted(captions)
+    assert all(a != b for a, b in zip(straight, moved))
+    assert run.held.blind() == pytest.approx(run.floor)
+    assert evaluate.HeldOut(cfg, run.val_reader, 16, 8, run.model, run.place).count == 20
