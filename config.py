@@ -49,8 +49,6 @@ class Config:
     keep_ratio: float = opt(0.35, "share of patch tokens that the decoder sees, drawn anew each step; lower is faster")
     prefix: str = opt("causal", "whether image tokens in the decoder see only those before them, or all", ("causal", "bidirectional"))
     cls: bool = opt(False, "give the encoder a CLS token, as the released weights have")
-    grid: int = opt(0, "0: patches count 0, 1, 2 … at every resolution, as released; G: positions are stretched so that every picture spans "
-                       "G patches, which makes the switch of resolution gentler")
     stages: str = opt("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L warmup=W, in steps or images as the length is; "
                           "stages part by commas")
     data: str = opt("", "training pictures: scenes, a folder of images with .txt captions, or tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
@@ -93,8 +91,10 @@ def paper(encoder: str, dec: str, low: int) -> Config:
 
 
 PRESETS = {
-    "toy": Config(data="scenes", crop=1.0, grid=4, text_length=28, vocab_size=192, clip=1.0, weight_decay=0.05,
-                  stages="resolution=32 steps=1100 batch=64 lr=2e-3 warmup=100, resolution=64 steps=300 batch=64 lr=1e-3 warmup=50"),
+    "toy": Config(data="scenes", crop=1.0, text_length=28, vocab_size=192, clip=1.0, weight_decay=0.05,
+                  stages="resolution=24 steps=500 batch=64 lr=2e-3 warmup=100, resolution=32 steps=800 batch=64 lr=2e-3 warmup=20"),
+    "pictures": Config(crop=0.6, text_length=48, vocab_size=4000, clip=1.0, jitter=0.2, weight_decay=0.1,
+                       stages="resolution=32 steps=1800 batch=64 lr=1.5e-3 warmup=100, resolution=48 steps=400 batch=64 lr=1e-3 warmup=50"),
     "ti16": paper("Ti/16", "Ti", 160),
     "s16": paper("S/16", "S", 160),
     "b16": paper("B/16", "B", 160),
@@ -136,7 +136,7 @@ def stages(cfg: Config) -> tuple[Stage, ...]:
 def models(cfg: Config, vocab: int) -> tuple[vit.ViTConfig, decoder.DecoderConfig]:
     """Encoder and decoder as the run has them, the word table with `vocab` rows."""
     how = {"dtype": cfg.dtype, "remat": cfg.remat, "unroll": cfg.unroll}
-    enc = vit.config(cfg.encoder, cls=cfg.cls, grid=cfg.grid, **how)
+    enc = vit.config(cfg.encoder, cls=cfg.cls, **how)
     return enc, decoder.config(cfg.decoder, vocab, enc.width, prefix=cfg.prefix, loss_chunk=cfg.loss_chunk, **how)
 
 
@@ -146,6 +146,14 @@ def check(cfg: Config, devices: int = 1) -> None:
         enc, _ = models(cfg, cfg.vocab_size)
     except ValueError as problem:
         raise ConfigError(f"--encoder, --decoder: {problem}") from None
+    bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "gray": (0, 1), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
+              "clip": (0, 1e9), "text_length": (3, 1 << 20), "vocab_size": (8, 1 << 30), "val_count": (2, 1 << 30), "accum": (1, 1 << 20),
+              "workers": (1, 1024), "log_every": (1, 1 << 40), "eval_every": (1, 1 << 40), "save_every": (1, 1 << 40), "loss_chunk": (0, 1 << 20),
+              "unroll": (1, 1024), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20)}
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {'above 0' if low == 1e-9 else f'at least {low}'}"
+                              f", at most {high}")
     for stage in stages(cfg):
         if stage.resolution % enc.patch:
             below = stage.resolution // enc.patch * enc.patch
@@ -154,14 +162,6 @@ def check(cfg: Config, devices: int = 1) -> None:
         if stage.batch % (devices * cfg.accum):
             raise ConfigError(f"--stages: batch {stage.batch} of stage {stage.number} cannot be shared by {devices} devices x {cfg.accum} pieces "
                               f"(--accum): make it a multiple of {devices * cfg.accum}")
-    bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "gray": (0, 1), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
-              "clip": (0, 1e9), "text_length": (3, 1 << 20), "vocab_size": (8, 1 << 30), "val_count": (2, 1 << 30), "accum": (1, 1 << 20),
-              "workers": (1, 1024), "log_every": (1, 1 << 40), "eval_every": (1, 1 << 40), "save_every": (1, 1 << 40), "loss_chunk": (0, 1 << 20),
-              "unroll": (1, 1024), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20), "grid": (0, 1 << 12)}
-    for name, (low, high) in bounds.items():
-        if not low <= getattr(cfg, name) <= high:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {'above 0' if low == 1e-9 else f'at least {low}'}"
-                              f", at most {high}")
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -169,13 +169,18 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     names and bad values end the program with a usage line."""
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description="Train a vision encoder from captions alone. Without arguments: the toy, in minutes on a CPU.")
-    parser.add_argument("recipe", nargs="?", default="toy", choices=list(PRESETS), help="the settings that flags change (default: toy)")
+    parser.add_argument("recipe", nargs="?", default="toy", metavar="{" + ",".join(PRESETS) + "}", help="the settings that flags change (default: toy)")
     for f in dataclasses.fields(Config):
         shown = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'by the recipe' if f.name in ('stages', 'data') else 'none'})"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown.replace("%", "%%"), **kind)
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and end")
-    given = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    given = vars(found)
+    if unknown:  # before the recipe, for which argparse takes what stands behind an unknown flag
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if found.recipe not in PRESETS:
+        parser.error(f"argument recipe: invalid choice: {found.recipe!r} (choose from {', '.join(PRESETS)})")
     recipe, dry = given.pop("recipe"), given.pop("dry_run")
     cfg = dataclasses.replace(PRESETS[recipe], **given)
     return dataclasses.replace(cfg, out=cfg.out or f"runs/{recipe}"), dry

@@ -222,7 +222,7 @@ def shards(where: str, field: str) -> Files:
             except (tarfile.TarError, OSError, ValueError):
                 pass  # what came before is good; the mark below is then missing
         if not ends_well(path, end):
-            source.skip(f"shard {printable(path)} has no end mark: it was cut off or damaged, and what could be read is used, by shard")
+            source.skip(f"shard {printable(path)} has no end mark: it was cut off or damaged, and what could be read is used")
         source.pair(found)
     return source.close()
 
@@ -316,8 +316,9 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
         width, height = image.size
         box = crop_box(width, height, augment.crop, rng) if augment and augment.crop < 1 else (0, 0, width, height)
         need = (resolution * width / max(box[2] - box[0], 1), resolution * height / max(box[3] - box[1], 1))
-        image.draft("RGB", (int(need[0]) + 1, int(need[1]) + 1))  # a JPEG decodes at 1/2, 1/4 or 1/8 when that suffices
-        box = [b * new / old for b, new, old in zip(box, image.size * 2, (width, height) * 2)]
+        if drafted := image.draft("RGB", (int(need[0]) + 1, int(need[1]) + 1)):  # a JPEG decodes at 1/2, 1/4 or 1/8 when that suffices
+            inside = drafted[1][2:]  # 1003 / 8 pixels show the picture, where 126 are decoded: the last is in part beyond it
+            box = [b * new / old for b, new, old in zip(box, inside * 2, (width, height) * 2)]
         image.load()
         turned = image.getexif().get(ExifTags.Base.Orientation)  # now, for not every conversion below keeps it
         if image.mode.startswith("I;16"):
@@ -429,7 +430,9 @@ class Reader:
 
 if __name__ == "__main__":
     import sys
+
     from PIL import ImageDraw
+
     from tokenizer import build
     where, field = [*sys.argv[1:], *("scenes", "txt")[len(sys.argv) - 1:]][:2]
     try:

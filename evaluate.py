@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import data
@@ -26,7 +25,6 @@ from config import Config
 from decoder import caption_loss, generate, target_count
 from devices import Place
 from masking import keep
-from tokenizer import Tokenizer
 from vit import vit
 
 
@@ -82,7 +80,7 @@ class HeldOut:
         out = {}
         for name, moved in (("val_loss", 0), ("shuffled_loss", 1)):
             sums = np.zeros(2)
-            for batch, real in self.batches:
+            for batch, _ in self.batches:
                 n = int((batch["text"].any(-1)).sum())
                 text = np.concatenate([np.roll(batch["text"][:n], moved, axis=0), batch["text"][n:]])
                 sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | {"text": text}))]
@@ -124,10 +122,10 @@ if __name__ == "__main__":
     import sys
 
     import checkpoint
+    import train
     from config import ConfigError
     from devices import Place
     from run import Run
-    import train
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python evaluate.py RUN, a folder that train.py made")
     try:

@@ -237,7 +237,8 @@ class Run:
         summary = losses | {
             "floor_loss": self.floor_loss, "images_seen": last.first_image + last.steps * last.batch, "seconds": round(time.time() - self.begun, 1),
             "images_per_second": round(self.state["train_images"] / max(self.state["train_seconds"], 1e-9), 1),
-            "parameters": sum(x.size for x in checkpoint.flatten(one).values()), "held_out_pictures": self.held.count, "bad_samples": len(self.reader.bad)} | graded
+            "parameters": sum(x.size for x in checkpoint.flatten(one).values()), "held_out_pictures": self.held.count,
+            "bad_samples": len(self.reader.bad)} | graded
         checkpoint.write(self.path("summary.json"), lambda f: f.write(json.dumps(summary, indent=1).encode()))
         print(json.dumps(summary, indent=1))
         print(f"held-out loss {summary['val_loss']:.3f}; without the picture {summary['floor_loss']:.3f}")

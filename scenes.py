@@ -1,7 +1,7 @@
 """The embedded data set: small pictures with dense captions, drawn by Pillow as a function of (seed, split, index).
 
 A scene has one to three objects (two at most beside a word), each with a colour, shape, size and place, on a background with a tone and a pattern,
-and two in three scenes have a short word written across one row. Captions are dense, in three wordings, and come with
+and half of the scenes have a short word written across one row. Captions are dense, in three wordings, and come with
 the record that they state: so a generated caption can be graded in any wording (`parse`, `grade`), and the lowest loss
 that can be had without looking at the picture is a closed formula (`surprise`). It stands in for the paper's
 Recap-DataComp-1B at a size where seeing takes minutes to learn.
@@ -21,7 +21,7 @@ SIDE = 128  # pixels of a drawn scene; readers resize it
 COLOURS = {"red": (214, 40, 40), "orange": (245, 132, 31), "yellow": (250, 217, 50), "green": (46, 160, 67),
            "cyan": (70, 205, 220), "blue": (40, 80, 220), "purple": (130, 50, 180), "pink": (250, 130, 190)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 15.0, "big": 26.0}  # radius in pixels
+SIZES = {"small": 17.0, "big": 27.0}  # radius in pixels
 TONES = {"white": (250, 250, 250), "gray": (178, 178, 178), "tan": (222, 190, 140), "mint": (178, 226, 196)}
 INK = (10, 10, 10)  # of outlines and letters
 PATTERNS = ("plain", "striped", "dotted")
@@ -40,7 +40,7 @@ def record(seed: int, split: str, index: int) -> dict[str, Any]:
     def pick(options):
         return options[int(next(u) * len(options))]
 
-    word = pick(WORDS) if next(u) < 2 / 3 else None
+    word = pick(WORDS) if next(u) < 0.5 else None
     row = pick(ROWS) if word else None
     free = [i for i in range(4) if row is None or i // 2 != ROWS.index(row)]
     count = 1 + pick(range(len(free) - (not word)))
@@ -55,7 +55,7 @@ def surprise(scene: dict[str, Any]) -> float:
     """-log of the caption's probability, in nats, for one who knows the generator and not the picture. Record and
     wording fix the caption and the other way round, so this is exact: no captioner can do better without looking."""
     n, free, most = len(scene["objects"]), *((2, 2) if scene["word"] else (4, 3))
-    choices = ((1.5 * len(WORDS) * len(ROWS) if scene["word"] else 3) * most * math.comb(free, n)
+    choices = (2 * (len(WORDS) * len(ROWS) if scene["word"] else 1) * most * math.comb(free, n)
                * (len(SIZES) * len(COLOURS) * len(SHAPES)) ** n * len(TONES) * len(PATTERNS))
     return math.log(choices) + math.log(WORDINGS)
 
@@ -171,15 +171,15 @@ def paint(scene: dict[str, Any]) -> Image.Image:
         row, column = divmod(PLACES.index(o["place"]), 2)
         x, y = ((i + 0.5) * SIDE / 2 + (next(u) - 0.5) * 8 for i in (column, row))
         r = SIZES[o["size"]] + (next(u) - 0.5) * 4
-        shade = (next(u) - 0.5) * 30
+        shade = (next(u) - 0.5) * 20
         colour = tuple(int(min(255, max(0, c + shade))) for c in COLOURS[o["colour"]])
         if o["shape"] in ("circle", "ring"):
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=INK, width=4)
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=INK, width=5)
             if o["shape"] == "ring":
                 hole = r * 0.5
-                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=tone, outline=INK, width=4)
+                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=tone, outline=INK, width=5)
         else:
-            pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour, outline=INK, width=4)
+            pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour, outline=INK, width=5)
     if scene["word"]:
         mask = lettering(scene["word"])
         x = (SIDE - mask.width) / 2 + (next(u) - 0.5) * 6

@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
         text = "".join(c for c in unicodedata.normalize("NFD", "".join(kept)) if unicodedata.category(c) != "Mn")
         text = "".join(c.lower() for c in text)  # one at a time: a final sigma stays a sigma, as in the reference
     else:
-        text = "".join(c for c in text if c >= " " and c != "\x7f" or c in "\t\n\r").lower()
+        text = "".join(c for c in text if (c >= " " and c != "\x7f") or c in "\t\n\r").lower()
     return "".join(f" {c} " if is_punctuation(c) else c for c in text).split()
 
 
@@ -140,6 +140,7 @@ def build(captions: Iterable[str], size: int) -> Tokenizer:
 
 if __name__ == "__main__":
     import sys
+
     import scenes
     tok = build((scenes.caption(scenes.record(0, "train", i)) for i in range(2000)), 1000)
     text = " ".join(sys.argv[1:]) or scenes.caption(scenes.record(0, "val", 0)) + " An unseen wörd, and [PAD]."

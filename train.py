@@ -85,7 +85,10 @@ def init(cfg: Config, model: Model) -> dict:
 # ------------------------------------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
     """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped it."""
-    place = Place(cfg.devices)
+    try:
+        place = Place(cfg.devices)
+    except ValueError as problem:
+        raise ConfigError(f"--devices: {problem}") from None
     check(cfg, place.total)
     run = Run(cfg, place)
     if run.finished:

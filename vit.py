@@ -48,8 +48,6 @@ class ViTConfig:
     mlp: int
     patch: int
     cls: bool = False          # the released weights carry a CLS token; nothing in the method reads it
-    grid: int = 0              # 0: patches count 0, 1, 2 … at every resolution (released); G: a picture spans G patches at
-                               # every resolution, so that a change of resolution moves nothing
     dtype: str = "float32"     # of activations and matmul inputs; parameters stay fp32
     remat: str = "none"        # a key of REMAT
     unroll: int = 1            # layers a scan step: more compile time, fewer copies around the loop
@@ -230,15 +228,13 @@ def stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (), **
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder
-def positions(grid: int, width: int, span: int = 0) -> np.ndarray:
+def positions(grid: int, width: int) -> np.ndarray:
     """2-D sin-cos table (N, D) fp32, columns [sin x, cos x, sin y, cos y], omega_i = 10000^(-i/(D/4-1)): MoCo-v3's
-    form, as released. It is computed for any grid, so a change of resolution needs no surgery. With a span, patch
-    centres are stretched to where they would lie among `span` patches a side."""
+    form, as released. It is computed for any grid, so a change of resolution needs no surgery."""
     if width % 4 or width < 8:
         raise ValueError(f"width {width} cannot hold a sin-cos table: it must be a multiple of 4, and at least 8")
     omega = 10000.0 ** (-np.arange(width // 4) / (width // 4 - 1))
-    place = (np.arange(grid) + 0.5) * (span or grid) / grid - 0.5
-    y, x = (a.reshape(-1, 1) * omega for a in np.meshgrid(place, place, indexing="ij"))  # (N, D/4) each
+    y, x = np.mgrid[:grid, :grid].reshape(2, -1, 1) * omega                     # (N, D/4) each
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
 
@@ -268,7 +264,7 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
     if images.dtype == jnp.uint8:
         images = normalise(images)
     x = linear(patchify(images.astype(cfg.dtype), cfg.patch), params["patch"])  # (B,N,D)
-    x = x + positions(images.shape[1] // cfg.patch, cfg.width, cfg.grid).astype(cfg.dtype)
+    x = x + positions(images.shape[1] // cfg.patch, cfg.width).astype(cfg.dtype)
     if cfg.cls:                                                                 # its row of the table is zeros
         cls = jnp.broadcast_to(params["cls"]["embedding"].astype(x.dtype), (x.shape[0], 1, cfg.width))
         x = jnp.concatenate([cls, x], axis=1)                                   # (B,1+N,D)

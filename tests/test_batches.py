@@ -95,15 +95,16 @@ def test_extreme_shapes(size, form):
         assert near(to_pixels(opened(Image.new("RGB", size, colour), form), 16, *augment), colour, 3)
 
 
+@pytest.mark.parametrize("size", [(411, 307), (1003, 771)])  # no multiples of the 8 x 8 blocks
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_jpeg_decoded_small_is_nearly_the_picture_decoded_whole(mode):
-    whole = opened(photo(1003, 771).convert(mode), "JPEG", quality=95)
+def test_a_jpeg_decoded_small_is_nearly_the_picture_decoded_whole(mode, size):
+    whole = opened(photo(*size, detail=20).convert(mode), "JPEG", quality=95)
     whole.load()  # decoded: draft does nothing now
     for seed in range(8):
         augment = (Augment(), np.random.default_rng(seed)) if seed else ()
         again = (Augment(), np.random.default_rng(seed)) if seed else ()
-        small = to_pixels(opened(photo(1003, 771).convert(mode), "JPEG", quality=95), 64, *augment)
-        assert near(small, to_pixels(whole.copy(), 64, *again), 1.5)
+        small = to_pixels(opened(photo(*size, detail=20).convert(mode), "JPEG", quality=95), 64, *augment)
+        assert near(small, to_pixels(whole.copy(), 64, *again), 2)
 
 
 def test_a_crop_lies_inside_and_keeps_the_area_it_should():

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def test_a_misfit_names_the_array_and_both_shapes(saved):
 def test_a_flipped_byte_is_told_or_harmless_anywhere(saved):
     """Wherever one byte changes, the file is refused, or gives an array less by name, or the very same numbers."""
     good, _ = checkpoint.load(saved)
-    raw, draw, refused = open(saved, "rb").read(), random.Random(0), 0
+    raw, draw, refused = Path(saved).read_bytes(), random.Random(0), 0
     heads = [i for name in ("encoder/kernel", "moments/0") for i in range(raw.index(name.encode()) - 30, raw.index(name.encode()) + 140)]
     for at in [*draw.sample(range(len(raw)), 400), *heads, *range(len(raw) - 400, len(raw))]:
         for value in (raw[at] ^ 1 << draw.randrange(8), draw.randrange(256), ord("2")):
@@ -90,7 +91,7 @@ def test_a_flipped_byte_is_told_or_harmless_anywhere(saved):
 
 @pytest.mark.parametrize("keep", [0, 1, 10, 0.3, 0.9, -1, -20, -60])
 def test_a_cut_off_file_is_refused(saved, keep):
-    raw = open(saved, "rb").read()
+    raw = Path(saved).read_bytes()
     with open(saved, "wb") as f:
         f.write(raw[:int(keep * len(raw)) if isinstance(keep, float) else keep])
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -123,7 +124,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for name in ("bare.npz", "array.npz.npy", "text.npz", "folder.npz"):
         with pytest.raises(CheckpointError, match=f"{name} is damaged or no checkpoint"):
             checkpoint.load(str(tmp_path / name))
-    with pytest.raises(CheckpointError, match="none.npz does not exist"):
+    with pytest.raises(CheckpointError, match=r"none\.npz does not exist"):
         checkpoint.load(str(tmp_path / "none.npz"))
 
 
@@ -132,21 +133,21 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 def test_a_failing_save_leaves_the_former_file_and_nothing_else(saved, tmp_path, monkeypatch, fails):
     def full(*args, **how):
         raise OSError(28, "No space left on device")
-    before = open(saved, "rb").read()
+    before = Path(saved).read_bytes()
     monkeypatch.setattr(*{"write": (np, "savez"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails], full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(saved, {"a": np.zeros(3)}, {})
-    assert open(saved, "rb").read() == before and os.listdir(tmp_path) == ["one.npz"]
+    assert Path(saved).read_bytes() == before and os.listdir(tmp_path) == ["one.npz"]
 
 
 def test_an_interrupt_in_a_save_leaves_the_former_file(saved, tmp_path):
     def half(f):
         f.write(b"half")
         raise KeyboardInterrupt
-    before = open(saved, "rb").read()
+    before = Path(saved).read_bytes()
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write(saved, half)
-    assert open(saved, "rb").read() == before and os.listdir(tmp_path) == ["one.npz"]
+    assert Path(saved).read_bytes() == before and os.listdir(tmp_path) == ["one.npz"]
 
 
 def test_the_last_two_are_kept_and_the_newest_is_found(tmp_path):
@@ -168,7 +169,7 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("warning: ") and paths[1] in said and said.count("\n") == 1
     os.truncate(paths[0], 0)
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged: delete"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: delete"):
         checkpoint.latest(folder)
 
 

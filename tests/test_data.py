@@ -15,12 +15,13 @@ import data
 import tokenizer
 from data import Augment, DataError, Reader, open_source, to_pixels
 
+TRAINING = Augment()
 TOK = tokenizer.build(["a cat number 0123456789"], 200)
 
 
-def photo(width=48, height=36, seed=0):
+def photo(width=48, height=36, seed=0, detail=5):
     """Soft blotches of colour, unlike in every corner."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    small = np.random.default_rng(seed).integers(0, 256, (detail - 1, detail, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -65,7 +66,7 @@ def captions(source):
     return [source.caption(i) for i in range(len(source))]
 
 
-def reader(source, seed=0, augment=Augment(), workers=2):
+def reader(source, seed=0, augment=TRAINING, workers=2):
     return Reader(source, TOK, 12, seed, augment, workers)
 
 
@@ -109,10 +110,12 @@ def test_fingerprint_tells_data_sets_apart(tmp_path):
 
 
 @pytest.mark.parametrize("where, field, says", [
-    ("absent", "txt", "nothing of that name exists"), ("none*.tar", "txt", "no file matches"), ("absent.tar", "txt", "absent.tar cannot be read .*No such file"),
+    ("absent", "txt", "nothing of that name exists"), ("none*.tar", "txt", "no file matches"),
+    ("absent.tar", "txt", "absent.tar cannot be read .*No such file"),
     ("{0..99999999999}.tar", "txt", "too many files"), ("one.tar.gz", "txt", "is no data: give scenes, a folder"), ("one.tar.g*", "txt", "uncompressed tar"),
     ("zero.tar", "txt", "zero.tar cannot be read as an uncompressed tar: empty file"), ("text.tar", "txt", "text.tar cannot be read as an uncompressed"),
-    ("folder*", "txt", "Is a directory"), ("bare.tar", "txt", r"no captioned image .*1 without a \.txt.*--caption"), ("folder", "txt", "no images at all"),
+    ("folder*", "txt", "Is a directory"), ("bare.tar", "txt", r"no captioned image .*1 without a \.txt.*--caption"),
+    ("folder", "txt", "no images at all"),
     ("good.tar", "caption", r"no field 'caption' \(it has re_caption, n\); name one with --caption"), ("good.tar", "n", "caption is empty"),
     ("bare.tar", "re_caption", r"1 without a \.json"),
 ])
@@ -129,7 +132,8 @@ def test_a_place_without_data_is_one_sentence(tmp_path, where, field, says):
 
 
 def test_a_cut_off_tar_gives_what_it_holds_and_says_so(tmp_path):
-    whole = open(put(tmp_path / "whole.tar", members(4)), "rb").read()
+    put(tmp_path / "whole.tar", members(4))
+    whole = (tmp_path / "whole.tar").read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         third = tar.getmember("000000003.jpg")
     for cut in (third.offset + 100, third.offset, third.offset_data, third.offset_data + 200):  # in a header, between, in data
@@ -147,10 +151,11 @@ def chunk(name, content):
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-BOMB = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+BOMB = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))  # claims 10 GB
+BOMB += chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
 JPEG = encoded(photo(400, 300), "JPEG")
-PIXELS = {"noise": b"\x00\x01" * 400, "empty": b"", "cut.jpeg": JPEG[:len(JPEG) // 2], "cut.png": encoded(photo())[:-200], "bomb": BOMB, "text": b"<html>404</html>",
-          "float": encoded(Image.new("F", (9, 9), 0.5), "TIFF")}
+PIXELS = {"noise": b"\x00\x01" * 400, "empty": b"", "cut.jpeg": JPEG[:len(JPEG) // 2], "cut.png": encoded(photo())[:-200], "bomb": BOMB,
+          "text": b"<html>404</html>", "float": encoded(Image.new("F", (9, 9), 0.5), "TIFF")}
 TEXTS = {"empty": b"", "blank": b" \n\t", "latin1": "käse".encode("latin1"), "utf16": "a cat".encode("utf16"), "zeros": bytes(8)}
 JSONS = {"broken": b'{"c": "a', "list": b'["c"]', "text": b'"c"', "number": b'{"c": 3}', "null": b'{"c": null}', "deep": b"[" * 200000, "empty": b"",
          "absent": b'{"d": "x"}', "blank": b'{"c": " "}', "digits": b'{"c": ' + b"9" * 5000 + b"}"}

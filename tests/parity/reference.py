@@ -67,7 +67,7 @@ def transformer(x, blocks, heads, gelu, maps=None, **see):
     return x
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def positions(grid, width, device):
     """(N, D) sin-cos table, patch by patch in reading order."""
     omega = 10000 ** -torch.linspace(0, 1, width // 4, dtype=torch.float64)

@@ -4,13 +4,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+import reference
 import torch
+from reference import tensor
 
 import decoder
 import masking
-import reference
 import vit
-from reference import tensor
 
 B, T, V, KEEP = 3, 14, 61, 0.4  # 13 targets: loss pieces of 5 do not divide them
 SIDES = (32, 48)                # 16 and 36 patches
@@ -24,7 +24,7 @@ def configs(cls=False, prefix="causal", chunk=0, remat="none", dtype="float32"):
     return enc, dec
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parameters(cls=False):
     """Random weights of about the initial scale, but biases are not 0 and norm scales not 1."""
     enc, dec = configs(cls)

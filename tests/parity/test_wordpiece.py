@@ -35,7 +35,7 @@ def settled(c):
     or reclassified characters (some 500 marks and punctuation of rare scripts) the library knows less than Python,
     and nothing but its old table could agree with it; symbols, emoji among them, are handled alike at any age."""
     old, new = unicodedata.ucd_3_2_0.category(c), unicodedata.category(c)
-    return old == new not in ("Cn", "Cs") or old == "Cn" and new[0] == "S"
+    return old == new not in ("Cn", "Cs") or (old == "Cn" and new[0] == "S")
 
 
 ALL = [c for c in map(chr, range(0x110000)) if settled(c) or c in NOWHERE + EDGES]
@@ -79,7 +79,7 @@ def bert_style():
     """A vocabulary laid out as BERT's: [UNK] at 100, unused places, letters, words, endings."""
     letters = [*string.ascii_lowercase, *string.digits, *"αβγδεικλνορσςτφωабвгдежийкрпт中日文黑色本ก한ㅏ", "\u1112", "\u1161", "\u11ab", "i\u0307"]
     words = sorted(set(PLAIN.lower().split()) - set(string.punctuation))
-    ends = "ing s ed er ning ly an ie e\u0301 中 ος \u1161\u11ab \u1161".split()
+    ends = ["ing", "s", "ed", "er", "ning", "ly", "an", "ie", "é", "中", "ος", "ᅡᆫ", "ᅡ"]
     pieces = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused99]",
               *string.punctuation, *"。、“”—…€؟", "😀", *letters, *words, *("##" + p for p in letters + ends)]
     return tokenizer.Tokenizer(dict.fromkeys(pieces))

@@ -1,0 +1,56 @@
+"""The README tells the truth: its commands run, its files exist, its figures are those of the committed results."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+BLOCKS = "\n".join(re.sub(r"<<'END'.*?^END$", "", b, flags=re.S | re.M) for b in re.findall(r"```sh\n(.*?)```", README, re.S))
+COMMANDS = [line.partition("#")[0].strip() for line in BLOCKS.splitlines() if line.partition("#")[0].strip()]
+SHOWS = re.findall(r"\| `python ((?:vit|masking|decoder|scenes|tokenizer|data|devices)\.py[^`]*)`", README)
+
+
+def test_commands_are_of_known_kinds():
+    assert len(COMMANDS) >= 10
+    for command in COMMANDS:
+        words = [w for w in shlex.split(command) if not re.match(r"[A-Z_]+=", w)]
+        assert words[0] in ("make", "python", "pip", "npm"), command
+    for target in (c.split()[1] for c in COMMANDS if c.startswith("make ")):
+        assert re.search(rf"^{target}:", open(os.path.join(ROOT, "Makefile")).read(), re.M)
+    for extra in re.findall(r"'\.\[(\w+)\]'", README):
+        assert f"\n{extra} = [" in open(os.path.join(ROOT, "pyproject.toml")).read()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
+def test_training_commands_are_understood(command, capsys):
+    """Each with --dry-run: recipe, flags, values and stages are read and checked."""
+    words = shlex.split(command)
+    assert train.main([*words[words.index("train.py") + 1:], "--dry-run"]) == 0
+    assert "steps" in capsys.readouterr().out
+
+
+def test_files_show_their_concept_by_themselves(tmp_path):
+    assert len(SHOWS) == 7
+    for name in os.listdir(ROOT):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(ROOT, name), tmp_path)
+    run = lambda c: subprocess.run([sys.executable, *shlex.split(c)], cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
+    with ThreadPoolExecutor(2) as pool:
+        for command, done in zip(SHOWS, pool.map(run, SHOWS)):
+            assert done.returncode == 0 and done.stdout, (command, done.stderr)
+    assert {"kept.png", "scenes.png", "contact.png"} <= set(os.listdir(tmp_path))
+
+
+def test_tour_names_every_file_and_every_file_exists():
+    tour = set(re.findall(r"^\| `(\w+\.py)`", README, re.M))
+    assert tour == {n for n in os.listdir(ROOT) if n.endswith(".py")}
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert os.path.exists(os.path.join(ROOT, picture))
