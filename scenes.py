@@ -176,8 +176,8 @@ def paint(scene: dict[str, Any]) -> Image.Image:
         if o["shape"] in ("circle", "ring"):
             pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=INK, width=5)
             if o["shape"] == "ring":
-                hole = r * 0.5
-                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=tone, outline=INK, width=5)
+                hole = r * 0.4
+                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=tone, outline=INK, width=2)
         else:
             pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour, outline=INK, width=5)
     if scene["word"]:
