@@ -76,7 +76,7 @@ class Config:
     workers: int = opt(2, "threads that decode pictures")
     log_every: int = opt(20, "steps between lines of metrics.jsonl")
     eval_every: int = opt(200, "steps between evaluations on held-out pictures")
-    save_every: int = opt(500, "steps between checkpoints")
+    save_every: int = opt(400, "steps between checkpoints")
     devices: int = opt(0, "local devices to use; 0 for all")
 
 
@@ -92,7 +92,7 @@ def paper(encoder: str, dec: str, low: int) -> Config:
 
 PRESETS = {
     "toy": Config(data="scenes", crop=1.0, text_length=28, vocab_size=192, clip=1.0, weight_decay=0.05,
-                  stages="resolution=24 steps=500 batch=64 lr=2e-3 warmup=100, resolution=32 steps=800 batch=64 lr=2e-3 warmup=20"),
+                  stages="resolution=24 steps=350 batch=64 lr=2e-3 warmup=100, resolution=32 steps=920 batch=64 lr=2e-3 warmup=20"),
     "pictures": Config(crop=0.6, text_length=48, vocab_size=4000, clip=1.0, jitter=0.2, weight_decay=0.1,
                        stages="resolution=32 steps=1800 batch=64 lr=1.5e-3 warmup=100, resolution=48 steps=400 batch=64 lr=1e-3 warmup=50"),
     "ti16": paper("Ti/16", "Ti", 160),

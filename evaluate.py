@@ -21,6 +21,7 @@ import numpy as np
 
 import data
 import scenes
+import sources
 from config import Config
 from decoder import caption_loss, generate, target_count
 from devices import Place
@@ -89,7 +90,7 @@ class HeldOut:
 
     def blind(self) -> float | None:
         """For `scenes`, the least loss a word that can be had without looking (None for other data)."""
-        if not isinstance(self.reader.source, data.Scenes):
+        if not isinstance(self.reader.source, sources.Scenes):
             return None
         texts = [self.reader.tokenizer.encode(self.reader.source.caption(i), self.length) for i in range(self.count)]
         return sum(scenes.surprise(self.reader.source.record(i)) for i in range(self.count)) / sum((t[1:] != 0).sum() for t in texts)
@@ -137,8 +138,8 @@ if __name__ == "__main__":
         stage = next(s for s in run.plan if run.step <= s.end)
         held = HeldOut(cfg, run.val_reader, stage.resolution, stage.batch, run.model, run.place)
         params = run.place.copies(checkpoint.restore(run.arrays, jax.eval_shape(lambda: train.init(cfg, run.model)), under="params"))
-        print(json.dumps(held.losses(params) | (grades(held, params) if isinstance(run.val_source, data.Scenes) else {}), indent=1))
+        print(json.dumps(held.losses(params) | (grades(held, params) if isinstance(run.val_source, sources.Scenes) else {}), indent=1))
     except (OSError, TypeError, json.JSONDecodeError) as problem:
         sys.exit(f"error: {sys.argv[1]} is not the folder of a run ({problem})")
-    except (ConfigError, data.DataError, checkpoint.CheckpointError) as problem:
+    except (ConfigError, sources.DataError, checkpoint.CheckpointError) as problem:
         sys.exit(f"error: {problem}")

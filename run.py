@@ -21,6 +21,7 @@ import decoder
 import evaluate
 import plots
 import scenes
+import sources
 import tokenizer
 import vit
 from config import Config, ConfigError, Stage, models, stages
@@ -62,10 +63,10 @@ def open_data(cfg: Config) -> tuple[Any, Any]:
     """(training source, held-out source)."""
     if not cfg.data:
         raise ConfigError("--data is missing: give a folder of captioned images, tars, or scenes")
-    source = data.open_source(cfg.data, cfg.caption, cfg.seed, "train")
+    source = sources.open_source(cfg.data, cfg.caption, cfg.seed, "train")
     if cfg.val or cfg.data == "scenes":
-        return source, data.open_source(cfg.val or "scenes", cfg.caption, cfg.seed, "val", cfg.val_count)
-    return data.hold_out(source, cfg.val_count)
+        return source, sources.open_source(cfg.val or "scenes", cfg.caption, cfg.seed, "val", cfg.val_count)
+    return sources.hold_out(source, cfg.val_count)
 
 
 def open_tokenizer(cfg: Config, source: Any) -> tokenizer.Tokenizer:
@@ -80,8 +81,8 @@ def open_tokenizer(cfg: Config, source: Any) -> tokenizer.Tokenizer:
         return found
 
     def captions() -> Iterator[str]:
-        for i in range(min(len(source), 4000 if isinstance(source, data.Scenes) else 100_000)):
-            with contextlib.suppress(data.BadSample):
+        for i in range(min(len(source), 4000 if isinstance(source, sources.Scenes) else 100_000)):
+            with contextlib.suppress(sources.BadSample):
                 yield source.caption(i)
     try:
         return tokenizer.build(captions(), cfg.vocab_size)
@@ -101,7 +102,7 @@ class Run:
             raise ConfigError(f"--out {cfg.out} cannot be written to ({problem.strerror}): name a folder of yours") from None
         self.source, self.val_source = open_data(cfg)
         for name, s in (("training", self.source), ("held-out", self.val_source)):
-            if not isinstance(s, data.Scenes) and place.first:
+            if not isinstance(s, sources.Scenes) and place.first:
                 left_out = "; ".join(f"{n} {why}" for why, n in s.skipped.items())
                 print(f"{name}: {len(s):,} samples" + (f"; skipped: {left_out}" if left_out else ""))
         self.prints = {"training data": self.source.fingerprint(), "held-out data": self.val_source.fingerprint()}
@@ -156,7 +157,7 @@ class Run:
     def log(self, **row: Any) -> None:
         if self.place.first:
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(row | {"seconds": round(time.time() - self.begun, 1)}) + "\n")
 
     # --------------------------------------------------------------------------------------------------------- a stage
     def batches(self, stage: Stage) -> Iterator[Any]:
@@ -225,9 +226,9 @@ class Run:
         items = []
         for i, said, chosen in self.held.write(params, 12):
             truth = self.tok.decode(self.tok.encode(self.val_source.caption(i), self.cfg.text_length))
-            right = scenes.grade(said, self.val_source.record(i))["exact"][0] == 1 if isinstance(self.val_source, data.Scenes) else truth == said
+            right = scenes.grade(said, self.val_source.record(i))["exact"][0] == 1 if isinstance(self.val_source, sources.Scenes) else truth == said
             items.append((data.to_pixels(self.val_source.picture(i), last.resolution), chosen, self.model.encoder.patch, truth, said, right))
-        graded = evaluate.grades(self.held, params) if isinstance(self.val_source, data.Scenes) else {}
+        graded = evaluate.grades(self.held, params) if isinstance(self.val_source, sources.Scenes) else {}
         if not self.place.first:
             return
         one = self.place.get(params)

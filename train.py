@@ -2,11 +2,12 @@
 
     python train.py                      the toy: embedded pictures, minutes on a laptop's CPU
     python train.py --data FOLDER        your pictures
-    python train.py l14 --data ...       the paper's L/14 recipe, on a TPU pod or a GPU, by this same file
+    python train.py l14 --data ...       the paper's L/14 recipe, on TPUs or GPUs, by this same file
 
 The method is `method` below, and `make_step` around it is the one training step there is: on one CPU, on eight pretend
 devices, on a pod. What a run leaves in its folder is in run.py; started again on that folder, it goes on from its last checkpoint.
 """
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 import checkpoint
-import data
 import decoder
+import sources
 import vit
 from config import Config, ConfigError, Stage, check, describe, parse
 from devices import Place
@@ -108,32 +109,34 @@ def train(cfg: Config) -> int:
             opt_state, run.arrays = place.copies(opt_state), None
             step, rate = make_step(run.model, optimizer, cfg.seed, cfg.accum, place.pmap), schedule(stage)
             run.enter(stage)
-            feed, behind = run.batches(stage), None
+            behind = None
 
             def look(at: int, metrics: dict, stage: Stage = stage, rate: optax.Schedule = rate) -> None:
                 run.note(at, *(float(place.get(metrics[k])) for k in ("loss", "grad_norm")), float(rate(at - stage.start - 1)))
 
-            for at in range(run.step + 1, stage.end + 1):
-                asked = time.time()
-                batch = next(feed)
-                run.waited += time.time() - asked
-                params, opt_state, metrics = step(params, opt_state, batch)
-                if behind:
-                    look(*behind)  # at the step before: the device is never waited for while it could work
-                behind = at, metrics
-                measure = at % cfg.eval_every == 0 or at == stage.end
-                save = at % cfg.save_every == 0 or at == run.plan[-1].end or interrupt.signal
-                if measure or save:
-                    look(*behind)
-                    behind = None
-                    if measure:
-                        run.measure(params)
-                    if save:
-                        run.save(params, opt_state)
-                if interrupt.signal:
-                    run.bar.close()
-                    print(f"{Signals(interrupt.signal).name}: saved at step {at}; the same command goes on from there")
-                    return 128 + interrupt.signal
+            with contextlib.closing(run.batches(stage)) as feed:
+                for at in range(run.step + 1, stage.end + 1):
+                    asked = time.time()
+                    batch = next(feed)
+                    run.waited += time.time() - asked
+                    params, opt_state, metrics = step(params, opt_state, batch)
+                    if behind:
+                        look(*behind)  # at the step before: the device is never waited for while it could work
+                    behind = at, metrics
+                    measure = at % cfg.eval_every == 0 or at == stage.end
+                    stop = interrupt.signal
+                    save = at % cfg.save_every == 0 or at == run.plan[-1].end or stop
+                    if measure or save:
+                        look(*behind)
+                        behind = None
+                        if measure:
+                            run.measure(params)
+                        if save:
+                            run.save(params, opt_state)
+                    if stop:
+                        run.bar.close()
+                        print(f"{Signals(stop).name}: saved at step {at}; the same command goes on from there")
+                        return 128 + stop
             run.bar.close()
         run.finish(params)
     return 0
@@ -147,7 +150,7 @@ def main(argv: list[str]) -> int:
         check(cfg)
         print(describe(cfg))
         return 0
-    except (ConfigError, data.DataError, checkpoint.CheckpointError, Stop) as problem:
+    except (ConfigError, sources.DataError, checkpoint.CheckpointError, Stop) as problem:
         print(f"error: {problem}", file=sys.stderr)
     except OSError as problem:
         if problem.strerror is None:

@@ -8,7 +8,8 @@ from PIL import Image, ImageOps
 from test_data import members, open_source, opened, photo, put, reader
 
 import data
-from data import Augment, BadSample, DataError, hold_out, to_pixels
+from data import Augment, to_pixels
+from sources import BadSample, DataError, hold_out
 
 
 def near(a, b, most=1.0):

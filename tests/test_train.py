@@ -26,7 +26,8 @@ TINY = ["--stages", "resolution=16 steps=6 batch=8 lr=1e-3 warmup=1, resolution=
 
 def rows(folder) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in ("images_per_second", "data_wait")} for r in plots.read_metrics(os.path.join(folder, "metrics.jsonl"))]
+    timed = ("images_per_second", "data_wait", "seconds")
+    return [{k: v for k, v in r.items() if k not in timed} for r in plots.read_metrics(os.path.join(folder, "metrics.jsonl"))]
 
 
 def arrays(folder) -> dict:
@@ -35,6 +36,12 @@ def arrays(folder) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> dict:
+    """The environment of subprocesses, which compile the same programs: once is enough."""
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +99,10 @@ def test_other_settings_in_the_same_folder_are_refused(whole, capsys):
 
 
 @pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_interrupted_equals_uninterrupted(whole, tmp_path, number, status):
+def test_interrupted_equals_uninterrupted(whole, cache, tmp_path, number, status):
     """A signal in the first or second stage, then the same command: the same parameters, optimizer and metrics, bit for bit."""
     command = [sys.executable, "train.py", *TINY, "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=cache, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics, wanted = tmp_path / "run" / "metrics.jsonl", {signal.SIGTERM: 1, signal.SIGINT: 5, signal.SIGKILL: 6}[number]
     while process.poll() is None and not (metrics.exists() and len(rows(tmp_path / "run")) >= wanted):
         time.sleep(0.02)
@@ -104,67 +111,53 @@ def test_interrupted_equals_uninterrupted(whole, tmp_path, number, status):
     assert process.returncode == status
     if number != signal.SIGKILL:
         assert "saved at step" in said
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, env=cache, capture_output=True, text=True)
     assert again.returncode == 0 and "continuing" in again.stdout
     assert same(arrays(tmp_path / "run"), arrays(whole))
     assert rows(tmp_path / "run") == rows(whole)
 
 
-def test_evaluate_measures_a_run_again(whole):
-    done = subprocess.run([sys.executable, "evaluate.py", str(whole)], cwd=ROOT, capture_output=True, text=True)
+def test_evaluate_measures_a_run_again(whole, cache):
+    done = subprocess.run([sys.executable, "evaluate.py", str(whole)], cwd=ROOT, env=cache, capture_output=True, text=True)
     again = json.loads(done.stdout[done.stdout.index("{"):])
     summary = json.load(open(whole / "summary.json"))
     assert again["val_loss"] == summary["val_loss"] and again["object_accuracy"] == summary["object_accuracy"]
 
 
 DEVICES = """
-import json, jax, numpy as np, config, train, data, scenes, tokenizer
+import sys, jax, numpy as np, optax, config, data, scenes, sources, tokenizer, train
 from devices import Place
 cfg = config.PRESETS["toy"]
 tok = tokenizer.build([scenes.caption(scenes.record(0, "train", i)) for i in range(500)], 192)
 model = train.Model(*config.models(cfg, 192), 0.35)
-reader = data.Reader(data.Scenes(0, "train"), tok, 28, 0, data.Augment(1.0), 2)
-stage = config.Stage(1, 16, 16, 1e-3, 20, 2, 0, 0)
-out = {}
+reader = data.Reader(sources.Scenes(0, "train"), tok, 28, 0, data.Augment(1.0), 2)
+start, out = train.init(cfg, model), {}
 for name, count, accum in (("one", 1, 1), ("eight", 8, 1), ("pieces", 1, 4), ("both", 2, 4)):
-    place, optimizer = Place(count), train.make_optimizer(cfg, stage)
-    params = train.init(cfg, model)
-    step = train.make_step(model, optimizer, 0, accum, place.local)
-    params, state, losses = place.copies(params), place.copies(optimizer.init(params)), []
-    for s in range(5):
+    place, sgd = Place(count), optax.sgd(0.05)
+    step, params, state = train.make_step(model, sgd, 0, accum, place.local), place.copies(start), place.copies(sgd.init(start))
+    for s in range(8):
         params, state, metrics = step(params, state, place.put(reader.batch(range(16 * s, 16 * s + 16), 16)))
-        losses.append([float(place.get(metrics[k])) for k in ("loss", "grad_norm")])
-    gaps = [float(np.abs(np.asarray(x) - np.asarray(x)[:1]).max()) for x in jax.tree.leaves(params)]
-    out[name] = losses, max(gaps)
-print(json.dumps(out))
+        out[f"{name} loss {s}"], out[f"{name} norm {s}"] = place.get(metrics["loss"]), place.get(metrics["grad_norm"])
+        if s == 0:  # with plain SGD the first change is the gradient
+            for i, (x, y) in enumerate(zip(jax.tree.leaves(params), jax.tree.leaves(start))):
+                out[f"{name} gradient {i}"] = (np.asarray(y) - np.asarray(x)[0]) / 0.05
+                assert (np.asarray(x) == np.asarray(x)[:1]).all()  # every device holds the same parameters
+np.savez(sys.argv[1], **out)
 """
 
 
-def test_devices_and_pieces_change_no_number():
-    """1 device, 8 pretend devices, 4 pieces, 2 devices x 4 pieces: one curve, for loss and for the whole gradient's norm."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": ROOT}
-    done = subprocess.run([sys.executable, "-c", DEVICES], cwd=ROOT, env=env, capture_output=True, text=True)
+def test_devices_and_pieces_change_no_number(tmp_path, cache):
+    """1 device, 8 pretend devices, 4 pieces, 2 devices x 4 pieces: one loss curve, and the same gradient in every leaf."""
+    env = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", DEVICES, str(tmp_path / "out.npz")], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = np.load(tmp_path / "out.npz")
+    ones = [k.removeprefix("one ") for k in out.files if k.startswith("one ")]
+    assert len(ones) > 16 + 20 and float(out["one loss 7"]) < float(out["one loss 0"])
     for name in ("eight", "pieces", "both"):
-        np.testing.assert_allclose(out[name][0], out["one"][0], rtol=2e-5)
-        assert out[name][1] == 0  # every device holds the same parameters
-
-
-def test_gradients_of_eight_devices_are_those_of_one():
-    """With plain SGD the update is the gradient: each leaf against one device's."""
-    code = DEVICES.replace("train.make_optimizer(cfg, stage)", "__import__('optax').sgd(1.0)").replace("range(5)", "range(1)").replace(
-        "out[name] = losses, max(gaps)", "out[name] = [np.asarray(x)[0].tolist() for x in jax.tree.leaves(jax.tree.map(lambda a, b: a - b, place.get(params), "
-        "jax.tree.map(np.asarray, train.init(cfg, model))))]; out[name] = [[float(np.linalg.norm(x)) for x in out[name]], [float(np.sum(np.asarray(x) * "
-        "np.sin(np.arange(np.asarray(x).size)).reshape(np.asarray(x).shape))) for x in out[name]]]")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": ROOT}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = json.loads(done.stdout.splitlines()[-1])
-    norms = np.array(out["one"][0])
-    for name in ("eight", "pieces", "both"):
-        np.testing.assert_allclose(out[name][0], norms, rtol=1e-4, atol=1e-7)
-        assert (np.abs(np.array(out[name][1]) - out["one"][1]) <= 1e-4 * norms * 10 + 1e-6).all()  # a projection sees signs and order too
+        for key in ones:
+            a, b = out[f"{name} {key}"], out[f"one {key}"]
+            assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-5, (name, key)
 
 
 def test_decay_is_on_matrices_alone():
@@ -197,7 +190,7 @@ def test_every_recipe_says_what_it_would_be(recipe, capsys):
     said = capsys.readouterr().out
     assert "encoder" in said and "patch tokens" in said and "FLOPs" in said
     if recipe == "l14":
-        for figure in ("encoder 302.9 M", "256 patch tokens, 89 kept", "36 patch tokens, 12 kept", "206.16 GFLOPs", "391,000" if False else "390,981 steps"):
+        for figure in ("encoder 302.9 M", "256 patch tokens, 89 kept", "36 patch tokens, 12 kept", "206.16 GFLOPs", "390,981 steps"):
             assert figure in said, said
 
 
