@@ -94,7 +94,7 @@ PRESETS = {
     "toy": Config(data="scenes", crop=1.0, text_length=28, vocab_size=192, clip=1.0, weight_decay=0.05,
                   stages="resolution=24 steps=350 batch=64 lr=2e-3 warmup=100, resolution=32 steps=920 batch=64 lr=2e-3 warmup=20"),
     "pictures": Config(crop=0.6, text_length=48, vocab_size=4000, clip=1.0, jitter=0.2, weight_decay=0.1,
-                       stages="resolution=32 steps=1800 batch=64 lr=1.5e-3 warmup=100, resolution=48 steps=400 batch=64 lr=1e-3 warmup=50"),
+                       stages="resolution=32 steps=1100 batch=64 lr=1.5e-3 warmup=100, resolution=48 steps=200 batch=64 lr=1e-3 warmup=20"),
     "ti16": paper("Ti/16", "Ti", 160),
     "s16": paper("S/16", "S", 160),
     "b16": paper("B/16", "B", 160),

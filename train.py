@@ -60,7 +60,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, 
         words = jnp.maximum(words, 1)
         grads = jax.tree.map(lambda g: g / words, grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, {"loss": loss / words, "grad_norm": optax.global_norm(grads)}
+        return optax.apply_updates(params, updates), opt_state, {"loss": loss / words, "grad_norm": optax.tree.norm(grads)}
 
     return jax.pmap(step, axis_name="devices", donate_argnums=(0, 1), devices=devices)
 
