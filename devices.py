@@ -1,5 +1,5 @@
-"""Where a batch goes: this process's devices, and all that share it. The same for one CPU, eight pretend devices, a GPU
-or a TPU pod; nothing else in the project asks what it runs on.
+"""Where a batch goes: this process's devices, and all that share it. The same for one CPU, eight pretend devices,
+GPUs or the chips of a TPU machine; nothing else in the project asks what it runs on.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python devices.py        lists them: here eight pretend ones
 """

@@ -77,14 +77,16 @@ class HeldOut:
         self.loss, self.captions = make_loss(model, place.pmap), make_captions(model, cfg.text_length, place.pmap)
 
     def losses(self, params: Any) -> dict[str, float]:
-        """val_loss, and shuffled_loss: the captions of pictures that were moved on by one."""
-        out = {}
-        for name, moved in (("val_loss", 0), ("shuffled_loss", 1)):
+        """val_loss, and shuffled_loss: with the captions moved on by half of the set."""
+        texts = np.concatenate([batch["text"] for batch, _ in self.batches])
+        real = np.flatnonzero(texts.any(-1))
+        shuffled = texts.copy()
+        shuffled[real] = np.roll(texts[real], len(real) // 2, axis=0)
+        out, size = {}, len(self.batches[0][0]["text"])
+        for name, words in (("val_loss", texts), ("shuffled_loss", shuffled)):
             sums = np.zeros(2)
-            for batch, _ in self.batches:
-                n = int((batch["text"].any(-1)).sum())
-                text = np.concatenate([np.roll(batch["text"][:n], moved, axis=0), batch["text"][n:]])
-                sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | {"text": text}))]
+            for n, (batch, _) in enumerate(self.batches):
+                sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | {"text": words[n * size:(n + 1) * size]}))]
             out[name] = float(sums[0] / sums[1])
         return out
 
@@ -93,6 +95,8 @@ class HeldOut:
         if not isinstance(self.reader.source, sources.Scenes):
             return None
         texts = [self.reader.tokenizer.encode(self.reader.source.caption(i), self.length) for i in range(self.count)]
+        if any(t[-1] for t in texts):
+            return None  # a caption may be cut: what is left of its entropy is not known
         return sum(scenes.surprise(self.reader.source.record(i)) for i in range(self.count)) / sum((t[1:] != 0).sum() for t in texts)
 
     def write(self, params: Any, count: int | None = None) -> Iterator[tuple[int, str, np.ndarray]]:
@@ -124,21 +128,22 @@ if __name__ == "__main__":
 
     import checkpoint
     import train
-    from config import ConfigError
-    from devices import Place
+    from config import ConfigError, check
     from run import Run
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python evaluate.py RUN, a folder that train.py made")
     try:
         with open(os.path.join(sys.argv[1], "config.json"), encoding="utf-8") as f:
             cfg = Config(**(json.load(f) | {"out": sys.argv[1]}))
-        run = Run(cfg, Place(cfg.devices))
+        run = Run(cfg, Place(), write=False)
+        check(cfg, run.place.total)
         if run.arrays is None:
             raise checkpoint.CheckpointError(f"{sys.argv[1]} has no checkpoint yet")
         stage = next(s for s in run.plan if run.step <= s.end)
         held = HeldOut(cfg, run.val_reader, stage.resolution, stage.batch, run.model, run.place)
         params = run.place.copies(checkpoint.restore(run.arrays, jax.eval_shape(lambda: train.init(cfg, run.model)), under="params"))
-        print(json.dumps(held.losses(params) | (grades(held, params) if isinstance(run.val_source, sources.Scenes) else {}), indent=1))
+        floor = {"floor_loss": run.state["best_shuffled"] if held.blind() is None else held.blind()}
+        print(json.dumps(held.losses(params) | floor | (grades(held, params) if isinstance(run.val_source, sources.Scenes) else {}), indent=1))
     except (OSError, TypeError, json.JSONDecodeError) as problem:
         sys.exit(f"error: {sys.argv[1]} is not the folder of a run ({problem})")
     except (ConfigError, sources.DataError, checkpoint.CheckpointError) as problem:

@@ -70,11 +70,9 @@ def run_curve(folder: str, floor: float | None, switches: dict[float, str]) -> N
     """curve.png of a run, from its metrics.jsonl."""
     rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
     series = {}
-    for name, key, dots in (("training", "loss", False), ("held-out", "val_loss", True), ("held-out, shuffled pictures", "shuffled_loss", True)):
+    for name, key, dots in (("training", "loss", False), ("held-out", "val_loss", True)):
         having = [r for r in rows if key in r]
-        if key != "shuffled_loss" or floor is not None:
-            series[name] = [r["step"] for r in having], [r[key] for r in having], dots
-    series.pop("held-out, shuffled pictures")  # it leaves the frame as soon as the model looks; the floor says more
+        series[name] = [r["step"] for r in having], [r[key] for r in having], dots
     curve(os.path.join(folder, "curve.png"), series, {} if floor is None else {"without the picture": floor}, switches)
 
 

@@ -27,7 +27,7 @@ import vit
 from config import Config, ConfigError, Stage, models, stages
 from devices import Place
 
-FREE = ("out", "workers", "log_every", "eval_every", "save_every", "devices", "unroll", "remat", "loss_chunk")  # may differ in a continued run
+FREE = ("out", "workers", "log_every", "eval_every", "save_every", "devices", "unroll", "remat", "loss_chunk", "accum")  # may differ in a continued run
 
 
 class Stop(Exception):
@@ -65,7 +65,7 @@ def open_data(cfg: Config) -> tuple[Any, Any]:
         raise ConfigError("--data is missing: give a folder of captioned images, tars, or scenes")
     source = sources.open_source(cfg.data, cfg.caption, cfg.seed, "train")
     if cfg.val or cfg.data == "scenes":
-        return source, sources.open_source(cfg.val or "scenes", cfg.caption, cfg.seed, "val", cfg.val_count)
+        return source, sources.draw(sources.open_source(cfg.val or "scenes", cfg.caption, cfg.seed, "val", cfg.val_count), cfg.val_count)
     return sources.hold_out(source, cfg.val_count)
 
 
@@ -93,31 +93,35 @@ def open_tokenizer(cfg: Config, source: Any) -> tokenizer.Tokenizer:
 class Run:
     """One run in one folder, new or continued. `state` is what a checkpoint carries beside arrays."""
 
-    def __init__(self, cfg: Config, place: Place):
-        self.cfg, self.place, self.plan = cfg, place, stages(cfg)
-        try:
-            os.makedirs(cfg.out, exist_ok=True)
-            checkpoint.write(self.path("config.json.new"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
-        except OSError as problem:
-            raise ConfigError(f"--out {cfg.out} cannot be written to ({problem.strerror}): name a folder of yours") from None
+    def __init__(self, cfg: Config, place: Place, write: bool = True):
+        """write=False looks at a run and leaves its folder as it is."""
+        self.cfg, self.place, self.plan, self.write = cfg, place, stages(cfg), write and place.first
+        if self.write:
+            try:
+                os.makedirs(cfg.out, exist_ok=True)
+                checkpoint.write(self.path("probe"), lambda f: None)
+                os.remove(self.path("probe"))
+            except OSError as problem:
+                raise ConfigError(f"--out {cfg.out} cannot be written to ({problem.strerror}): name a folder of yours") from None
         self.source, self.val_source = open_data(cfg)
         for name, s in (("training", self.source), ("held-out", self.val_source)):
-            if not isinstance(s, sources.Scenes) and place.first:
-                left_out = "; ".join(f"{n} {why}" for why, n in s.skipped.items())
+            if not isinstance(s, sources.Scenes) and self.write:
+                left_out = "; ".join(f"{n} {why}" for why, n in s.skipped.items() if name == "training" or cfg.val)
                 print(f"{name}: {len(s):,} samples" + (f"; skipped: {left_out}" if left_out else ""))
         self.prints = {"training data": self.source.fingerprint(), "held-out data": self.val_source.fingerprint()}
         self.state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "train_images": 0, "best_shuffled": None, "window": []}
         self.arrays = self.resume()
-        os.replace(self.path("config.json.new"), self.path("config.json"))
         self.begun = time.time() - self.state["seconds"]
         self.tok = tokenizer.Tokenizer(self.state["vocabulary"]) if self.arrays else open_tokenizer(cfg, self.source)
-        self.tok.save(self.path("vocab.txt"))
         self.model = Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio)
         augment = data.Augment(cfg.crop, cfg.flip, cfg.jitter, cfg.gray)
         self.reader = data.Reader(self.source, self.tok, cfg.text_length, cfg.seed, augment, cfg.workers)
         self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers)
-        rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.arrays else []
-        checkpoint.write(self.path("metrics.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in rows).encode()))
+        if self.write:
+            rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.arrays else []
+            checkpoint.write(self.path("metrics.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in rows).encode()))
+            checkpoint.write(self.path("config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
+            self.tok.save(self.path("vocab.txt"))
         self.floor: float | None = None  # for scenes, the loss that can be had without looking
         self.shown: set[int] = set()
 
@@ -142,10 +146,9 @@ class Run:
         differ = [f"--{k.replace('_', '-')} is {now.get(k)!r}, was {v!r}" for k, v in meta["config"].items() if k not in FREE and now.get(k) != v]
         differ += [f"the {k} is {self.prints[k]}, was {v}" for k, v in meta["data"].items() if self.prints[k] != v]
         if differ:
-            os.remove(self.path("config.json.new"))
             raise ConfigError(f"{self.cfg.out} holds a run with other settings: {'; '.join(differ)}. Use its settings to continue it, or another --out")
         self.state = {k: v for k, v in meta.items() if k not in ("config", "data")}
-        if self.place.first:
+        if self.write:
             print(f"continuing {self.cfg.out} from step {self.step} of {self.plan[-1].end}")
         return arrays
 
@@ -207,6 +210,8 @@ class Run:
         """Held-out losses now, and the curve so far."""
         paused = time.time()
         losses = self.held.losses(params)
+        if not np.isfinite(losses["val_loss"] + losses["shuffled_loss"]):
+            raise Stop(f"the held-out loss is no longer finite at step {self.step}: lower lr in --stages, or set --clip 1")
         self.state["best_shuffled"] = min(losses["shuffled_loss"], self.state["best_shuffled"] or float("inf"))
         self.log(step=self.step, **losses, floor_loss=self.floor_loss)
         if self.place.first:
@@ -222,8 +227,11 @@ class Run:
     # ----------------------------------------------------------------------------------------------------------- the end
     def finish(self, params: Any) -> None:
         """What a run leaves: encoder, pictures and summary."""
-        losses, last = self.held.losses(params), self.plan[-1]
-        items = []
+        last, one = self.plan[-1], self.place.get(params)
+        if self.place.first:
+            checkpoint.save(self.path("encoder.npz"), one["encoder"], {"encoder": dataclasses.asdict(self.model.encoder),
+                                                                       "resolution": last.resolution, "config": dataclasses.asdict(self.cfg)})
+        losses, items = self.held.losses(params), []
         for i, said, chosen in self.held.write(params, 12):
             truth = self.tok.decode(self.tok.encode(self.val_source.caption(i), self.cfg.text_length))
             right = scenes.grade(said, self.val_source.record(i))["exact"][0] == 1 if isinstance(self.val_source, sources.Scenes) else truth == said
@@ -231,10 +239,7 @@ class Run:
         graded = evaluate.grades(self.held, params) if isinstance(self.val_source, sources.Scenes) else {}
         if not self.place.first:
             return
-        one = self.place.get(params)
         plots.samples(self.path("samples.png"), items)
-        checkpoint.save(self.path("encoder.npz"), one["encoder"], {"encoder": dataclasses.asdict(self.model.encoder), "resolution": last.resolution,
-                                                                   "config": dataclasses.asdict(self.cfg)})
         summary = losses | {
             "floor_loss": self.floor_loss, "images_seen": last.first_image + last.steps * last.batch, "seconds": round(time.time() - self.begun, 1),
             "images_per_second": round(self.state["train_images"] / max(self.state["train_seconds"], 1e-9), 1),

@@ -267,13 +267,23 @@ def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "tra
                     + ("" if os.path.exists(where) else "; nothing of that name exists"))
 
 
-def hold_out(source: Files, count: int) -> tuple[Part, Part]:
-    """(train, held-out): a fixed draw of `count` samples, a tenth at most, for a data set without one of its own."""
+def draw(source: Any, count: int) -> Any:
+    """`count` samples of a held-out source at most: a fixed random draw, for files often lie in order of what they show."""
+    if isinstance(source, Scenes):
+        return source
     if len(source) < 2:
-        raise DataError(f"{source.where} holds one sample: give at least two, or held-out pictures with --val")
+        raise DataError(f"{source.where} holds one sample: to measure anything on held-out pictures takes two or more")
+    return Part(source, np.random.default_rng(0).permutation(len(source))[:count])
+
+
+def hold_out(source: Files, count: int) -> tuple[Part, Part]:
+    """(train, held-out): a fixed draw of `count` samples, a tenth at most (but two), for a data set without one of its own."""
+    if len(source) < 3:
+        raise DataError(f"{source.where} holds {len(source)} sample{'s' * (len(source) > 1)}: give at least three, or held-out pictures with --val")
     drawn = np.random.default_rng(0).permutation(len(source))
-    cut = max(1, min(count, len(source) // 10))
-    return Part(source, np.sort(drawn[cut:])), Part(source, np.sort(drawn[:cut]))
+    cut = max(2, min(count, len(source) // 10))
+    return Part(source, np.sort(drawn[cut:])), Part(source, drawn[:cut])
+
 
 
 if __name__ == "__main__":

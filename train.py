@@ -1,11 +1,11 @@
 """Train the encoder from captions alone (paper section 2.2), through the stages of the CLIPA curriculum (2.1).
 
     python train.py                      the toy: embedded pictures, minutes on a laptop's CPU
-    python train.py --data FOLDER        your pictures
+    python train.py pictures --data DIR  your pictures, likewise
     python train.py l14 --data ...       the paper's L/14 recipe, on TPUs or GPUs, by this same file
 
 The method is `method` below, and `make_step` around it is the one training step there is: on one CPU, on eight pretend
-devices, on a pod. What a run leaves in its folder is in run.py; started again on that folder, it goes on from its last checkpoint.
+devices, on the chips of a TPU machine. What a run leaves in its folder is in run.py; started again on that folder, it goes on from its last checkpoint.
 """
 import contextlib
 import sys

@@ -63,7 +63,7 @@ def config(name: str, **changes: Any) -> ViTConfig:
 
 # ------------------------------------------------------------------------------------------------------------- weights
 class Weight(NamedTuple):
-    """One array, declared once: everything else (init, counts, decay, files) derives from these."""
+    """One array, declared once: init and counts derive from these."""
     shape: tuple[int, ...]
     std: float | None  # of a normal draw; 0 gives zeros, None gives ones
 
@@ -257,7 +257,8 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
     """images (B,R,R,3), uint8 or already normalised floats. Returns by name:
 
     tokens (B,N,D)         patch tokens before the final norm: what the decoder eats, and a multimodal model should
-    pooled (B,D)           mean of the patch tokens, then the final norm (released pooling; CLS left out)
+    pooled (B,D)           mean of the patch tokens, then the final norm (released pooling; CLS left out). The caption loss gives
+                           that norm no gradient, for the decoder eats what comes before it
     cls (B,D)              the CLS token before the final norm, if the config has one
     attention (L,B,H,S,S)  on request; row i says where token i looked
     """

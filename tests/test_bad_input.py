@@ -116,7 +116,7 @@ def test_a_batch_that_cannot_be_cut_is_told(say):
     ("--data bare.tar", r"no captioned image in bare.tar: 2 without a .txt"),
     ("--data good.tar --caption absent", r"no field 'absent' \(it has re_caption, n\); name one with --caption"),
     ("--data good.tar --val absent.tar", "absent.tar cannot be read as an uncompressed tar: No such file"),
-    ("--data one", "one holds one sample: give at least two, or held-out pictures with --val"),
+    ("--data one", "one holds 1 sample: give at least three, or held-out pictures with --val"),
     ("--data note.txt", "note.txt is no data"),
     ("--data note.tar", "note.tar cannot be read as an uncompressed tar"),
     ("--vocab absent.txt", "--vocab: .*absent.txt"),

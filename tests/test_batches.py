@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from test_data import members, open_source, opened, photo, put, reader
 
 import data
+import sources
 from data import Augment, to_pixels
 from sources import BadSample, DataError, hold_out
 
@@ -190,3 +191,15 @@ def test_reading_ahead_passes_errors_on_and_ends_with_its_user():
     endless.close()
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_held_out_draw_is_fixed_and_from_all_over(tmp_path):
+    for i in range(40):
+        photo().save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text(f"picture {i}")
+    source = sources.open_source(str(tmp_path))
+    first, again = (sources.draw(source, 10) for _ in range(2))
+    captions = [first.caption(i) for i in range(10)]
+    assert captions == [again.caption(i) for i in range(10)] and len(set(captions)) == 10
+    assert captions != sorted(captions) and max(int(c.split()[1]) for c in captions) > 20  # not the first ten
+    assert sorted(sources.draw(source, 50).indices) == list(range(40))

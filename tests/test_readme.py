@@ -22,7 +22,7 @@ def test_commands_are_of_known_kinds():
     assert len(COMMANDS) >= 10
     for command in COMMANDS:
         words = [w for w in shlex.split(command) if not re.match(r"[A-Z_]+=", w)]
-        assert words[0] in ("make", "python", "pip", "npm"), command
+        assert words[0] in ("make", "python", "pip", "npm", "."), command
     for target in (c.split()[1] for c in COMMANDS if c.startswith("make ")):
         assert re.search(rf"^{target}:", open(os.path.join(ROOT, "Makefile")).read(), re.M)
     for extra in re.findall(r"'\.\[(\w+)\]'", README):
@@ -47,6 +47,23 @@ def test_files_show_their_concept_by_themselves(tmp_path):
         for command, done in zip(SHOWS, pool.map(run, SHOWS)):
             assert done.returncode == 0 and done.stdout, (command, done.stderr)
     assert {"kept.png", "scenes.png", "contact.png"} <= set(os.listdir(tmp_path))
+
+
+def test_encoder_snippet_runs(tmp_path):
+    """On an encoder that has learned nothing."""
+    import dataclasses
+
+    import jax
+
+    import checkpoint
+    import vit
+    cfg = vit.config("micro/8")
+    os.makedirs(tmp_path / "runs/toy")
+    checkpoint.save(str(tmp_path / "runs/toy/encoder.npz"), vit.init(jax.random.key(0), cfg), {"encoder": dataclasses.asdict(cfg), "resolution": 32})
+    shutil.copytree(os.path.join(ROOT, "docs"), tmp_path / "docs")
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == "(1, 16, 96) (1, 96) (4, 1, 3, 16, 16)", done.stderr
 
 
 def test_tour_names_every_file_and_every_file_exists():
