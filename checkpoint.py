@@ -10,10 +10,13 @@ moment leaves the former checkpoints whole.
 """
 import io
 import json
+import math
 import os
 import re
+import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,33 +67,59 @@ def write(path: str, fill: Any) -> None:
         os.close(folder)
 
 
-def load(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays by path, meta). CheckpointError if the file is missing or damaged."""
+DAMAGE = (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error)
+
+
+def describe(path: str) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+    """(shapes and dtypes by path, meta), of which only meta and the arrays' heads are read: a file that claims more than it
+    holds is found out before memory is filled. CheckpointError if the file is missing or damaged."""
     try:
-        with zipfile.ZipFile(path) as f:  # a member is read whole, for its CRC is checked at its end
-            arrays = {name.removesuffix(".npy"): np.load(io.BytesIO(f.read(name)), allow_pickle=False) for name in f.namelist()}
-        meta = json.loads(arrays.pop("meta").tobytes())
+        with zipfile.ZipFile(path) as f:
+            shapes = {}
+            for member in f.infolist():
+                with f.open(member) as head:
+                    version = np.lib.format.read_magic(head)
+                    shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(head)
+                    if dtype.hasobject or member.compress_type != zipfile.ZIP_STORED or head.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                        raise ValueError(f"{member.filename} is not what its head says")
+                shapes[member.filename.removesuffix(".npy")] = jax.ShapeDtypeStruct(shape, dtype)
+            del shapes["meta"]
+            meta = json.loads(np.load(io.BytesIO(f.read("meta.npy")), allow_pickle=False).tobytes())
         for name, kind in meta.pop("bits").items():
-            arrays[name] = arrays[name].view(getattr(ml_dtypes, kind))
-        return arrays, meta
+            shapes[name] = jax.ShapeDtypeStruct(shapes[name].shape, getattr(ml_dtypes, kind))
+        return shapes, meta
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as problem:
+    except DAMAGE as problem:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({problem})") from None
+
+
+def load(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays by path, meta). CheckpointError if the file is missing or damaged."""
+    shapes, meta = describe(path)
+    try:
+        with zipfile.ZipFile(path) as f:  # a member is read whole, for its CRC is checked at its end
+            arrays = {name: np.load(io.BytesIO(f.read(name + ".npy")), allow_pickle=False) for name in shapes}
+        return {name: array.view(shapes[name].dtype) for name, array in arrays.items()}, meta
+    except DAMAGE as problem:
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({problem})") from None
+
+
+def fit(shapes: dict[str, Any], like: Any, origin: str = "the checkpoint", under: str = "") -> None:
+    """CheckpointError, naming the first arrays that are missing or of another shape, unless everything in `like` is there below the path `under`."""
+    prefix = under + "/" if under else ""
+    wrong = [f"{name} is missing" if prefix + name not in shapes else f"{name} is {shapes[prefix + name].shape}, not {leaf.shape}"
+             for name, leaf in flatten(like).items() if prefix + name not in shapes or shapes[prefix + name].shape != leaf.shape]
+    if wrong:
+        raise CheckpointError(f"{origin} does not fit this model: {'; '.join(wrong[:3])}"
+                              + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
 
 
 def restore(arrays: dict[str, np.ndarray], like: Any, origin: str = "the checkpoint", under: str = "") -> Any:
     """Arrays put in the structure of `like` (arrays or ShapeDtypeStructs), taken from below the path `under`.
-    CheckpointError names the first arrays that are missing or of another shape."""
-    prefix = under + "/" if under else ""
-    wanted = flatten(like)
-    wrong = [f"{name} is missing" if prefix + name not in arrays else
-             f"{name} is {arrays[prefix + name].shape}, not {leaf.shape}"
-             for name, leaf in wanted.items() if prefix + name not in arrays or arrays[prefix + name].shape != leaf.shape]
-    if wrong:
-        raise CheckpointError(f"{origin} does not fit this model: {'; '.join(wrong[:3])}"
-                              + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[prefix + name] for name in wanted])
+    CheckpointError where `fit` says so."""
+    fit(arrays, like, origin, under)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[f"{under}/{name}" if under else name] for name in flatten(like)])
 
 
 def steps(folder: str) -> list[tuple[int, str]]:
@@ -100,25 +129,32 @@ def steps(folder: str) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def save_step(folder: str, step: int, tree: Any, meta: dict[str, Any], keep: int = 2) -> str:
-    """Write step-N.npz and then drop all but the last `keep`."""
+def save_step(folder: str, step: int, tree: Any, meta: dict[str, Any], keep: int = 2, milestone: int = 0) -> str:
+    """Write step-N.npz, and then drop all but the last `keep` and the multiples of `milestone`."""
     path = os.path.join(folder, f"step-{step:08d}.npz")
     save(path, tree, meta | {"step": step})
-    for _, old in steps(folder)[:-keep]:
-        os.remove(old)
+    for number, old in steps(folder)[:-keep]:
+        if not milestone or number % milestone:
+            os.remove(old)
     return path
 
 
-def latest(folder: str) -> tuple[str, dict[str, np.ndarray], dict[str, Any]] | None:
+def latest(folder: str, fits: Callable[[str, dict, dict], None] = lambda *_: None) -> tuple[str, dict[str, np.ndarray], dict[str, Any]] | None:
     """The newest whole checkpoint of a run (path, arrays, meta), or None if it has none. A damaged one is passed over
-    with a warning for the one before; CheckpointError if all are damaged."""
+    with a warning for the one before; CheckpointError if all are damaged. fits(path, shapes, meta) may refuse one before its arrays are read."""
     problem = None
     for _, path in reversed(steps(folder)):
         try:
-            return path, *load(path)
+            heads = describe(path)
         except CheckpointError as found:
             problem = found
-            print(f"warning: {found}; trying the checkpoint before it", flush=True)
+        else:
+            fits(path, *heads)
+            try:
+                return path, *load(path)
+            except CheckpointError as found:
+                problem = found
+        print(f"warning: {problem}; trying the checkpoint before it", flush=True)
     if problem:
         raise CheckpointError(f"every checkpoint in {folder} is damaged: delete them to start anew, or restore one")
     return None

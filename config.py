@@ -77,6 +77,11 @@ class Config:
     log_every: int = opt(20, "steps between lines of metrics.jsonl")
     eval_every: int = opt(200, "steps between evaluations on held-out pictures")
     save_every: int = opt(400, "steps between checkpoints")
+    keep_last: int = opt(2, "checkpoints that are kept, the newest")
+    milestone_every: int = opt(0, "checkpoints at multiples of this step are kept for good; 0 for none")
+    max_bad: float = opt(0.1, "largest share of bad samples among those read, above which a run stops (judged from 1,000 samples on)")
+    distributed: bool = opt(False, "meet other processes first: on several hosts, or to rehearse that (a TPU pod needs no such word)")
+    shard: bool = opt(False, "cut the optimizer's state over the devices: same update, less memory")
     devices: int = opt(0, "local devices to use; 0 for all")
 
 
@@ -149,7 +154,8 @@ def check(cfg: Config, devices: int = 1) -> None:
     bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "gray": (0, 1), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
               "clip": (0, 1e9), "text_length": (3, 1 << 20), "vocab_size": (8, 1 << 30), "val_count": (2, 1 << 30), "accum": (1, 1 << 20),
               "workers": (1, 1024), "log_every": (1, 1 << 40), "eval_every": (1, 1 << 40), "save_every": (1, 1 << 40), "loss_chunk": (0, 1 << 20),
-              "unroll": (1, 1024), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20)}
+              "unroll": (1, 1024), "keep_last": (1, 1 << 20),
+              "milestone_every": (0, 1 << 40), "max_bad": (0, 1), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(cfg, name) <= high:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {'above 0' if low == 1e-9 else f'at least {low}'}"

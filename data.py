@@ -104,13 +104,6 @@ class Reader:
                 self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
             return int(self.orders[epoch][place])
 
-    def sample_index(self, position: int) -> int:
-        """The sample that ends up at a position that has been read: past the broken ones."""
-        i = self.index(position)
-        while i in self.bad:
-            i = (i + 1) % len(self.source)
-        return i
-
     def sample(self, position: int, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
         """((R,R,3) uint8, (T,) int32, index). A broken sample's place is taken by the next in the source."""
         first = self.index(position)
@@ -129,13 +122,15 @@ class Reader:
         raise DataError(f"not one usable sample in the data; the last: {self.source.name(i)} {self.bad[i]}")
 
     def batch(self, positions: range, resolution: int) -> dict[str, np.ndarray]:
-        """{"images": (B,R,R,3) uint8, "text": (B,T) int32, "row": (B,) int32 position in the run, "index": (B,)}."""
+        """{"images": (B,R,R,3) uint8, "text": (B,T) int32, "row": (B,) int32 position in the run, "index": (B,), "bad": {index: reason}}.
+        "bad" has each bad sample where its own turn comes in the first epoch: so every host, and a continued run, counts the same."""
         images, text, index = zip(*self.pool.map(lambda p: self.sample(p, resolution), positions))
+        turns = [self.index(p) for p in positions if p < len(self.source)] if self.bad else []
         return {"images": np.stack(images), "text": np.stack(text), "index": np.array(index),
-                "row": np.array([p & 0x7FFFFFFF for p in positions], np.int32)}
+                "row": np.array([p & 0x7FFFFFFF for p in positions], np.int32), "bad": {i: self.bad[i] for i in turns if i in self.bad}}
 
     def ahead(self, wanted: Iterator[tuple[range, int]], put: Callable[[dict], Any], depth: int = 2) -> Iterator[Any]:
-        """put(batch) for each wanted (positions, resolution), made in a thread `depth` ahead of its use: so the next
+        """(put(batch), batch["bad"]) for each wanted (positions, resolution), made in a thread `depth` ahead of its use: so the next
         batch is decoded, and on its way to the device, while the current step runs."""
         ready: queue.Queue = queue.Queue(depth)
         stop = threading.Event()
@@ -150,7 +145,8 @@ class Reader:
         def work() -> None:
             try:
                 for positions, resolution in itertools.takewhile(lambda _: not stop.is_set(), wanted):
-                    offer((put(self.batch(positions, resolution)), None))
+                    batch = self.batch(positions, resolution)
+                    offer(((put(batch), batch["bad"]), None))
                 offer((None, StopIteration()))
             except BaseException as problem:
                 offer((None, problem))

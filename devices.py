@@ -1,12 +1,52 @@
-"""Where a batch goes: this process's devices, and all that share it. The same for one CPU, eight pretend devices,
-GPUs or the chips of a TPU machine; nothing else in the project asks what it runs on.
+"""Where arrays lie: this process's devices, and all that share a batch. The same for one CPU, eight pretend devices, GPUs
+or the chips of a TPU pod with a process a host; nothing else in the project asks what it runs on.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python devices.py        lists them: here eight pretend ones
 """
+import glob
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+
+import zero
+
+HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and the others end too
+
+
+class PlaceError(Exception):
+    """The processes cannot work together, or one of them failed; the message says what to do."""
+
+
+def join(distributed: bool) -> None:
+    """Before anything else asks for a device: meet the other processes. On a TPU pod, under SLURM and Open MPI they find each
+    other; elsewhere three environment variables tell. On TPU machines this happens without being asked for."""
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*") if importlib.util.find_spec("libtpu") else []
+    if not distributed and (not chips or os.environ.get("JAX_PLATFORMS", "tpu") != "tpu"):
+        return
+    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    try:
+        numbers = {name: int(value) for name, value in told.items() if value is not None}
+        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
+    except (ValueError, RuntimeError, OSError) as problem:
+        if distributed:
+            raise PlaceError(f"--distributed: the processes did not find each other ({str(problem).splitlines()[0]}). Outside of a TPU pod, SLURM or "
+                             "Open MPI, set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each") from None
+        print(f"no other TPU hosts found ({str(problem).splitlines()[0]}): going on with this one")
+
+
+def leave() -> None:
+    """After an error in one of several processes: end at once, so that the others notice, and do not wait for this one at the end."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class Place:
@@ -16,16 +56,21 @@ class Place:
         """count: local devices to use, 0 for all. ValueError if there are fewer."""
         if count > jax.local_device_count():
             raise ValueError(f"{count} devices asked for, and there are {jax.local_device_count()}")
+        if count and jax.process_count() > 1:
+            raise ValueError("several processes use all of their devices: leave it out")
         self.local = jax.local_devices()[:count or None]
-        self.pmap = self.local if jax.process_count() == 1 else None  # what pmap is told; None means all, everywhere
-        self.total = len(self.local) * jax.process_count()
-        self.first = jax.process_index() == 0                         # the process that writes files and shows bars
+        self.processes = jax.process_count()
+        self.pmap = self.local if self.processes == 1 else None       # what pmap is told; None means all, everywhere
+        self.total = len(self.local) * self.processes
+        self.first = jax.process_index() == 0                         # the process that reads and writes the run's folder and shows bars
         mesh = jax.sharding.Mesh(np.array(self.local), ("devices",))
         self.rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+        self.tally = jax.pmap(lambda most, count: (jax.lax.pmax(most, "devices"), jax.lax.psum(count, "devices")), "devices", devices=self.pmap)
 
+    # ---------------------------------------------------------------------------------------------------------- batches
     def share(self, batch: int) -> range:
         """This process's rows of a global batch."""
-        mine = batch // jax.process_count()
+        mine = batch // self.processes
         return range(jax.process_index() * mine, (jax.process_index() + 1) * mine)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -33,16 +78,67 @@ class Place:
         wanted = {k: batch[k].reshape(len(self.local), -1, *batch[k].shape[1:]) for k in ("images", "text", "row")}
         return jax.device_put(wanted, self.rows)
 
+    # ------------------------------------------------------------------------------------------------------- parameters
     def copies(self, tree: Any) -> Any:
         """The same arrays on every device, with a leading axis of local devices."""
         return jax.pmap(lambda _, x: x, in_axes=(0, None), devices=self.pmap)(np.zeros(len(self.local)), tree)
+
+    def slices(self, tree: Any) -> Any:
+        """Each array cut over all devices, one slice a device (zero.py). One array at a time, for a device need not hold all."""
+        cut = jax.pmap(lambda _, x: zero.own(x), "devices", in_axes=(0, None), devices=self.pmap)
+        return jax.tree.map(lambda x: cut(np.zeros(len(self.local)), x), tree)
 
     @staticmethod
     def get(tree: Any) -> Any:
         """What the first local device holds, as numpy arrays: of things that are the same on all."""
         return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
 
+    def whole(self, tree: Any, like: Any) -> Any:
+        """numpy arrays of what may lie in slices; `like` has the whole shapes."""
+        gather = jax.pmap(lambda x, shape: zero.join(x, shape), "devices", static_broadcasted_argnums=1, devices=self.pmap)
+        return jax.tree.map(lambda x, l: self.get(x if x.shape[1:] == l.shape else gather(x, l.shape)), tree, like)
+
+    # -------------------------------------------------------------------------------------------------------- processes
+    def vote(self, most: int, count: int) -> Any:
+        """(the largest of the processes' first numbers, the sum of their second), as arrays on the devices: not waited for."""
+        n = len(self.local)
+        return self.tally(np.full(n, most, np.int32), np.array([count] + [0] * (n - 1), np.int32))
+
+    def told(self, make: Callable[[], Any]) -> Any:
+        """What make() gives in the first process (JSON values), in all; an error there is an error in all."""
+        if self.processes == 1:
+            return make()
+        problem, text = None, b""
+        if self.first:
+            try:
+                text = json.dumps([make()]).encode()
+            except Exception as found:
+                problem, text = found, json.dumps(f"process 0: {found}").encode()
+        size = int(multihost_utils.broadcast_one_to_all(np.int64(len(text))))
+        padded = np.frombuffer(text or bytes(size), np.uint8)
+        answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+        if problem:
+            raise problem
+        if isinstance(answer, str):
+            raise PlaceError(answer)
+        return answer[0]
+
+    def arrays(self, tree: Any) -> Any:
+        """The first process's numpy arrays in all; the others give arrays of the same shapes."""
+        return tree if self.processes == 1 else jax.tree.map(lambda x: np.asarray(multihost_utils.broadcast_one_to_all(x)), tree)
+
+    def everyones(self, x: np.ndarray) -> np.ndarray:
+        """(processes, ...) of an array that each has one of, of the same shape."""
+        return x[None] if self.processes == 1 else np.asarray(multihost_utils.process_allgather(x))
+
+    def lines(self, mine: Sequence[str]) -> list[str]:
+        """Every process's lines, in the order of the processes."""
+        text = "\n".join(mine).encode()
+        size = int(self.everyones(np.array(len(text))).max())
+        found = self.everyones(np.frombuffer(text.ljust(size), np.uint8))
+        return [line for row in found for line in row.tobytes().decode().strip(" ").split("\n") if line]
+
 
 if __name__ == "__main__":
     place = Place()
-    print(f"{place.total} device(s) of {jax.process_count()} process(es), here: {', '.join(map(str, place.local))}")
+    print(f"{place.total} device(s) of {place.processes} process(es), here: {', '.join(map(str, place.local))}")

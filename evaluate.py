@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -69,24 +69,31 @@ def held_out(reader: data.Reader, count: int, resolution: int, batch: int, share
 class HeldOut:
     """The held-out pictures of a run at one resolution, and what can be asked of a model about them."""
 
-    def __init__(self, cfg: Config, reader: data.Reader, resolution: int, batch: int, model: Any, place: Place):
-        self.reader, self.count = reader, min(cfg.val_count, len(reader.source))
+    def __init__(self, cfg: Config, reader: data.Reader, resolution: int, batch: int, model: Any, place: Place,
+                 check: Callable[[], None] = lambda: None):
+        """check() is called between batches, and may raise to end what is long."""
+        self.check, self.reader, self.count = check, reader, min(cfg.val_count, len(reader.source))
         self.model, self.length, self.place = model, cfg.text_length, place
         batch = min(batch, math.ceil(self.count / place.total) * place.total)
         self.batches = list(held_out(reader, self.count, resolution, batch, place.share(batch)))
+        def everyones(name: str) -> np.ndarray:  # of all processes' rows, in order
+            mine = np.stack([b[name] for b, _ in self.batches])
+            return np.concatenate(place.everyones(mine), axis=1).reshape(-1, *mine.shape[2:])
+        self.text, self.index = everyones("text"), everyones("index")
+        self.rows = place.share(batch), batch
         self.loss, self.captions = make_loss(model, place.pmap), make_captions(model, cfg.text_length, place.pmap)
 
     def losses(self, params: Any) -> dict[str, float]:
         """val_loss, and shuffled_loss: with the captions moved on by half of the set."""
-        texts = np.concatenate([batch["text"] for batch, _ in self.batches])
-        real = np.flatnonzero(texts.any(-1))
-        shuffled = texts.copy()
-        shuffled[real] = np.roll(texts[real], len(real) // 2, axis=0)
-        out, size = {}, len(self.batches[0][0]["text"])
-        for name, words in (("val_loss", texts), ("shuffled_loss", shuffled)):
+        shuffled, real = self.text.copy(), np.flatnonzero(self.text.any(-1))
+        shuffled[real] = np.roll(self.text[real], len(real) // 2, axis=0)
+        out, (share, size) = {}, self.rows
+        for name, words in (("val_loss", self.text), ("shuffled_loss", shuffled)):
             sums = np.zeros(2)
             for n, (batch, _) in enumerate(self.batches):
-                sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | {"text": words[n * size:(n + 1) * size]}))]
+                self.check()
+                mine = words[n * size + share.start:n * size + share.stop]
+                sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | {"text": mine}))]
             out[name] = float(sums[0] / sums[1])
         return out
 
@@ -103,10 +110,11 @@ class HeldOut:
         """(sample, greedy caption, kept patches (K,)) of held-out pictures, `count` or all."""
         done = 0
         for batch, real in self.batches:
+            self.check()
             words, chosen = (self.place.get(x) for x in self.captions(params, self.place.put(batch)))
             for n in range(real):
                 if count is None or done < count:
-                    yield self.reader.sample_index(done), self.reader.tokenizer.decode(words[n]), chosen[n]
+                    yield int(self.index[done]), self.reader.tokenizer.decode(words[n]), chosen[n]
                 done += 1
             if count is not None and done >= count:
                 return
@@ -127,9 +135,8 @@ if __name__ == "__main__":
     import sys
 
     import checkpoint
-    import train
     from config import ConfigError, check
-    from run import Run
+    from run import Run, init
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python evaluate.py RUN, a folder that train.py made")
     try:
@@ -141,7 +148,7 @@ if __name__ == "__main__":
             raise checkpoint.CheckpointError(f"{sys.argv[1]} has no checkpoint yet")
         stage = next(s for s in run.plan if run.step <= s.end)
         held = HeldOut(cfg, run.val_reader, stage.resolution, stage.batch, run.model, run.place)
-        params = run.place.copies(checkpoint.restore(run.arrays, jax.eval_shape(lambda: train.init(cfg, run.model)), under="params"))
+        params = run.place.copies(checkpoint.restore(run.arrays, jax.eval_shape(lambda: init(cfg, run.model)), under="params"))
         floor = {"floor_loss": run.state["best_shuffled"] if held.blind() is None else held.blind()}
         print(json.dumps(held.losses(params) | floor | (grades(held, params) if isinstance(run.val_source, sources.Scenes) else {}), indent=1))
     except (OSError, TypeError, json.JSONDecodeError) as problem:

@@ -5,13 +5,16 @@ and encoder.npz, the product. Training itself is in train.py; this file only wat
 """
 import contextlib
 import dataclasses
+import glob
 import json
 import os
+import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -27,7 +30,8 @@ import vit
 from config import Config, ConfigError, Stage, models, stages
 from devices import Place
 
-FREE = ("out", "workers", "log_every", "eval_every", "save_every", "devices", "unroll", "remat", "loss_chunk", "accum")  # may differ in a continued run
+FREE = ("out", "workers", "log_every", "eval_every", "save_every", "keep_last", "milestone_every", "max_bad", "devices", "distributed", "unroll",
+        "remat", "loss_chunk", "accum", "shard")  # may differ in a continued run
 
 
 class Stop(Exception):
@@ -41,11 +45,28 @@ class Model(NamedTuple):
     keep_ratio: float
 
 
+def init(cfg: Config, model: Model) -> dict:
+    """{"encoder": ..., "decoder": ...}: the parameters that a run starts from."""
+    key = jax.random.key(cfg.seed)
+    return {"encoder": vit.init(jax.random.fold_in(key, 0), model.encoder), "decoder": decoder.init(jax.random.fold_in(key, 1), model.decoder)}
+
+
+class Interrupted(Exception):
+    """A signal asked for an end, and all processes know."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
 class Interrupt:
-    """SIGTERM and SIGINT ask for a save at the next step; a second signal ends the process at once."""
+    """SIGTERM (which is also a cloud's notice of preemption) and SIGINT ask for a save at the next step, whichever process they reach;
+    a second one ends that process at once."""
+
+    def __init__(self, place: Place):
+        self.place, self.signal = place, 0
 
     def __enter__(self) -> "Interrupt":
-        self.signal = 0
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -53,6 +74,12 @@ class Interrupt:
         self.signal = number
         for s in self.before:
             signal.signal(s, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Interrupted in all processes if one was signalled: for what is long, and not made of training steps."""
+        most, _ = self.place.get(self.place.vote(self.signal, 0))
+        if most:
+            raise Interrupted(int(most))
 
     def __exit__(self, *problem: Any) -> None:
         for s, handler in self.before.items():
@@ -96,34 +123,34 @@ class Run:
     def __init__(self, cfg: Config, place: Place, write: bool = True):
         """write=False looks at a run and leaves its folder as it is."""
         self.cfg, self.place, self.plan, self.write = cfg, place, stages(cfg), write and place.first
-        if self.write:
-            try:
-                os.makedirs(cfg.out, exist_ok=True)
-                checkpoint.write(self.path("probe"), lambda f: None)
-                os.remove(self.path("probe"))
-            except OSError as problem:
-                raise ConfigError(f"--out {cfg.out} cannot be written to ({problem.strerror}): name a folder of yours") from None
+        place.told(self.prepare)
         self.source, self.val_source = open_data(cfg)
         for name, s in (("training", self.source), ("held-out", self.val_source)):
             if not isinstance(s, sources.Scenes) and self.write:
                 left_out = "; ".join(f"{n} {why}" for why, n in s.skipped.items() if name == "training" or cfg.val)
                 print(f"{name}: {len(s):,} samples" + (f"; skipped: {left_out}" if left_out else ""))
         self.prints = {"training data": self.source.fingerprint(), "held-out data": self.val_source.fingerprint()}
-        self.state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "train_images": 0, "best_shuffled": None, "window": []}
-        self.arrays = self.resume()
+        for name, seen in place.told(lambda: self.prints).items():
+            if seen != self.prints[name]:
+                raise ConfigError(f"the {name} here is {self.prints[name]}, and in process 0 {seen}: all processes must find the same files")
+        self.model, self.arrays = Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio), None
+        self.state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "train_images": 0, "best_shuffled": None, "window": [], "unmeasured": False,
+                      "bad_samples": 0} | place.told(self.resume)
         self.begun = time.time() - self.state["seconds"]
-        self.tok = tokenizer.Tokenizer(self.state["vocabulary"]) if self.arrays else open_tokenizer(cfg, self.source)
-        self.model = Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio)
+        self.tok = tokenizer.Tokenizer(self.state["vocabulary"] if self.step else place.told(lambda: open_tokenizer(cfg, self.source).pieces))
         augment = data.Augment(cfg.crop, cfg.flip, cfg.jitter, cfg.gray)
         self.reader = data.Reader(self.source, self.tok, cfg.text_length, cfg.seed, augment, cfg.workers)
         self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers)
         if self.write:
-            rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.arrays else []
+            rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.step else []
             checkpoint.write(self.path("metrics.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in rows).encode()))
+            if listed := self.listed():
+                kept = "".join(line for line in listed if int(line.split("\t")[0]) <= self.step)
+                checkpoint.write(self.path("bad-samples.txt"), lambda f: f.write(kept.encode()))
             checkpoint.write(self.path("config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
             self.tok.save(self.path("vocab.txt"))
         self.floor: float | None = None  # for scenes, the loss that can be had without looking
-        self.shown: set[int] = set()
+        self.shown = 0
 
     @property
     def step(self) -> int:
@@ -131,36 +158,64 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.step == self.plan[-1].end and os.path.exists(self.path("summary.json"))
+        return self.place.told(lambda: self.step == self.plan[-1].end and os.path.exists(self.path("summary.json")))
 
     def path(self, name: str) -> str:
         return os.path.join(self.cfg.out, name)
 
-    def resume(self) -> dict[str, np.ndarray] | None:
-        """The arrays of the last checkpoint, or None. ConfigError where the settings or the data are others."""
-        found = checkpoint.latest(self.cfg.out)
-        if found is None:
-            return None
-        _, arrays, meta = found
-        now = dataclasses.asdict(self.cfg)
-        differ = [f"--{k.replace('_', '-')} is {now.get(k)!r}, was {v!r}" for k, v in meta["config"].items() if k not in FREE and now.get(k) != v]
-        differ += [f"the {k} is {self.prints[k]}, was {v}" for k, v in meta["data"].items() if self.prints[k] != v]
-        if differ:
-            raise ConfigError(f"{self.cfg.out} holds a run with other settings: {'; '.join(differ)}. Use its settings to continue it, or another --out")
-        self.state = {k: v for k, v in meta.items() if k not in ("config", "data")}
+    def prepare(self) -> None:
+        """ConfigError unless the folder can be written to."""
         if self.write:
-            print(f"continuing {self.cfg.out} from step {self.step} of {self.plan[-1].end}")
-        return arrays
+            try:
+                os.makedirs(self.cfg.out, exist_ok=True)
+                for left in glob.glob(os.path.join(glob.escape(self.cfg.out), "*.part")):  # of a save that was killed
+                    os.remove(left)
+                checkpoint.write(self.path("probe"), lambda f: f.write(b"x"))
+                os.remove(self.path("probe"))
+            except OSError as problem:
+                raise ConfigError(f"--out {self.cfg.out} cannot be written to ({problem.strerror}): name a folder of yours") from None
 
-    def save(self, params: Any, opt_state: Any) -> None:
+    def resume(self) -> dict[str, Any]:
+        """The state in the last checkpoint, whose arrays are then in `self.arrays`; or nothing. ConfigError where the settings or the
+        data are others, CheckpointError where shapes are."""
+        def fits(path: str, shapes: dict, meta: dict) -> None:
+            now = dataclasses.asdict(self.cfg)
+            differ = [f"--{k.replace('_', '-')} is {now.get(k)!r}, was {v!r}" for k, v in meta["config"].items() if k not in FREE and now.get(k) != v]
+            differ += [f"the {k} is {self.prints[k]}, was {v}" for k, v in meta["data"].items() if self.prints[k] != v]
+            if differ:
+                raise ConfigError(f"{self.cfg.out} holds a run with other settings: {'; '.join(differ)}. "
+                                  "Use its settings to continue it, or another --out")
+            checkpoint.fit(shapes, jax.eval_shape(lambda: init(self.cfg, self.model)), path, under="params")
+        found = checkpoint.latest(self.cfg.out, fits)
+        if found is None:
+            return {}
+        _, self.arrays, meta = found
+        if self.write:
+            print(f"continuing {self.cfg.out} from step {meta['step']} of {self.plan[-1].end}")
+        return {k: v for k, v in meta.items() if k not in ("config", "data")}
+
+    def restore(self, like: Any, under: str) -> Any:
+        """Parameters or optimizer state from the checkpoint, in every process: the first one reads."""
+        return self.place.arrays(checkpoint.restore(self.arrays, like, self.cfg.out, under) if self.place.first else
+                                 jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
+
+    def save(self, tree: Any) -> None:
         if self.place.first:
             now = {"seconds": time.time() - self.begun, "config": dataclasses.asdict(self.cfg), "data": self.prints, "vocabulary": self.tok.pieces}
-            checkpoint.save_step(self.cfg.out, self.step, self.place.get({"params": params, "opt": opt_state}), self.state | now)
+            checkpoint.save_step(self.cfg.out, self.step, tree, self.state | now, self.cfg.keep_last, self.cfg.milestone_every)
 
     def log(self, **row: Any) -> None:
         if self.place.first:
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
                 f.write(json.dumps(row | {"seconds": round(time.time() - self.begun, 1)}) + "\n")
+
+    def listed(self) -> list[str]:
+        """The lines of bad-samples.txt: step, sample, reason."""
+        try:
+            with open(self.path("bad-samples.txt"), encoding="utf-8") as f:
+                return [line for line in f if re.match(r"\d+\t", line)]
+        except FileNotFoundError:
+            return []
 
     # --------------------------------------------------------------------------------------------------------- a stage
     def batches(self, stage: Stage) -> Iterator[Any]:
@@ -171,40 +226,58 @@ class Run:
                 yield range(first + share.start, first + share.stop), stage.resolution
         return self.reader.ahead(wanted(), self.place.put)
 
-    def enter(self, stage: Stage) -> None:
+    def enter(self, stage: Stage, check: Callable[[], None] = lambda: None) -> None:
         """Held-out pictures at the stage's resolution, its bar, and its clocks."""
         self.stage, self.begun_at = stage, self.step
-        self.held = evaluate.HeldOut(self.cfg, self.val_reader, stage.resolution, stage.batch, self.model, self.place)
+        self.held = evaluate.HeldOut(self.cfg, self.val_reader, stage.resolution, stage.batch, self.model, self.place, check)
         self.floor = self.held.blind()
         self.bar = tqdm(total=stage.steps * stage.batch, initial=(self.step - stage.start) * stage.batch, unit=" images", unit_scale=True,
                         desc=f"stage {stage.number} of {len(self.plan)}, {stage.resolution} px", disable=not self.place.first, mininterval=0.5,
                         dynamic_ncols=True)
         self.clock, self.waited, self.shows = time.time(), 0.0, {}
 
-    def note(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """A finished step. Stop if it was not finite."""
+    def note(self, step: int, lr: float, metrics: dict[str, Any], votes: Any, bad: dict[int, str]) -> int:
+        """A finished step, and the signal that any process has had. Stop if it was not finite, or if too much of the data is bad."""
         stage, cfg = self.stage, self.cfg
+        loss, grad_norm, (stop, found) = *(float(self.place.get(metrics[k])) for k in ("loss", "grad_norm")), map(int, self.place.get(votes))
         if not np.isfinite(loss + grad_norm):
             raise Stop(f"the loss is no longer finite at step {step} (loss {loss}, gradient norm {grad_norm}): lower lr in --stages, or set --clip 1; "
                        f"what {cfg.out} has saved is from before")
         self.state["window"].append(loss)
         self.state["step"] = step
         self.bar.update(stage.batch)
+        images = stage.first_image + (step - stage.start) * stage.batch
+        if found:
+            self.count(found, bad, images)
         if step % cfg.log_every and step != stage.end:
-            return
-        for i in sorted(set(self.reader.bad) - self.shown)[:max(0, 10 - len(self.shown))]:
-            self.bar.write(f"skipped: {self.source.name(i)}: {self.reader.bad[i]}")
-            self.shown.add(i)
+            return stop
         window = self.state["window"]
-        took, images, mean = time.time() - self.clock, len(window) * stage.batch, sum(window) / len(window)
-        self.log(step=step, stage=stage.number, images=stage.first_image + (step - stage.start) * stage.batch, loss=mean, grad_norm=grad_norm, lr=lr,
-                 images_per_second=images / took, data_wait=self.waited / took, bad_samples=len(self.reader.bad))
+        took, rows, mean = time.time() - self.clock, len(window) * stage.batch, sum(window) / len(window)
+        self.log(step=step, stage=stage.number, images=images, loss=mean, grad_norm=grad_norm, lr=lr, images_per_second=rows / took,
+                 data_wait=self.waited / took, bad_samples=self.state["bad_samples"])
         if step - len(window) > self.begun_at:  # the first window of a stage compiles
             self.state["train_seconds"] += took
-            self.state["train_images"] += images
-        self.shows |= {"loss": f"{mean:.3f}"} | ({"bad": len(self.reader.bad)} if self.reader.bad else {})
+            self.state["train_images"] += rows
+        self.shows |= {"loss": f"{mean:.3f}"} | ({"bad": self.state["bad_samples"]} if self.state["bad_samples"] else {})
         self.bar.set_postfix(self.shows)
         self.state["window"], self.clock, self.waited = [], time.time(), 0.0
+        return stop
+
+    def count(self, found: int, bad: dict[int, str], images: int) -> None:
+        """Lists what all processes found bad in the last step. Stop if that is too much of what has been read: of 1,000 samples at least, or
+        of the whole set."""
+        said = self.place.lines([f"{self.state['step']}\t{self.source.name(i)}\t{why}".replace("\n", " ") for i, why in bad.items()])
+        self.state["bad_samples"] += found
+        if self.place.first:
+            with open(self.path("bad-samples.txt"), "a", encoding="utf-8") as f:
+                f.write("".join(line + "\n" for line in said))
+            for line in said[:max(0, 10 - self.shown)]:
+                self.bar.write("skipped: " + ": ".join(line.split("\t")[1:]))
+            self.shown += len(said)
+        read = min(images, len(self.source))
+        if self.state["bad_samples"] > self.cfg.max_bad * read and read >= min(1000, len(self.source)):
+            raise Stop(f"{self.state['bad_samples']} of the first {read} samples are bad, more than --max-bad {self.cfg.max_bad} allows; "
+                       f"{self.path('bad-samples.txt')} lists them with the reasons: mend the data, or allow more")
 
     def measure(self, params: Any) -> None:
         """Held-out losses now, and the curve so far."""
@@ -213,6 +286,7 @@ class Run:
         if not np.isfinite(losses["val_loss"] + losses["shuffled_loss"]):
             raise Stop(f"the held-out loss is no longer finite at step {self.step}: lower lr in --stages, or set --clip 1")
         self.state["best_shuffled"] = min(losses["shuffled_loss"], self.state["best_shuffled"] or float("inf"))
+        self.state["unmeasured"] = False
         self.log(step=self.step, **losses, floor_loss=self.floor_loss)
         if self.place.first:
             plots.run_curve(self.cfg.out, self.floor_loss, {s.start: f"{s.resolution} px" for s in self.plan})
@@ -244,7 +318,7 @@ class Run:
             "floor_loss": self.floor_loss, "images_seen": last.first_image + last.steps * last.batch, "seconds": round(time.time() - self.begun, 1),
             "images_per_second": round(self.state["train_images"] / max(self.state["train_seconds"], 1e-9), 1),
             "parameters": sum(x.size for x in checkpoint.flatten(one).values()), "held_out_pictures": self.held.count,
-            "bad_samples": len(self.reader.bad)} | graded
+            "bad_samples": self.state["bad_samples"]} | graded
         checkpoint.write(self.path("summary.json"), lambda f: f.write(json.dumps(summary, indent=1).encode()))
         print(json.dumps(summary, indent=1))
         print(f"held-out loss {summary['val_loss']:.3f}; without the picture {summary['floor_loss']:.3f}")

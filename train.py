@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from signal import Signals
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ import checkpoint
 import decoder
 import sources
 import vit
+import zero
 from config import Config, ConfigError, Stage, check, describe, parse
-from devices import Place
+from devices import Place, PlaceError, join, leave
 from masking import keep
-from run import Interrupt, Model, Run, Stop
+from run import Interrupt, Interrupted, Model, Run, Stop, init
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -36,31 +37,39 @@ def method(params: dict, batch: dict, keys: jax.Array, model: Model) -> jax.Arra
 
 
 def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, accum: int = 1,
-              devices: list | None = None) -> Callable:
+              devices: list | None = None, shard: bool = False, clip: float = 0.0) -> Callable:
     """The training step, pmapped: (params, opt_state, batch) -> (params, opt_state, metrics), all with a leading axis
     of local devices; the batch is {"images" (B,R,R,3) uint8, "text" (B,T), "row" (B,)} a device.
 
     Sums of loss and words cross the devices, and the division comes after: so the update is that of the whole batch,
-    however it is shared out, or cut into `accum` pieces. A row's mask is drawn from its position in the run."""
+    however it is shared out, or cut into `accum` pieces. A row's mask is drawn from its position in the run.
+    With `shard`, each device keeps the optimizer state of its own slice of the parameters, updates that, and all
+    exchange the new slices (ZeRO, arXiv:1910.02054, stage 1): the same update in less memory."""
     root = jax.random.key(seed)
 
     def piece(params, batch):
         keys = jax.vmap(lambda row: jax.random.fold_in(root, row))(batch["row"])
         loss, grads = jax.value_and_grad(method)(params, batch, keys, model)
-        return loss, grads, decoder.target_count(batch["text"]).sum()
+        return grads, (loss, decoder.target_count(batch["text"]).sum())
 
     def step(params, opt_state, batch):
         if accum == 1:
-            sums = piece(params, batch)
+            grads, sums = piece(params, batch)
         else:
             parts = jax.tree.map(lambda x: x.reshape(accum, -1, *x.shape[1:]), batch)
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, params, jax.tree.map(lambda x: x[0], parts)))
-            sums, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, piece(params, part)), None), zero, parts)
-        loss, grads, words = jax.lax.psum(sums, "devices")
+            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, params, jax.tree.map(lambda x: x[0], parts)))
+            (grads, sums), _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, piece(params, part)), None), none, parts)
+        loss, words = jax.lax.psum(sums, "devices")
         words = jnp.maximum(words, 1)
-        grads = jax.tree.map(lambda g: g / words, grads)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, {"loss": loss / words, "grad_norm": optax.tree.norm(grads)}
+        mine = jax.tree.map(zero.own, params) if shard else params
+        grads = jax.tree.map(lambda g: g / words, jax.tree.map(zero.sum_slice, grads) if shard else jax.lax.psum(grads, "devices"))
+        norm = zero.norm(grads, params) if shard else optax.tree.norm(grads)
+        if clip:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / norm), grads)
+        updates, opt_state = optimizer.update(grads, opt_state, mine)
+        mine = optax.apply_updates(mine, updates)
+        params = jax.tree.map(lambda x, p: zero.join(x, p.shape), mine, params) if shard else mine
+        return params, opt_state, {"loss": loss / words, "grad_norm": norm}
 
     return jax.pmap(step, axis_name="devices", donate_argnums=(0, 1), devices=devices)
 
@@ -74,18 +83,13 @@ def make_optimizer(cfg: Config, stage: Stage) -> optax.GradientTransformation:
     """AdamW (b1 0.9, as released) with decay on matrices alone: not on biases, norms, or the word table."""
     def matrices(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-    adamw = optax.adamw(schedule(stage), b1=0.9, b2=cfg.b2, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), adamw) if cfg.clip else adamw
-
-
-def init(cfg: Config, model: Model) -> dict:
-    key = jax.random.key(cfg.seed)
-    return {"encoder": vit.init(jax.random.fold_in(key, 0), model.encoder), "decoder": decoder.init(jax.random.fold_in(key, 1), model.decoder)}
+    return optax.adamw(schedule(stage), b1=0.9, b2=cfg.b2, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=matrices)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
     """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    join(cfg.distributed)
     try:
         place = Place(cfg.devices)
     except ValueError as problem:
@@ -96,50 +100,65 @@ def train(cfg: Config) -> int:
         print(f"{cfg.out} is finished: look at {run.path('samples.png')}; delete the folder or name another --out to train anew")
         return 0
     shapes = jax.eval_shape(lambda: init(cfg, run.model))
-    params = place.copies(checkpoint.restore(run.arrays, shapes, cfg.out, under="params") if run.arrays else init(cfg, run.model))
+    params = place.copies(run.restore(shapes, "params") if run.step else init(cfg, run.model))
 
-    with Interrupt() as interrupt:
-        for stage in run.plan:
-            if run.step >= stage.end and stage is not run.plan[-1]:
-                continue
-            optimizer = make_optimizer(cfg, stage)
-            opt_state = optimizer.init(place.get(params))
-            if run.step > stage.start:
-                opt_state = checkpoint.restore(run.arrays, opt_state, cfg.out, under="opt")
-            opt_state, run.arrays = place.copies(opt_state), None
-            step, rate = make_step(run.model, optimizer, cfg.seed, cfg.accum, place.pmap), schedule(stage)
-            run.enter(stage)
-            behind = None
-
-            def look(at: int, metrics: dict, stage: Stage = stage, rate: optax.Schedule = rate) -> None:
-                run.note(at, *(float(place.get(metrics[k])) for k in ("loss", "grad_norm")), float(rate(at - stage.start - 1)))
-
-            with contextlib.closing(run.batches(stage)) as feed:
-                for at in range(run.step + 1, stage.end + 1):
-                    asked = time.time()
-                    batch = next(feed)
-                    run.waited += time.time() - asked
-                    params, opt_state, metrics = step(params, opt_state, batch)
-                    if behind:
-                        look(*behind)  # at the step before: the device is never waited for while it could work
-                    behind = at, metrics
-                    measure = at % cfg.eval_every == 0 or at == stage.end
-                    stop = interrupt.signal
-                    save = at % cfg.save_every == 0 or at == run.plan[-1].end or stop
-                    if measure or save:
-                        look(*behind)
-                        behind = None
-                        if measure:
-                            run.measure(params)
-                        if save:
-                            run.save(params, opt_state)
-                    if stop:
-                        run.bar.close()
-                        print(f"{Signals(stop).name}: saved at step {at}; the same command goes on from there")
-                        return 128 + stop
+    with Interrupt(place) as interrupt:
+        try:
+            for stage in run.plan:
+                if run.step < stage.end or stage is run.plan[-1]:
+                    params = train_stage(cfg, run, stage, params, interrupt)
+            run.finish(params)
+        except Interrupted as found:
             run.bar.close()
-        run.finish(params)
+            if place.first:
+                print(f"{found}: saved at step {run.step}; the same command goes on from there")
+            return 128 + found.signal
     return 0
+
+
+def train_stage(cfg: Config, run: Run, stage: Stage, params: Any, interrupt: Interrupt) -> Any:
+    """The stage's steps from the run's on, and the parameters after it."""
+    place, optimizer, rate = run.place, make_optimizer(cfg, stage), schedule(stage)
+    step = make_step(run.model, optimizer, cfg.seed, cfg.accum, place.pmap, cfg.shard, cfg.clip)
+    like = jax.eval_shape(optimizer.init, jax.eval_shape(lambda: init(cfg, run.model)))
+    if run.step > stage.start:
+        opt_state = (place.slices if cfg.shard else place.copies)(run.restore(like, "opt"))
+    else:
+        opt_state = jax.pmap(lambda p: optimizer.init(jax.tree.map(zero.own, p) if cfg.shard else p), "devices", devices=place.pmap)(params)
+    run.enter(stage, interrupt.check)
+
+    def save() -> None:
+        run.save({"params": place.get(params), "opt": place.whole(opt_state, like)})
+
+    behind, stop = None, 0
+    try:
+        if run.state["unmeasured"]:
+            run.measure(params)
+        with contextlib.closing(run.batches(stage)) as feed:
+            for at in range(run.step + 1, stage.end + 1):
+                asked = time.time()
+                batch, bad = next(feed)
+                run.waited += time.time() - asked
+                params, opt_state, metrics = step(params, opt_state, batch)
+                now = at, float(rate(at - stage.start - 1)), metrics, place.vote(interrupt.signal, len(bad)), bad
+                if behind:
+                    stop = run.note(*behind)  # looked at a step later: the device is never waited for while it could work
+                behind = now
+                measure, due = at % cfg.eval_every == 0 or at == stage.end, at % cfg.save_every == 0 or at == run.plan[-1].end
+                if measure or due or stop:
+                    stop, behind = run.note(*now) or stop, None
+                    run.state["unmeasured"] = measure
+                    if stop:
+                        raise Interrupted(stop)
+                    if measure:
+                        run.measure(params)
+                    if due:
+                        save()
+    except Interrupted:  # in an evaluation too, which is then made anew
+        save()
+        raise
+    run.bar.close()
+    return params
 
 
 def main(argv: list[str]) -> int:
@@ -150,12 +169,26 @@ def main(argv: list[str]) -> int:
         check(cfg)
         print(describe(cfg))
         return 0
-    except (ConfigError, sources.DataError, checkpoint.CheckpointError, Stop) as problem:
+    except (ConfigError, sources.DataError, checkpoint.CheckpointError, PlaceError, Stop) as problem:
         print(f"error: {problem}", file=sys.stderr)
     except OSError as problem:
         if problem.strerror is None:
             raise
         print(f"error: {problem.filename or cfg.out}: {problem.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped before the first step", file=sys.stderr)
+        return 130
+    except jax.errors.JaxRuntimeError as problem:
+        if "RESOURCE_EXHAUSTED" in str(problem):
+            print(f"error: out of memory: --accum 4 makes the same update in four pieces; then --remat block, then a smaller batch in --stages "
+                  f"({str(problem).splitlines()[0][:200]})", file=sys.stderr)
+            leave()
+            return 1
+        if jax.process_count() == 1:
+            raise
+        print(f"error: another process has ended, or cannot be reached: start all again, and the run goes on from its last checkpoint "
+              f"({str(problem).splitlines()[0][:200]})", file=sys.stderr)
+    leave()
     return 1
 
 
