@@ -7,6 +7,7 @@ import glob
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from jax.experimental import multihost_utils
 import zero
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and the others end too
+
+
+ENDED = "another process has ended, or cannot be reached: start all of them again, and the run goes on from its last checkpoint"
 
 
 class PlaceError(Exception):
@@ -33,12 +37,24 @@ def join(distributed: bool) -> None:
     told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
         numbers = {name: int(value) for name, value in told.items() if value is not None}
+        plainly()
         jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError, OSError) as problem:
         if distributed:
             raise PlaceError(f"--distributed: the processes did not find each other ({str(problem).splitlines()[0]}). Outside of a TPU pod, SLURM or "
                              "Open MPI, set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each") from None
         print(f"no other TPU hosts found ({str(problem).splitlines()[0]}): going on with this one")
+
+
+def plainly() -> None:
+    """When a process is lost, jax aborts the others from C++, with a trace of its functions. So what C++ writes to the error stream (and
+    Python does not: it keeps the terminal) goes through a little process, which says it in a sentence instead."""
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", 1)
+    code = (f"import sys\nfor line in sys.stdin:\n    if 'error from coordination service' in line or 'fatal errors' in line:\n"
+            f"        sys.exit({'error: ' + ENDED!r})\n    sys.stderr.write(line)\n    sys.stderr.flush()")
+    scribe = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+    os.dup2(scribe.stdin.fileno(), 2)
 
 
 def leave() -> None:

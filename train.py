@@ -23,7 +23,7 @@ import sources
 import vit
 import zero
 from config import Config, ConfigError, Stage, check, describe, parse
-from devices import Place, PlaceError, join, leave
+from devices import ENDED, Place, PlaceError, join, leave
 from masking import keep
 from run import Interrupt, Interrupted, Model, Run, Stop, init
 
@@ -186,8 +186,7 @@ def main(argv: list[str]) -> int:
             return 1
         if jax.process_count() == 1:
             raise
-        print(f"error: another process has ended, or cannot be reached: start all again, and the run goes on from its last checkpoint "
-              f"({str(problem).splitlines()[0][:200]})", file=sys.stderr)
+        print(f"error: {ENDED} ({str(problem).splitlines()[0][:200]})", file=sys.stderr)
     leave()
     return 1
 
