@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from decoder import EOS
 from sources import BadSample, DataError, Scenes
 from tokenizer import Tokenizer
 
+WINDOW = 16  # shards whose samples are shuffled together
 UPRIGHT = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # what undoes a camera's orientation, 2 to 8
 
 
@@ -82,31 +84,52 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
 
 
 # ---------------------------------------------------------------------------------------------------------------- batch
+class Order:
+    """Each epoch's order of the samples, from (seed, epoch) alone: the shards are shuffled, and then the samples inside
+    each window of WINDOW shards that follow one another. So a sample may stand beside any of some 160,000 others
+    (16 tars of 10,000, what img2dataset writes), while only 16 tars are read at a time, each to its end before it is left,
+    and no list of all samples is ever made. 16 shards or fewer, and a folder, are shuffled whole."""
+
+    def __init__(self, starts: np.ndarray, seed: int):
+        """starts: (shards + 1,) at which sample each shard begins."""
+        self.starts, self.seed, self.sizes = starts, seed, np.diff(starts)
+        self.epoch, self.window = lru_cache(2)(self._epoch), lru_cache(3)(self._window)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in this epoch's order, and at which place of the epoch each window begins."""
+        order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.sizes))
+        ends = np.cumsum(self.sizes[order])
+        return order, np.concatenate([[0], ends[WINDOW - 1:-1:WINDOW], ends[-1:]])
+
+    def _window(self, epoch: int, window: int) -> np.ndarray:
+        """The samples of one window, in their order."""
+        chosen = self.epoch(epoch)[0][window * WINDOW:(window + 1) * WINDOW]
+        samples = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in chosen])
+        return np.random.default_rng((self.seed, 3, epoch, window)).permutation(samples)
+
+    def __call__(self, position: int) -> int:
+        epoch, place = divmod(position, int(self.starts[-1]))
+        begins = self.epoch(epoch)[1]
+        window = int(np.searchsorted(begins, place, side="right")) - 1
+        return int(self.window(epoch, window)[place - begins[window]])
+
+
 class Reader:
-    """Samples of a source by position in the run: position p is sample p mod n of epoch p // n, each epoch in an order
-    of its own."""
+    """Samples of a source by position in the run: position p is sample p mod n of epoch p // n, in that epoch's order
+    if they are augmented (training), else in the source's."""
 
     def __init__(self, source: Any, tokenizer: Tokenizer, length: int, seed: int, augment: Augment | None, workers: int):
         self.source, self.tokenizer, self.length, self.seed, self.augment = source, tokenizer, length, seed, augment
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.bad: dict[int, str] = {}       # sample: why it cannot be used
-        self.orders: dict[int, Any] = {}    # of the latest epochs
-        self.lock = threading.Lock()
+        self.order = None if isinstance(source, Scenes) or augment is None else Order(source.starts, seed)
 
     def index(self, position: int) -> int:
-        n = len(self.source)
-        if isinstance(self.source, Scenes) or self.augment is None:
-            return position % n
-        epoch, place = divmod(position, n)
-        with self.lock:
-            if epoch not in self.orders:
-                order = np.random.default_rng((self.seed, 1, epoch)).permutation(n)
-                self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
-            return int(self.orders[epoch][place])
+        return self.order(position) if self.order else position % len(self.source)
 
-    def sample(self, position: int, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """((R,R,3) uint8, (T,) int32, index). A broken sample's place is taken by the next in the source."""
-        first = self.index(position)
+    def sample(self, position: int, first: int, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """((R,R,3) uint8, (T,) int32, index) for a position whose turn is sample `first`. A broken sample's place is taken
+        by the next in the source."""
         for step in range(len(self.source)):
             i = (first + step) % len(self.source)
             if i in self.bad:
@@ -121,13 +144,14 @@ class Reader:
                 self.bad[i] = str(problem)
         raise DataError(f"not one usable sample in the data; the last: {self.source.name(i)} {self.bad[i]}")
 
-    def batch(self, positions: range, resolution: int) -> dict[str, np.ndarray]:
+    def batch(self, positions: range, resolution: int) -> dict[str, Any]:
         """{"images": (B,R,R,3) uint8, "text": (B,T) int32, "row": (B,) int32 position in the run, "index": (B,), "bad": {index: reason}}.
         "bad" has each bad sample where its own turn comes in the first epoch: so every host, and a continued run, counts the same."""
-        images, text, index = zip(*self.pool.map(lambda p: self.sample(p, resolution), positions))
-        turns = [self.index(p) for p in positions if p < len(self.source)] if self.bad else []
+        firsts = [self.index(p) for p in positions]
+        images, text, index = zip(*self.pool.map(lambda p, first: self.sample(p, first, resolution), positions, firsts))
+        bad = {i: self.bad[i] for p, i in zip(positions, firsts) if p < len(self.source) and i in self.bad}
         return {"images": np.stack(images), "text": np.stack(text), "index": np.array(index),
-                "row": np.array([p & 0x7FFFFFFF for p in positions], np.int32), "bad": {i: self.bad[i] for i in turns if i in self.bad}}
+                "row": np.array([p & 0x7FFFFFFF for p in positions], np.int32), "bad": bad}
 
     def ahead(self, wanted: Iterator[tuple[range, int]], put: Callable[[dict], Any], depth: int = 2) -> Iterator[Any]:
         """(put(batch), batch["bad"]) for each wanted (positions, resolution), made in a thread `depth` ahead of its use: so the next
@@ -190,4 +214,4 @@ if __name__ == "__main__":
         lines = "\n".join(caption[k:k + 27] for k in range(0, min(len(caption), 108), 27))
         ImageDraw.Draw(sheet).multiline_text((n % 8 * 168, n // 8 * 220 + 164), lines, fill="black")
     sheet.save("contact.png")
-    print(f"contact.png: 16 training pictures of {where}; skipped: {source.skipped or 'none'}")
+    print(f"contact.png: 16 training pictures of {where}; skipped: {dict(source.skipped) or 'none'}")

@@ -1,20 +1,21 @@
 """Where pictures with captions lie: the embedded `scenes`, a folder of images with KEY.txt (or KEY.json) beside them, or
 WebDataset tars as img2dataset writes them (KEY.jpg KEY.json KEY.txt side by side).
 
-A source knows how many samples it has, and gives the caption and the (undecoded) picture of each. What cannot be a
-sample is skipped, and counted in `skipped` with the reason; a sample that turns out broken when it is read raises
-BadSample; only a source with nothing to train on raises DataError.
+A source knows how many samples it has, and gives the caption and the (undecoded) picture of each; its memory does not
+grow with the samples of tars, and in a folder by about the length of a path. What cannot be a sample is skipped, and
+counted in `skipped` with the reason; a sample that turns out broken when it is read raises BadSample; only a source with
+nothing to train on raises DataError.
 
     python sources.py WHERE [CAPTION]        counts samples, shows some captions, and says what is skipped and why
 """
+import functools
 import glob
 import io
 import json
 import os
-import re
-import tarfile
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,12 @@ import numpy as np
 from PIL import Image
 
 import scenes
+import shards
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by the bytes, not by the name; others might start a program (EPS)
+MOST_IMAGE, MOST_TEXT = 256 << 20, 1 << 20               # bytes: a larger file is a broken sample
+RECENT = 48                                              # tars whose rows are in memory: some windows of the order (data.py)
+Place = tuple[str, int, int]                             # path, offset, bytes
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels a picture is a broken sample
 
 
@@ -61,18 +66,23 @@ class Scenes:
 
 
 class Files:
-    """Samples that lie in files: each has an image and the text that holds its caption, both a (file, offset, size).
-    `field` is "txt" for the KEY.txt, or the name of a field in the KEY.json."""
+    """Samples that lie in files. `starts` (shards + 1,) int64 says at which sample each shard begins, and how many there
+    are in all; a folder is one shard. `field` is "txt" for the KEY.txt, or the name of a field in the KEY.json."""
 
     def __init__(self, where: str, field: str):
-        self.where, self.field, self.skipped = where, field, {}
-        self.paths: list[str] = []
-        self.rows: Any = []                                    # (image file, offset, size, text file, offset, size)
+        self.where, self.field, self.text = where, field, "txt" if field == "txt" else "json"
+        self.skipped: Counter = Counter()
+        self.starts, self.crc = np.zeros(1, np.int64), 0
 
-    def close(self) -> "Files":
-        """After indexing: settle the table, and refuse a source that holds nothing to train on."""
-        self.rows = np.array(self.rows, np.int64).reshape(-1, 6)
-        if not len(self.rows):
+    def place(self, i: int) -> tuple[Place, Place]:
+        """Where the image and the text of sample i lie."""
+        raise NotImplementedError
+
+    def settle(self, pairs: list[int]) -> None:
+        """After indexing: pairs counts [image and text, image alone, text alone]. Refuses a source that holds nothing to
+        train on."""
+        self.skipped += Counter({f"without a .{self.text}": pairs[1], "without an image": pairs[2]})  # += drops what is 0
+        if not len(self):
             found = "; ".join(f"{n} {why}" for why, n in self.skipped.items()) or "no images at all"
             raise DataError(f"no captioned image in {self.where}: {found}. Each KEY.jpg (or .png, .webp …) needs "
                             + ("a KEY.txt beside it, or a KEY.json and --caption FIELD" if self.field == "txt" else
@@ -81,64 +91,41 @@ class Files:
         for i in range(min(len(self), 200)):                   # a wrong --caption shows in the first samples or never
             try:
                 self.caption(i)
-                return self
+                return
             except BadSample as problem:
                 problems.append(str(problem))
         raise DataError(f"no caption can be read from the first {len(problems)} samples of {self.where}: {problems[0]}")
 
-    def skip(self, why: str, count: int = 1) -> None:
-        if count > 0:
-            self.skipped[why] = self.skipped.get(why, 0) + count
-
-    def note(self, found: dict[str, dict[str, tuple]], key: str, suffix: str, place: tuple) -> None:
-        """found: {key: {suffix: (file, offset, size)}} of one shard or folder. Of equal names the last counts, as when
-        a tar is unpacked."""
-        parts = found.setdefault(key, {})
-        self.skip("replaced by a later file of the same name", suffix in parts)
-        parts[suffix] = place
-
-    def pair(self, found: dict[str, dict[str, tuple]]) -> None:
-        """Adds the complete samples of one shard or folder."""
-        text = "txt" if self.field == "txt" else "json"
-        for parts in found.values():
-            images = [parts[s] for s in IMAGES if s in parts]
-            self.skip("beside another image of the same name", len(images) - 1)
-            if images and text in parts:
-                self.rows.append((*images[0], *parts[text]))
-            elif images:
-                self.skip(f"without a .{text}")
-            elif text in parts:
-                self.skip("without an image")
-
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self.starts[-1])
 
     def fingerprint(self) -> str:
         """Changes when the data set does: to continue a run on other data would be another run."""
-        crc = zlib.crc32(np.ascontiguousarray(self.rows[:, [1, 2, 4, 5]]))
-        for file, _, size in self.rows[:, :3]:
-            if size < 0:  # in a folder the names tell, where in tars the sizes do
-                crc = zlib.crc32(os.fsencode(os.path.relpath(self.paths[file], self.where)), crc)
-        return f"{len(self)} samples ({crc:08x})"
+        return f"{len(self)} samples ({self.crc:08x})"
 
     def name(self, i: int) -> str:
-        file, offset, _ = self.rows[i][:3]
-        return printable(self.paths[file]) + (f" at byte {offset}" if offset else "")
+        path, offset, _ = self.place(i)[0]
+        return printable(path) + (f" at byte {offset}" if offset else "")
 
-    def read(self, file: int, offset: int, size: int) -> bytes:
-        """size -1 means the whole file."""
+    def read(self, place: Place, most: int) -> bytes:
+        """The bytes at a place; size -1 means the whole file."""
+        path, offset, size = place
+        if size > most:
+            raise BadSample(f"is larger than {most >> 20} MiB")
         try:
-            with open(self.paths[file], "rb") as f:
+            with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a pipe of that name must not block
                 f.seek(offset)
-                data = f.read(size)
+                data = f.read(most + 1 if size < 0 else size) or b""
         except OSError as problem:
-            raise BadSample(f"cannot be read ({problem.strerror})") from None
+            raise BadSample(f"cannot be read ({problem.strerror or problem})") from None
+        if len(data) > most:
+            raise BadSample(f"is larger than {most >> 20} MiB")
         if len(data) < size:
             raise BadSample("is cut off")
         return data
 
     def caption(self, i: int) -> str:
-        data = self.read(*self.rows[i][3:])
+        data = self.read(self.place(i)[1], MOST_TEXT)
         try:
             text = data.decode("utf-8-sig")
             if self.field != "txt":
@@ -157,11 +144,101 @@ class Files:
 
     def picture(self, i: int) -> Image.Image:
         """Opened, not yet decoded."""
-        data = self.read(*self.rows[i][:3])
+        data = self.read(self.place(i)[0], MOST_IMAGE)
         try:
-            return Image.open(io.BytesIO(data))
+            return Image.open(io.BytesIO(data), formats=FORMATS)
         except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
             raise BadSample(f"image cannot be opened ({type(problem).__name__})") from None
+
+
+class Folder(Files):
+    """All images below a folder, in the order of their names. Links to folders are followed, each folder once."""
+
+    def __init__(self, where: str, field: str):
+        super().__init__(where, field)
+        names, pairs, seen = [], np.zeros(3, int), {os.path.realpath(where)}
+        for base, folders, files in os.walk(where, onerror=lambda _: self.skipped.update(["folders that cannot be read"]), followlinks=True):
+            inside = {os.path.realpath(os.path.join(base, f)): f for f in sorted(folders, reverse=True)}  # of equal ones the first name
+            folders[:] = sorted(f for real, f in inside.items() if real not in seen)
+            self.skipped += Counter({"folders that links lead to again": len(inside) - len(folders)})  # upwards would never end
+            seen |= inside.keys()
+            parts = ((name, *name.rpartition(".")) for name in sorted(files))
+            found = [(key, suffix.lower(), name) for name, key, _, suffix in parts if key and suffix.lower() in shards.IMAGES + shards.TEXTS]
+            own = [f for f in found if not f[0].startswith("._")]
+            self.skipped += Counter({shards.FORKS: len(found) - len(own)})
+            rows, counts = shards.group(own, self.skipped)
+            pairs += counts[self.text]
+            below = os.path.relpath(base, where)
+            for image, *texts in rows:
+                if text := texts[shards.TEXTS.index(self.text)]:
+                    names.append(os.fsencode(os.path.join(below, image)) + b"\0" + os.fsencode(text.rpartition(".")[2]))
+        self.names = b"".join(names)                            # one long text and where each begins: objects take five times as much
+        self.begins = np.cumsum([0, *map(len, names)])
+        self.starts, self.crc = np.array([0, len(names)]), zlib.crc32(self.names)
+        self.settle(pairs.tolist())
+
+    def place(self, i: int) -> tuple[Place, Place]:
+        image, _, suffix = self.names[self.begins[i]:self.begins[i + 1]].partition(b"\0")
+        path, suffix = os.path.normpath(os.path.join(self.where, os.fsdecode(image))), os.fsdecode(suffix)
+        return (path, 0, -1), (f"{path.rpartition('.')[0]}.{suffix}", 0, -1)
+
+
+class Tars(Files):
+    """WebDataset tars: a glob, or a brace list such as data/{00000..00011}.tar. In memory are counts by tar, and the rows
+    of the tars that were read last; those of all lie in the index beside each (shards.py)."""
+
+    def __init__(self, where: str, field: str):
+        super().__init__(where, field)
+        try:
+            paths = shards.matching(where)
+        except ValueError as problem:
+            raise DataError(str(problem)) from None
+        if not paths:
+            raise DataError(f"no file matches {where}")
+        found = shards.index_all(paths)
+        good = [(p, one) for p, one in zip(paths, found) if isinstance(one, shards.Index)]
+        bad = [(printable(p), getattr(one, "strerror", None) or one) for p, one in zip(paths, found) if not isinstance(one, shards.Index)]
+        if not good:
+            raise DataError(f"{bad[0][0]} cannot be read as an uncompressed tar: {bad[0][1]}")
+        if bad:
+            self.skipped[f"files that cannot be read as uncompressed tars, first {bad[0][0]} ({bad[0][1]})"] += len(bad)
+        self.paths, self.kept = [p for p, _ in good], {n: one.rows for n, (_, one) in enumerate(good) if one.rows is not None}
+        pairs = np.array([one.meta["pairs"][self.text] for _, one in good], np.int64)
+        self.starts = np.cumsum([0, *pairs[:, 0]])
+        self.crcs = np.array([one.meta["crc"] for _, one in good], np.uint32)
+        self.crc = zlib.crc32(self.crcs)
+        first: dict[str, str] = {}                              # reason: the tar that gives it first
+        for path, one in good:
+            for why, count in one.meta["skipped"].items():
+                self.skipped[why if why not in shards.PLACED else f"{why}, first {first.setdefault(why, printable(path))}"] += count
+        self.rows = functools.lru_cache(RECENT)(self.load)
+        self.settle(pairs.sum(0).tolist())
+
+    def load(self, shard: int) -> np.ndarray:
+        """(samples, 4) int64 of one tar: offset and bytes of the image and of the text."""
+        path, rows = self.paths[shard], self.kept.get(shard)
+        if rows is None:
+            found = shards.recall(path, rows=True)
+            try:
+                found = found or shards.scan(path)
+            except (OSError, ValueError) as problem:
+                raise BadSample(f"{printable(path)} can no longer be read ({getattr(problem, 'strerror', None) or problem})") from None
+            if found.meta["crc"] != self.crcs[shard]:
+                raise DataError(f"{printable(path)} has changed since it was opened: start again")
+            rows = found.rows
+        text = 2 + 2 * shards.TEXTS.index(self.text)
+        return rows[rows[:, text] > 0][:, [0, 1, text, text + 1]]
+
+    def place(self, i: int) -> tuple[Place, Place]:
+        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
+        image, size, text, length = self.rows(shard)[i - self.starts[shard]].tolist()
+        return (self.paths[shard], image, size), (self.paths[shard], text, length)
+
+    def name(self, i: int) -> str:
+        try:
+            return super().name(i)
+        except BadSample:  # its tar is gone
+            return f"sample {i} of {self.where}"
 
 
 def printable(path: str) -> str:
@@ -169,90 +246,37 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def folder(where: str, field: str) -> Files:
-    """All images below a folder, in the order of their names."""
-    source = Files(where, field)
-    for base, folders, names in os.walk(where, onerror=lambda _: source.skip("folders that cannot be read")):
-        folders.sort()
-        found: dict[str, dict] = {}
-        for name in sorted(names):
-            key, dot, suffix = name.rpartition(".")
-            if dot and key and suffix.lower() in (*IMAGES, "txt", "json"):
-                source.paths.append(os.path.join(base, name))
-                source.note(found, key, suffix.lower(), (len(source.paths) - 1, 0, -1))
-        source.pair(found)
-    return source.close()
-
-
-def shards(where: str, field: str) -> Files:
-    """WebDataset tars: a glob, or a brace list such as data/{00000..00011}.tar."""
-    named = [where] if os.path.exists(where) else expand(where)  # a name may itself hold brackets
-    paths = sorted({p for one in named for p in ([one] if os.path.exists(one) or not glob.has_magic(one) else glob.glob(one))})
-    if not paths:
-        raise DataError(f"no file matches {where}")
-    source = Files(where, field)
-    for path in paths:
-        try:
-            size = os.path.getsize(path)
-            tar = tarfile.open(path, "r:")
-        except (OSError, tarfile.TarError) as problem:
-            raise DataError(f"{path} cannot be read as an uncompressed tar: {getattr(problem, 'strerror', None) or problem}") from None
-        source.paths.append(path)
-        found: dict[str, dict] = {}
-        end = 0
-        with tar:
-            try:
-                for member in tar:
-                    key, _, suffix = member.name.rpartition(".")
-                    end = member.offset_data + (member.size + 511) // 512 * 512
-                    if member.offset_data + member.size > size:
-                        source.skip("cut off by the end of a shard")
-                    elif member.isfile():
-                        source.note(found, key, suffix.lower(), (len(source.paths) - 1, member.offset_data, member.size))
-            except (tarfile.TarError, OSError, ValueError):
-                pass  # what came before is good; the mark below is then missing
-        if not ends_well(path, end):
-            source.skip(f"shard {printable(path)} has no end mark: it was cut off or damaged, and what could be read is used")
-        source.pair(found)
-    return source.close()
-
-
-def ends_well(path: str, end: int) -> bool:
-    """Whether a tar's end mark (a block of zeros) stands after its last member: tarfile stops silently without it."""
-    with open(path, "rb") as f:
-        f.seek(end)
-        return f.read(512) == bytes(512)
-
-
-def expand(pattern: str) -> list[str]:
-    """Braces as shells have them: a{1,2}b and a{00..11}b, left to right."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    inside = found[1]
-    if span := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
-        if len(span[2]) > 7:
-            raise DataError(f"{pattern} lists too many files: give a range below ten million")
-        options = [f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        options = inside.split(",")
-    return [whole for o in options for whole in expand(pattern[:found.start()] + o + pattern[found.end():])]
-
-
 class Part:
-    """Some samples of a source: what is held out, or what remains."""
+    """Some samples of a source, in a given order: what is held out."""
 
     def __init__(self, source: Files, indices: np.ndarray):
         self.source, self.indices, self.skipped = source, indices, source.skipped
+        self.starts = np.array([0, len(indices)])
+
+    def at(self, i: int) -> int:
+        """Which sample of the source is the i-th of this part."""
+        return int(self.indices[i])
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return int(self.starts[-1])
 
     def fingerprint(self) -> str:
         return f"{len(self)} of {self.source.fingerprint()}"
 
     def __getattr__(self, name: str) -> Callable:  # name, caption, picture: of the i-th of these samples
-        return lambda i: getattr(self.source, name)(int(self.indices[i]))
+        return lambda i: getattr(self.source, name)(self.at(i))
+
+
+class Rest(Part):
+    """All samples of a source but some: what remains for training. Only those left out are listed."""
+
+    def __init__(self, source: Files, left_out: np.ndarray):
+        super().__init__(source, np.sort(left_out))
+        self.starts = source.starts - np.searchsorted(self.indices, source.starts)
+        self.before = self.indices - np.arange(len(left_out))  # how many remain before each one that is left out
+
+    def at(self, i: int) -> int:
+        return i + int(np.searchsorted(self.before, i, side="right"))
 
 
 def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "train", count: int | None = None) -> Any:
@@ -260,11 +284,16 @@ def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "tra
     if where == "scenes":
         return Scenes(seed, split, count)
     if os.path.isdir(where):
-        return folder(where, field)
+        return Folder(where, field)
     if where.endswith(".tar") or glob.has_magic(where) or "{" in where:
-        return shards(where, field)
+        return Tars(where, field)
     raise DataError(f"{where} is no data: give scenes, a folder of images with captions, or tars (a glob or a {{00000..00011}} list)"
                     + ("" if os.path.exists(where) else "; nothing of that name exists"))
+
+
+def some(size: int, count: int) -> np.ndarray:
+    """`count` of `size` samples, the same at every call, in random order."""
+    return np.random.default_rng(0).choice(size, min(count, size), replace=False)
 
 
 def draw(source: Any, count: int) -> Any:
@@ -273,17 +302,15 @@ def draw(source: Any, count: int) -> Any:
         return source
     if len(source) < 2:
         raise DataError(f"{source.where} holds one sample: to measure anything on held-out pictures takes two or more")
-    return Part(source, np.random.default_rng(0).permutation(len(source))[:count])
+    return Part(source, some(len(source), count))
 
 
-def hold_out(source: Files, count: int) -> tuple[Part, Part]:
+def hold_out(source: Files, count: int) -> tuple[Rest, Part]:
     """(train, held-out): a fixed draw of `count` samples, a tenth at most (but two), for a data set without one of its own."""
     if len(source) < 3:
         raise DataError(f"{source.where} holds {len(source)} sample{'s' * (len(source) > 1)}: give at least three, or held-out pictures with --val")
-    drawn = np.random.default_rng(0).permutation(len(source))
-    cut = max(2, min(count, len(source) // 10))
-    return Part(source, np.sort(drawn[cut:])), Part(source, drawn[:cut])
-
+    drawn = some(len(source), max(2, min(count, len(source) // 10)))
+    return Rest(source, drawn), Part(source, drawn)
 
 
 if __name__ == "__main__":
@@ -294,7 +321,7 @@ if __name__ == "__main__":
         found = open_source(*sys.argv[1:], count=1000)
     except DataError as problem:
         sys.exit(f"error: {problem}")
-    print(f"{len(found):,} samples; skipped: {found.skipped or 'none'}")
+    print(f"{len(found):,} samples; skipped: {dict(found.skipped) or 'none'}")
     for i in range(min(len(found), 5)):
         try:
             print(f"{found.name(i)}: {found.caption(i)}")
