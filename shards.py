@@ -120,7 +120,7 @@ def pax(data: bytes) -> dict[bytes, bytes]:
     told, at = {}, 0
     while (space := data.find(b" ", at, at + 20)) > at and data[at:space].isdigit():
         end = at + int(data[at:space])
-        if end < space + 2:
+        if not space + 2 <= end <= len(data):
             break
         key, _, value = data[space + 1:end - 1].partition(b"=")
         told[key], at = value, end
@@ -185,7 +185,7 @@ def members(fd: int, size: int, skipped: Counter) -> list[tuple[bytes, int, int]
         if kind in b"123456":       # links, devices, folders: no data stands behind their headers
             length = 0
         at, ended, last = body + (length + BLOCK - 1) // BLOCK * BLOCK, False, None
-        if kind in (b"x", b"L", b"K"):
+        if kind in (b"x", b"L", b"K", b"g"):
             data = os.pread(fd, min(length, 1 << 20), body)
             told |= pax(data) if kind == b"x" else {b"path": data.rstrip(b"\0")} if kind == b"L" else {}
             continue

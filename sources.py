@@ -30,6 +30,7 @@ MOST_IMAGE, MOST_TEXT = 256 << 20, 1 << 20               # bytes: a larger file 
 RECENT = 48                                              # tars whose rows are in memory: some windows of the order (data.py)
 Place = tuple[str, int, int]                             # path, offset, bytes
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels a picture is a broken sample
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of notes beside the pixels: what matters raises
 
 
 class DataError(Exception):
@@ -134,6 +135,8 @@ class Files:
                     has = ", ".join(fields) if isinstance(fields, dict) else "no fields"
                     raise BadSample(f"json has no field {self.field!r} (it has {has[:200]}); name one with --caption")
                 text = fields[self.field]
+                if isinstance(text, str):
+                    text = text.encode("utf-8", "replace").decode()  # json can spell halves of characters, which nothing can print
         except UnicodeDecodeError:
             raise BadSample("caption is not UTF-8 text") from None
         except (ValueError, RecursionError):  # ValueError is also what a number of thousands of digits gives

@@ -165,6 +165,42 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(tmp_path):
     assert reader(whole, augment=None).batch(range(13), 8)["index"].tolist() == list(range(13))
 
 
+def test_many_tars_are_shuffled_whole_yet_read_some_at_a_time(tmp_path):
+    for n in range(40):
+        put(tmp_path / f"{n:02}.tar", [m for m in members(3, start=3 * n) if not m[0].endswith("json")])
+    whole = open_source(str(tmp_path / "*.tar"))
+    order = data.Order(whole.starts, 5)
+    epochs = np.array([order(p) for p in range(120 * 3)]).reshape(3, 120)
+    assert all(sorted(e) == list(range(120)) for e in epochs.tolist()) and len({tuple(e) for e in epochs.tolist()}) == 3
+    for epoch in epochs // 3:
+        windows = [set(epoch[i:i + 48].tolist()) for i in (0, 48, 96)]
+        assert [len(w) for w in windows] == [16, 16, 8] and len(set.union(*windows)) == 40  # each tar in one window alone
+        assert all(np.abs(np.diff(epoch[i:i + 24])).mean() > 5 for i in (0, 48, 96)) and len(set(epoch[:16].tolist())) > 8
+    assert [order(p) for p in (359, 0, 200)] == [epochs.ravel()[p] for p in (359, 0, 200)]  # from wherever a run goes on
+    assert [whole.caption(int(i)) for i in epochs[0, :5]] == [f"a cat {i}" for i in epochs[0, :5]]
+
+
+def test_a_batch_tells_which_broken_samples_it_is_the_first_to_meet(tmp_path):
+    hurt = [(n, b"" if n.endswith("jpg") and int(n[:9]) in (3, 4, 9) else c) for n, c in members(12)]
+    source = open_source(put(tmp_path / "a.tar", hurt))
+    steps = [range(4 * s, 4 * s + 4) for s in range(9)]
+    one = reader(source)
+    run = [one.batch(p, 8) for p in steps]
+    told = [b["bad"] for b in run]
+    assert sorted(i for t in told for i in t) == [3, 4, 9] and one.bad == {i: w for t in told for i, w in t.items()}
+    assert {i for b in run for i in b["index"].tolist()} == set(range(12)) - {3, 4, 9}
+    assert told == [bad for _, bad in reader(source, workers=4).ahead(((p, 8) for p in steps), lambda b: None)]
+    for stop in range(1, 9):  # continued, with what was met until then: the same from there on
+        known = {i: w for t in told[:stop] for i, w in t.items()}
+        rest = data.Reader(source, one.tokenizer, 12, 0, Augment(), 2, bad=known)
+        assert all(same(rest.batch(p, 8), b) for p, b in zip(steps[stop:], run[stop:]))
+    hosts = [reader(source), reader(source)]  # each reads its half of every batch, and knows only what it has met itself
+    for p, b in zip(steps, run):
+        shares = [h.batch(p[2 * n:2 * n + 2], 8) for n, h in enumerate(hosts)]
+        assert np.array_equal(np.concatenate([s["images"] for s in shares]), b["images"])
+        assert [reader(source).sample_index(q) for q in p] == b["index"].tolist()
+
+
 def test_held_out_samples_and_the_rest_are_the_whole(tmp_path):
     whole = open_source(put(tmp_path / "a.tar", members(43)))
     for count, held in ((2, 2), (512, 4)):
