@@ -284,6 +284,7 @@ TARS = {  # kind: (bytes, reason, what else is so)
     "absolute name": (extra(({"name": "/etc/passwd.jpg"}, JPG)), r"without a \.txt", BOTH),
     "name that climbs": (extra(({"name": "../../x.jpg"}, JPG)), r"without a \.txt", BOTH),
     "name of no utf-8": (extra(({"name": "\udcff\udcfe.jpg"}, JPG)), r"without a \.txt", BOTH), "name empty": (extra(({"name": ""}, JPG)), None, BOTH),
+    "same name in another long folder": (extra(({"name": "d" * 120 + "/000000001.jpg"}, JPG)), r"without a \.txt", BOTH),
     "gnu long names": (tar_of(tarfile.GNU_FORMAT, long="n" * 150), None, BOTH), "pax long names": (tar_of(tarfile.PAX_FORMAT, long="n" * 150), None, BOTH),
     "ustar prefixes": (tar_of(long="n" * 90 + "/" + "m" * 80), None, BOTH), "pax names of emoji": (tar_of(tarfile.PAX_FORMAT, long="😀/"), None, BOTH),
     "pax size": (extra(({"name": "9.jpg", "pax_headers": {"size": "99999999999999999999999"}}, JPG), form=tarfile.PAX_FORMAT), r"without a \.txt", BOTH),
