@@ -143,6 +143,8 @@ class Run:
         self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers)
         if self.write:
             rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.step else []
+            if self.state["unmeasured"]:  # the evaluation at the checkpoint's step is made again
+                rows = [r for r in rows if r["step"] < self.step or "val_loss" not in r]
             checkpoint.write(self.path("metrics.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in rows).encode()))
             if listed := self.listed():
                 kept = "".join(line for line in listed if int(line.split("\t")[0]) <= self.step)
@@ -150,7 +152,7 @@ class Run:
             checkpoint.write(self.path("config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
             self.tok.save(self.path("vocab.txt"))
         self.floor: float | None = None  # for scenes, the loss that can be had without looking
-        self.shown = 0
+        self.shown, self.bar = 0, tqdm(disable=True)
 
     @property
     def step(self) -> int:

@@ -8,6 +8,7 @@ The method is `method` below, and `make_step` around it is the one training step
 devices, on the chips of a TPU machine. What a run leaves in its folder is in run.py; started again on that folder, it goes on from its last checkpoint.
 """
 import contextlib
+import errno
 import sys
 import time
 from collections.abc import Callable
@@ -113,6 +114,8 @@ def train(cfg: Config) -> int:
             if place.first:
                 print(f"{found}: saved at step {run.step}; the same command goes on from there")
             return 128 + found.signal
+        finally:
+            run.bar.close()  # before an error is told, or the bar is drawn over it
     return 0
 
 
@@ -174,7 +177,9 @@ def main(argv: list[str]) -> int:
     except OSError as problem:
         if problem.strerror is None:
             raise
-        print(f"error: {problem.filename or cfg.out}: {problem.strerror}", file=sys.stderr)
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        print(f"error: {problem.filename or cfg.out}: {problem.strerror}" + full * ": make room, and the same command will go on from the last checkpoint",
+              file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         return 130

@@ -39,12 +39,6 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> dict:
-    """The environment of subprocesses, which compile the same programs: once is enough."""
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted tiny run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
