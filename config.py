@@ -170,16 +170,22 @@ def check(cfg: Config, devices: int = 1) -> None:
                               f"(--accum): make it a multiple of {devices * cfg.accum}")
 
 
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """A flag for each field of Config, or for those named. What is not given is not set."""
+    for f in dataclasses.fields(Config):
+        if not names or f.name in names:
+            shown = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'by the recipe' if f.name in ('stages', 'data') else 'none'})"
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown.replace("%", "%%"), **kind)
+
+
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """(config, whether --dry-run) from a command line: a recipe's name, then flags, one a field of Config. Unknown
     names and bad values end the program with a usage line."""
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description="Train a vision encoder from captions alone. Without arguments: the toy, in minutes on a CPU.")
     parser.add_argument("recipe", nargs="?", default="toy", metavar="{" + ",".join(PRESETS) + "}", help="the settings that flags change (default: toy)")
-    for f in dataclasses.fields(Config):
-        shown = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'by the recipe' if f.name in ('stages', 'data') else 'none'})"
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown.replace("%", "%%"), **kind)
+    add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and end")
     found, unknown = parser.parse_known_args(argv)
     given = vars(found)

@@ -29,7 +29,9 @@ def tensor(array, device="cpu"):
 
 
 def layers(blocks):
-    """Stacked weights to one dict a layer."""
+    """Stacked weights to one dict a layer; a list of those stays."""
+    if isinstance(blocks, list):
+        return blocks
     parts = {name: {leaf: w.unbind(0) for leaf, w in child.items()} for name, child in blocks.items()}
     depth = len(parts["qkv"]["kernel"])
     return [{name: {leaf: w[i] for leaf, w in child.items()} for name, child in parts.items()} for i in range(depth)]
