@@ -37,6 +37,14 @@ def method(params: dict, batch: dict, keys: jax.Array, model: Model) -> jax.Arra
     return decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder).sum()  # and must tell the caption
 
 
+def light(params: dict, model: Model) -> dict:
+    """The blocks' matmul weights in the dtype of the matmuls, cast before the loops over layers and not in them: XLA would
+    hold these copies either way, and so the gradients too take half the bytes until they are summed, in fp32."""
+    def cast(path: tuple, x: jax.Array) -> jax.Array:
+        return x.astype(model.encoder.dtype) if "blocks" in (p.key for p in path) and path[-2].key not in ("norm1", "norm2") else x
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, accum: int = 1,
               devices: list | None = None, shard: bool = False, clip: float = 0.0) -> Callable:
     """The training step, pmapped: (params, opt_state, batch) -> (params, opt_state, metrics), all with a leading axis
@@ -50,7 +58,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, 
 
     def piece(params, batch):
         keys = jax.vmap(lambda row: jax.random.fold_in(root, row))(batch["row"])
-        loss, grads = jax.value_and_grad(method)(params, batch, keys, model)
+        loss, grads = jax.value_and_grad(method)(light(params, model), batch, keys, model)
         return grads, (loss, decoder.target_count(batch["text"]).sum())
 
     def step(params, opt_state, batch):
@@ -58,8 +66,9 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, 
             grads, sums = piece(params, batch)
         else:
             parts = jax.tree.map(lambda x: x.reshape(accum, -1, *x.shape[1:]), batch)
-            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, params, jax.tree.map(lambda x: x[0], parts)))
+            none = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params), (jnp.float32(0), jnp.int32(0))
             (grads, sums), _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, piece(params, part)), None), none, parts)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         loss, words = jax.lax.psum(sums, "devices")
         words = jnp.maximum(words, 1)
         mine = jax.tree.map(zero.own, params) if shard else params

@@ -1,0 +1,177 @@
+"""The memory of a training step on a TPU pod, without a TPU: its compiler plans every byte of a chip, and runs anywhere.
+
+What is compiled is train.make_step itself, for a described topology; a step that does not fit is refused by the compiler,
+as it would be there. Each compilation has a process of its own (the compiler keeps what it took, and an interpreter that
+has met the TPU library looks for TPUs), and takes about a minute. `python bench.py memory -h` is its command line.
+
+    python bench.py memory l14 --resolution 224 --batch 2048 --shard
+"""
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+GIB = 2**30
+CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB each; a little less is a program's to use
+KINDS = ("parameters", "optimizer", "temporaries", "other", "program")
+
+
+class Refused(Exception):
+    """The step does not fit, or cannot be compiled; the message says why."""
+
+
+def chips(topology: str) -> int:
+    """How many chips "v4:4x4x2" has. ValueError for what is no topology."""
+    found = re.fullmatch(rf"({'|'.join(CHIPS)}):(\d+(?:x\d+){{1,2}})", topology)
+    if not found:
+        raise ValueError(f"{topology!r} is no topology: write v4:4x4x2 (a v4-64), v5p:2x2x2, v5e:4x4 or v6e:2x2")
+    return math.prod(map(int, found[2].split("x")))
+
+
+def plan(cfg: Any, resolution: int, batch: int, topology: str) -> dict[str, float]:
+    """Bytes a chip by kind, of the step compiled for that pod, in a process of its own. Refused, or FileNotFoundError
+    where the TPU compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise FileNotFoundError("memory needs the TPU compiler: pip install -e '.[tpu]'")
+    asked = json.dumps({"cfg": dataclasses.asdict(cfg), "resolution": resolution, "batch": batch, "topology": topology})
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    child = subprocess.run([sys.executable, os.path.abspath(__file__)], input=asked, env=env, capture_output=True, text=True)
+    found = re.search(r"^RESULT (.*)$", child.stdout, re.M)
+    if child.returncode or not found:
+        said = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit status {child.returncode}"]
+        raise Refused(f"the compiler ended without an answer: {said[-1][:300]}")
+    result = json.loads(found[1])
+    if "refused" in result:
+        raise Refused(result["refused"])
+    return result
+
+
+def compile_here(cfg: Any, resolution: int, batch: int, topology: str) -> dict[str, float]:
+    """What `plan` asks a process of its own to do."""
+    import libtpu
+    os.environ["TPU_LIBRARY_PATH"] = libtpu.get_library_path()
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    import config
+    import train
+    import zero
+    from run import Model, init
+    kind = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **kind).devices)
+    n = len(devices)
+    model = Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
+    optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
+    step = train.make_step(model, optimizer, cfg.seed, cfg.accum, devices, cfg.shard, cfg.clip)
+
+    def own(x: Any) -> Any:
+        at = zero.axis(x.shape, n) if cfg.shard else None
+        return x if at is None else jax.ShapeDtypeStruct((*x.shape[:at], x.shape[at] // n, *x.shape[at + 1:]), x.dtype)
+    params = jax.eval_shape(lambda: init(cfg, model))
+    state = jax.eval_shape(optimizer.init, jax.tree.map(own, params))
+    rows = {"images": ((batch // n, resolution, resolution, 3), np.uint8), "text": ((batch // n, cfg.text_length), np.int32),
+            "row": ((batch // n,), np.int32)}
+    every = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype),
+                         (params, state, {k: jax.ShapeDtypeStruct(*v) for k, v in rows.items()}))
+    try:
+        m = step.lower(*every).compile().memory_analysis()
+    except Exception as problem:  # the compiler's own errors have no class of their own
+        text = str(problem)
+        if not (found := re.search(r"[Uu]sed (\S+) of (\S+) hbm", text)):
+            return {"refused": text.splitlines()[0][:300]}
+        return {"refused": f"needs {found[1]} of {found[2]} a chip has"}
+    held = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, state)]
+    other = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes - sum(held)  # the batch, padding, scalars
+    return dict(zip(KINDS, (*held, m.temp_size_in_bytes, other, m.generated_code_size_in_bytes)))
+
+
+def largest(fits: Callable[[int], float | None], batch: int, grain: int, room: float) -> int:
+    """The largest batch that fits, to within a sixteenth, in multiples of grain; 0 if not even one fits. fits(batch) gives the
+    bytes it takes, or None if it is refused; they grow about linearly, so two plans tell where `room` ends."""
+    def whole(b: float) -> int:
+        return max(grain, int(b) // grain * grain)
+
+    low = whole(batch)
+    while (at_low := fits(low)) is None:
+        if low == grain:
+            return 0
+        low = whole(low / 2)
+    best = whole(2 * low)
+    while (at_best := fits(best)) is None:
+        best = whole((low + best) / 2)
+        if best == low:
+            return low
+    guess = max(best + grain, whole(best + (room - at_best) * (best - low) / max(at_best - at_low, 1)))
+    stride = whole(guess / 16)
+    if fits(guess) is not None:
+        while fits(guess + stride) is not None:
+            guess += stride
+        return guess
+    while guess - stride > best:
+        guess -= stride
+        if fits(guess) is not None:
+            return guess
+    return best
+
+
+def recomputed(cfg: Any, resolution: int) -> float:
+    """Forward FLOPs that the backward pass does again, as a share of those of a step that keeps all."""
+    import config
+    import decoder
+    import masking
+    import vit
+    enc, dec = config.models(cfg, cfg.vocab_size)
+    N, T = (resolution // enc.patch) ** 2, cfg.text_length - 1
+    K = masking.kept_count(N, cfg.keep_ratio)
+    again = 0.0
+    for c, S in ((enc, N + enc.cls), (dec, K + T)):
+        attention = c.layers * 4 * S * S * c.width
+        last = c.layers * 2 * S * c.width * c.mlp  # fc2's output is read by no gradient
+        again += {"none": 0, "dots": attention, "block": vit.block_flops(S, c.width, c.mlp, c.layers) - last}[cfg.remat]
+    if 0 < cfg.loss_chunk < T:
+        again += 2 * T * dec.width * dec.vocab
+    return again / (3 * (vit.flops(enc, resolution) + decoder.flops(dec, K, T)))
+
+
+def row(cfg: Any, resolution: int, batch: int, topology: str, found: dict | str) -> dict:
+    what = {"recipe": f"{cfg.encoder}+{cfg.decoder} {resolution} px", "pod": topology, "batch": batch, "remat": cfg.remat, "accum": cfg.accum,
+            "shard": "yes" if cfg.shard else "no", "computed again": f"{recomputed(cfg, resolution):.0%}"}
+    if isinstance(found, str):
+        return what | {"GiB a chip": found}
+    return what | {kind: found[kind] / GIB for kind in KINDS} | {"GiB a chip": sum(found.values()) / GIB}
+
+
+def rows(cfg: Any, resolution: int, batch: int, topology: str, search: bool) -> list[dict]:
+    """The table: one row, or with `search` a row for each batch that was tried and the largest that fits."""
+    tried: dict[int, dict] = {}
+    with tqdm(desc="compiling", unit="plan", leave=False, disable=not sys.stderr.isatty()) as bar:
+        def fits(b: int) -> float | None:
+            try:
+                found: dict | str = plan(cfg, resolution, b, topology)
+            except Refused as problem:
+                found = str(problem)
+            bar.update()
+            tried[b] = row(cfg, resolution, b, topology, found)
+            return None if isinstance(found, str) else sum(found.values())
+        if not search:
+            fits(batch)
+            return [*tried.values()]
+        room = CHIPS[topology.partition(":")[0]] * GIB * 0.97
+        best = largest(fits, batch, 8 * chips(topology) * cfg.accum, room)
+    return [*(tried[b] for b in sorted(tried)), {"recipe": "largest that fits", "batch": best}]
+
+
+if __name__ == "__main__":
+    import config
+    given = json.loads(sys.stdin.read())
+    answer = compile_here(config.Config(**given.pop("cfg")), **given)
+    print("\nRESULT " + json.dumps(answer))

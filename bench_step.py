@@ -1,0 +1,194 @@
+"""The time of a training step: this project's own, and the same in PyTorch; and what mask and curriculum save by it.
+
+`python bench.py step -h` and `python bench.py clipa -h` are the command lines.
+"""
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import config
+import decoder
+import masking
+import train
+import vit
+from config import Config, ConfigError
+from run import Model, init
+
+# The paper's Table 5: hours of L/14 to 224 px. Method, curriculum, mask, hours.
+TABLE5 = (("neither (CapPa)", False, False, 217), ("mask", False, True, 190), ("CLIPA", True, False, 67), ("both", True, True, 55))
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of losses that must agree; an Adam step turns rounding of small gradients into whole signs
+
+
+def make_model(cfg: Config) -> Model:
+    return Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
+
+
+def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray]:
+    """Random pixels, and captions that fill their rows: {"images" (B,R,R,3) uint8, "text" (B,T) int32, "row" (B,)}."""
+    rng = np.random.default_rng(cfg.seed)
+    text = rng.integers(3, cfg.vocab_size, (batch, cfg.text_length), dtype=np.int32)
+    text[:, 0], text[:, -1] = decoder.BOS, decoder.EOS
+    return {"images": rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8), "text": text, "row": np.arange(batch, dtype=np.int32)}
+
+
+def model_flops(cfg: Config, resolution: int) -> float:
+    """Of one image through one training step: the backward pass costs twice the forward. What remat computes again does not count."""
+    model = make_model(cfg)
+    kept = masking.kept_count((resolution // model.encoder.patch) ** 2, cfg.keep_ratio)
+    return 3 * (vit.flops(model.encoder, resolution) + decoder.flops(model.decoder, kept, cfg.text_length - 1))
+
+
+class Ours:
+    """train.make_step on one device, called again and again on one batch. `state` may be that of another such step."""
+
+    def __init__(self, cfg: Config, resolution: int, batch: int, state: list | None = None):
+        model = make_model(cfg)
+        optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
+        if state is None:
+            params = jax.jit(lambda: init(cfg, model))()
+            state = [jax.tree.map(lambda x: x[None], part) for part in (params, jax.jit(optimizer.init)(params))]
+        self.state = state
+        self.batch = jax.device_put(jax.tree.map(lambda x: x[None], make_batch(cfg, resolution, batch)))
+        asked = time.perf_counter()
+        self.call = train.make_step(model, optimizer, cfg.seed, cfg.accum, jax.local_devices()[:1], clip=cfg.clip).lower(*state, self.batch).compile()
+        self.compile_seconds = time.perf_counter() - asked
+
+    def __call__(self) -> float:
+        """One step, to its end; returns its mean loss."""
+        *self.state[:], metrics = self.call(*self.state, self.batch)
+        return float(jax.block_until_ready(metrics["loss"])[0])
+
+    def memory(self) -> float:
+        """Peak bytes: as the device counted them, or where it does not (a CPU), as the compiler planned them."""
+        counted = jax.local_devices()[0].memory_stats() or {}
+        m = self.call.memory_analysis()
+        return counted.get("peak_bytes_in_use") or m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+class Torch:
+    """The same weights, batch, mask and update in PyTorch, written as one would there: a parameter per layer, fused
+    kernels for layer norm, gelu, attention and AdamW. SystemExit if torch is not there."""
+
+    def __init__(self, cfg: Config, resolution: int, batch: int, params: dict, compiled: bool):
+        try:
+            import torch
+        except ImportError:
+            sys.exit("error: --peer torch needs PyTorch: pip install -e '.[bench]'")
+        sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "parity"))
+        import reference
+        self.torch, model, data = torch, make_model(cfg), make_batch(cfg, resolution, batch)
+        device = self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        tree = reference.from_jax(params, device)
+        for part in tree.values():
+            part["blocks"] = [jax.tree.map(lambda w: w.detach().clone().requires_grad_(), layer) for layer in reference.layers(part["blocks"])]
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        groups = [{"params": [w for path, w in leaves if (path[-1].key == "kernel") == decays], "weight_decay": cfg.weight_decay * decays}
+                  for decays in (True, False)]
+        self.leaves, self.clip = [w for _, w in leaves], cfg.clip
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.b2), fused=True)
+        self.rates = iter([0.0] + [config.stages(cfg)[0].lr] * 1_000_000)  # a warm-up of one step, as ours
+        n = (resolution // model.encoder.patch) ** 2
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(cfg.seed), row))(data["row"])
+        chosen = masking.keep_indices(keys, n, masking.kept_count(n, cfg.keep_ratio))
+        images, text, chosen = (reference.tensor(x, device) for x in (data["images"], data["text"], chosen))
+        loss = torch.compile(reference.mean_loss) if compiled else reference.mean_loss
+        self.loss = lambda: loss(tree["encoder"], tree["decoder"], images, chosen, text, model.encoder, model.decoder)
+
+    compile_seconds = float("nan")
+
+    def __call__(self) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        if self.clip:
+            self.torch.nn.utils.clip_grad_norm_(self.leaves, self.clip)
+        rate = next(self.rates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        value = float(loss.detach())
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return value
+
+    def memory(self) -> float:
+        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else float("nan")
+
+
+def matmul(dtype: str) -> tuple[Callable, float]:
+    """A plain large matmul, to be timed, and its FLOPs: what this device can do at most."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a, product = jnp.ones((n, n), dtype), jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(product(a, a)), 2.0 * n**3
+
+
+def in_turns(runs: dict[str, Callable], repeats: int, title: str) -> dict[str, list[float]]:
+    """Seconds of each call, `repeats` times one after the other: what disturbs the machine meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc=title, leave=False, disable=not sys.stderr.isatty()):
+        for name, run in runs.items():
+            asked = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - asked)
+    return seconds
+
+
+def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: int) -> list[dict]:
+    """The table of `step`: a row for each that ran. peer: "torch", "torch-compile" or None."""
+    if peer and cfg.accum > 1:
+        raise ConfigError("--peer takes the batch in one piece: leave --accum at 1")
+    if peer:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its share of a GPU's memory
+    ours = Ours(cfg, resolution, batch)
+    runs: dict[str, Any] = {"ours": ours}
+    if peer:
+        runs[peer] = Torch(cfg, resolution, batch, jax.tree.map(lambda x: np.asarray(x[0]), ours.state[0]), peer == "torch-compile")
+    product, work = matmul("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    product()
+    losses = {name: [run() for _ in range(3)] for name, run in runs.items()}  # warms up; the third tells of the first true update
+    if peer and not np.allclose(losses["ours"], losses[peer], rtol=TOLERANCE[cfg.dtype], atol=0):
+        raise ConfigError(f"--peer {peer} does not compute the same: losses {losses}")
+    seconds = in_turns({"matmul": product, **runs}, repeats, "steps")
+    middle = {name: statistics.median(s) for name, s in seconds.items()}
+    rate = work / middle["matmul"]
+    table = []
+    for name, run in runs.items():
+        done = model_flops(cfg, resolution) * batch / middle[name]
+        table.append({"what": name, "images/s": batch / middle[name], "ms": middle[name] * 1e3, "least ms": min(seconds[name]) * 1e3,
+                      "GFLOP/s": done / 1e9, "of matmul": f"{done / rate:.0%}", "peak GiB": run.memory() / 2**30,
+                      "compile s": run.compile_seconds, "loss": losses[name][-1]}
+                     | ({"speed": middle[peer] / middle[name]} if peer else {}))
+    return [*table, {"what": "matmul", "ms": middle["matmul"] * 1e3, "least ms": min(seconds["matmul"]) * 1e3, "GFLOP/s": rate / 1e9, "of matmul": "100%"}]
+
+
+def table5(low: tuple[Config, int, int, int], high: tuple[Config, int, int, int], repeats: int) -> list[dict]:
+    """Four step times, with and without the mask at two resolutions, shared out over the images of two stages. Without the
+    curriculum all are seen at the high resolution. low, high: (config, resolution, batch, images of the stage)."""
+    runs: dict[tuple[bool, bool], Callable] = {}
+    flops: dict[tuple[bool, bool], float] = {}
+    state = None
+    for is_low, (cfg, resolution, batch, _) in ((True, low), (False, high)):
+        for mask in (True, False):
+            cfg = cfg if mask else dataclasses.replace(cfg, keep_ratio=1.0)
+            runs[is_low, mask] = run = Ours(cfg, resolution, batch, state)
+            state = run.state
+            run()
+            flops[is_low, mask] = model_flops(cfg, resolution)
+    took = in_turns(runs, repeats, "steps")
+    seconds = {kind: statistics.median(times) / (low if kind[0] else high)[2] for kind, times in took.items()}
+
+    def total(cost: dict, curriculum: bool, mask: bool) -> float:
+        return low[3] * cost[curriculum, mask] + high[3] * cost[False, mask]
+    return [{"what": name, "low, ms an image": seconds[True, mask] * 1e3 if curriculum else float("nan"), "high, ms an image": seconds[False, mask] * 1e3,
+             "faster": total(seconds, False, False) / total(seconds, curriculum, mask),
+             "by FLOPs": total(flops, False, False) / total(flops, curriculum, mask), "paper": 217 / hours, "paper, hours": hours}
+            for name, curriculum, mask, hours in TABLE5]
