@@ -175,6 +175,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     asked = {k: v for k, v in vars(args).items() if k not in ("run", "json") and v is not None}
     try:
+        if args.json:
+            open(args.json, "a").close()  # a file that cannot be written is told now, not after the measurement
         rows = args.run(args)
         print(table(rows))
         if args.json:
@@ -184,7 +186,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)
     except OSError as problem:
-        print(f"error: {f'{problem.filename}: {problem.strerror}' if problem.filename else problem}", file=sys.stderr)
+        print(f"error: --json {problem.filename}: {problem.strerror}", file=sys.stderr)
     return 1
 
 

@@ -19,6 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+import config
+import decoder
+import masking
+import vit
+from config import Config, ConfigError
+
 GIB = 2**30
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB each; a little less is a program's to use
 KINDS = ("parameters", "optimizer", "temporaries", "other", "program")
@@ -36,11 +42,8 @@ def chips(topology: str) -> int:
     return math.prod(map(int, found[2].split("x")))
 
 
-def plan(cfg: Any, resolution: int, batch: int, topology: str) -> dict[str, float]:
-    """Bytes a chip by kind, of the step compiled for that pod, in a process of its own. Refused, or FileNotFoundError
-    where the TPU compiler is not installed."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise FileNotFoundError("memory needs the TPU compiler: pip install -e '.[tpu]'")
+def plan(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, float]:
+    """Bytes a chip by kind, of the step compiled for that pod, in a process of its own. Or Refused."""
     asked = json.dumps({"cfg": dataclasses.asdict(cfg), "resolution": resolution, "batch": batch, "topology": topology})
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     child = subprocess.run([sys.executable, os.path.abspath(__file__)], input=asked, env=env, capture_output=True, text=True)
@@ -54,7 +57,7 @@ def plan(cfg: Any, resolution: int, batch: int, topology: str) -> dict[str, floa
     return result
 
 
-def compile_here(cfg: Any, resolution: int, batch: int, topology: str) -> dict[str, float]:
+def compile_here(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, float]:
     """What `plan` asks a process of its own to do."""
     import libtpu
     os.environ["TPU_LIBRARY_PATH"] = libtpu.get_library_path()
@@ -62,7 +65,6 @@ def compile_here(cfg: Any, resolution: int, batch: int, topology: str) -> dict[s
     import numpy as np
     from jax.experimental import topologies
 
-    import config
     import train
     import zero
     from run import Model, init
@@ -105,30 +107,25 @@ def largest(fits: Callable[[int], float | None], batch: int, grain: int, room: f
         if low == grain:
             return 0
         low = whole(low / 2)
-    best = whole(2 * low)
-    while (at_best := fits(best)) is None:
-        best = whole((low + best) / 2)
-        if best == low:
-            return low
-    guess = max(best + grain, whole(best + (room - at_best) * (best - low) / max(at_best - at_low, 1)))
-    stride = whole(guess / 16)
-    if fits(guess) is not None:
-        while fits(guess + stride) is not None:
-            guess += stride
-        return guess
-    while guess - stride > best:
-        guess -= stride
-        if fits(guess) is not None:
-            return guess
+    best, at_best, refused = low, at_low, math.inf
+    guess = 2 * low
+    while (guess := whole(guess)) > best and guess < refused:
+        if (need := fits(guess)) is None:
+            refused = guess
+        else:
+            low, at_low, best, at_best = best, at_best, guess, need
+        if refused - best <= max(grain, best / 16):
+            break
+        guess = best + (room - at_best) * (best - low) / max(at_best - at_low, 1) if best > low else 2 * best
+        if refused < math.inf:
+            guess = (best + refused) / 2
+        elif guess < best * 17 / 16:
+            break
     return best
 
 
-def recomputed(cfg: Any, resolution: int) -> float:
+def recomputed(cfg: Config, resolution: int) -> float:
     """Forward FLOPs that the backward pass does again, as a share of those of a step that keeps all."""
-    import config
-    import decoder
-    import masking
-    import vit
     enc, dec = config.models(cfg, cfg.vocab_size)
     N, T = (resolution // enc.patch) ** 2, cfg.text_length - 1
     K = masking.kept_count(N, cfg.keep_ratio)
@@ -142,7 +139,7 @@ def recomputed(cfg: Any, resolution: int) -> float:
     return again / (3 * (vit.flops(enc, resolution) + decoder.flops(dec, K, T)))
 
 
-def row(cfg: Any, resolution: int, batch: int, topology: str, found: dict | str) -> dict:
+def row(cfg: Config, resolution: int, batch: int, topology: str, found: dict | str) -> dict:
     what = {"recipe": f"{cfg.encoder}+{cfg.decoder} {resolution} px", "pod": topology, "batch": batch, "remat": cfg.remat, "accum": cfg.accum,
             "shard": "yes" if cfg.shard else "no", "computed again": f"{recomputed(cfg, resolution):.0%}"}
     if isinstance(found, str):
@@ -150,8 +147,10 @@ def row(cfg: Any, resolution: int, batch: int, topology: str, found: dict | str)
     return what | {kind: found[kind] / GIB for kind in KINDS} | {"GiB a chip": sum(found.values()) / GIB}
 
 
-def rows(cfg: Any, resolution: int, batch: int, topology: str, search: bool) -> list[dict]:
+def rows(cfg: Config, resolution: int, batch: int, topology: str, search: bool) -> list[dict]:
     """The table: one row, or with `search` a row for each batch that was tried and the largest that fits."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("memory needs the TPU compiler: pip install -e '.[tpu]'")
     tried: dict[int, dict] = {}
     with tqdm(desc="compiling", unit="plan", leave=False, disable=not sys.stderr.isatty()) as bar:
         def fits(b: int) -> float | None:
@@ -171,7 +170,6 @@ def rows(cfg: Any, resolution: int, batch: int, topology: str, search: bool) -> 
 
 
 if __name__ == "__main__":
-    import config
     given = json.loads(sys.stdin.read())
-    answer = compile_here(config.Config(**given.pop("cfg")), **given)
+    answer = compile_here(Config(**given.pop("cfg")), **given)
     print("\nRESULT " + json.dumps(answer))

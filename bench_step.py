@@ -3,6 +3,7 @@
 `python bench.py step -h` and `python bench.py clipa -h` are the command lines.
 """
 import dataclasses
+import importlib.util
 import os
 import statistics
 import sys
@@ -76,13 +77,11 @@ class Ours:
 
 class Torch:
     """The same weights, batch, mask and update in PyTorch, written as one would there: a parameter per layer, fused
-    kernels for layer norm, gelu, attention and AdamW. SystemExit if torch is not there."""
+    kernels for layer norm, gelu, attention and AdamW."""
+    compile_seconds = float("nan")
 
     def __init__(self, cfg: Config, resolution: int, batch: int, params: dict, compiled: bool):
-        try:
-            import torch
-        except ImportError:
-            sys.exit("error: --peer torch needs PyTorch: pip install -e '.[bench]'")
+        import torch
         sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "parity"))
         import reference
         self.torch, model, data = torch, make_model(cfg), make_batch(cfg, resolution, batch)
@@ -102,8 +101,6 @@ class Torch:
         images, text, chosen = (reference.tensor(x, device) for x in (data["images"], data["text"], chosen))
         loss = torch.compile(reference.mean_loss) if compiled else reference.mean_loss
         self.loss = lambda: loss(tree["encoder"], tree["decoder"], images, chosen, text, model.encoder, model.decoder)
-
-    compile_seconds = float("nan")
 
     def __call__(self) -> float:
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,6 +143,8 @@ def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: in
     """The table of `step`: a row for each that ran. peer: "torch", "torch-compile" or None."""
     if peer and cfg.accum > 1:
         raise ConfigError("--peer takes the batch in one piece: leave --accum at 1")
+    if peer and importlib.util.find_spec("torch") is None:
+        raise ConfigError("--peer needs PyTorch: pip install -e '.[bench]'")
     if peer:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its share of a GPU's memory
     ours = Ours(cfg, resolution, batch)

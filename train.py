@@ -62,6 +62,9 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, 
         return grads, (loss, decoder.target_count(batch["text"]).sum())
 
     def step(params, opt_state, batch):
+        mine = params
+        if shard:  # cut now: a late look at the old parameters would keep their bytes from the new ones
+            mine, params = jax.lax.optimization_barrier((jax.tree.map(zero.own, params), params))
         if accum == 1:
             grads, sums = piece(params, batch)
         else:
@@ -71,7 +74,6 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, 
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         loss, words = jax.lax.psum(sums, "devices")
         words = jnp.maximum(words, 1)
-        mine = jax.tree.map(zero.own, params) if shard else params
         grads = jax.tree.map(lambda g: g / words, jax.tree.map(zero.sum_slice, grads) if shard else jax.lax.psum(grads, "devices"))
         norm = zero.norm(grads, params) if shard else optax.tree.norm(grads)
         if clip:
