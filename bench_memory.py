@@ -17,13 +17,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 import config
 import decoder
 import masking
+import train
 import vit
+import zero
 from config import Config, ConfigError
+from run import Model, init
 
 GIB = 2**30
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB each; a little less is a program's to use
@@ -45,8 +50,10 @@ def chips(topology: str) -> int:
 def plan(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, float]:
     """Bytes a chip by kind, of the step compiled for that pod, in a process of its own. Refused if it does not fit,
     ConfigError if the compiler fails otherwise."""
+    import libtpu
     asked = json.dumps({"cfg": dataclasses.asdict(cfg), "resolution": resolution, "batch": batch, "topology": topology})
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # no TPU is touched, so none need be alone
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is touched, so none need be alone
+                        "TPU_LIBRARY_PATH": libtpu.get_library_path()}
     child = subprocess.run([sys.executable, os.path.abspath(__file__)], input=asked, env=env, capture_output=True, text=True)
     found = re.search(r"^RESULT (.*)$", child.stdout, re.M)
     if child.returncode or not found:
@@ -60,15 +67,7 @@ def plan(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, f
 
 def compile_here(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, float]:
     """What `plan` asks a process of its own to do."""
-    import libtpu
-    os.environ["TPU_LIBRARY_PATH"] = libtpu.get_library_path()
-    import jax
-    import numpy as np
     from jax.experimental import topologies
-
-    import train
-    import zero
-    from run import Model, init
     kind = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **kind).devices)
     n = len(devices)
@@ -152,6 +151,7 @@ def rows(cfg: Config, resolution: int, batch: int, topology: str, search: bool) 
     """The table: one row, or with `search` a row for each batch that was tried and the largest that fits."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("memory needs the TPU compiler: pip install -e '.[tpu]'")
+    jax.config.update("jax_platforms", "cpu")  # with the TPU library installed this process too would look for TPUs
     tried: dict[int, dict] = {}
     with tqdm(desc="compiling", unit="plan", leave=False, disable=not sys.stderr.isatty()) as bar:
         def fits(b: int) -> float | None:
