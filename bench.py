@@ -175,8 +175,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     asked = {k: v for k, v in vars(args).items() if k not in ("run", "json") and v is not None}
     try:
-        if args.json:
-            open(args.json, "a").close()  # a file that cannot be written is told now, not after the measurement
+        if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):  # told now, not after the measurement
+            raise ConfigError(f"--json {args.json}: its folder does not exist or cannot be written")
         rows = args.run(args)
         print(table(rows))
         if args.json:
