@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vit import Weight, block, block_flops, block_weights, count, dense, initialise, layer_norm, linear, norm_weights, stack
+from layers import layer_norm, linear
+from vit import Weight, block, block_flops, block_weights, count, dense, initialise, norm_weights, stack
 
 PAD, BOS, EOS = 0, 1, 2
 

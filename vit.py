@@ -9,7 +9,6 @@ D width, H heads, M mlp, L layers. Parameters are nested dicts of fp32 arrays; a
     python vit.py            prints the family: layers, width, parameters, tokens and FLOPs an image
 """
 import dataclasses
-import functools
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -18,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers import attend, gelu_linear, layer_norm, linear, norm_linear
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, of pixels in 0..1 (released preprocessing)
 STD = (0.229, 0.224, 0.225)
-EPS = 1e-6                    # every layer norm of the released models
 
 #           layers, width, heads, mlp
 FAMILY = {
@@ -125,76 +125,6 @@ def count(declared: dict) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------- block
-def layer_norm(x: jax.Array, w: dict) -> jax.Array:
-    """Over the last axis, in fp32 whatever x is; returns x's dtype."""
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    centred = x32 - mean
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPS)
-    return (centred * inverse * w["scale"] + w["bias"]).astype(x.dtype)
-
-
-def fence(tree: Any) -> Any:
-    """On a CPU, keep XLA from merging what is before into each thing after: it would compute the activation's erf anew,
-    element by element, inside every matmul's operand and column sum that reads it. It halves the training step there.
-    Elsewhere such merging pays, and this is nothing."""
-    return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda x: x)
-
-
-@jax.custom_vjp
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    return x @ kernel + bias
-
-
-def affine_backward(saved: tuple, g: jax.Array) -> tuple:
-    """The textbook gradients; the bias's is a matmul with ones, for XLA's column sums are slow on a CPU."""
-    x, kernel = saved
-    rows, g = x.reshape(-1, x.shape[-1]), fence(g)
-    g_rows = g.reshape(-1, g.shape[-1])
-    return g @ kernel.T, rows.T @ g_rows, (jnp.ones((1, len(g_rows)), g.dtype) @ g_rows)[0]
-
-
-affine.defvjp(lambda x, kernel, bias: (fence(x @ kernel + bias), (x, kernel)), affine_backward)
-
-
-def linear(x: jax.Array, w: dict) -> jax.Array:
-    kernel = w["kernel"].astype(x.dtype)
-    return affine(x, kernel, w["bias"].astype(x.dtype)) if "bias" in w else x @ kernel
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu(x: jax.Array, exact: bool) -> jax.Array:
-    """x times the normal distribution's mass below x: exact by erf, or the tanh approximation. The backward pass keeps
-    the derivative, where autodiff would keep x and compute the erf or tanh again."""
-    return gelu_forward(x, exact)[0]
-
-
-def gelu_forward(x: jax.Array, exact: bool) -> tuple[jax.Array, jax.Array]:
-    z = x.astype(jnp.float32)
-    if exact:
-        below = 0.5 * (1 + jax.lax.erf(z * math.sqrt(0.5)))
-        slope = below + z * jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    else:
-        a, b = math.sqrt(2 / math.pi), 0.044715
-        t = jnp.tanh(a * (z + b * z * z * z))
-        below = 0.5 * (1 + t)
-        slope = below + 0.5 * z * (1 - t * t) * a * (1 + 3 * b * z * z)
-    return fence(((z * below).astype(x.dtype), slope.astype(x.dtype)))
-
-
-gelu.defvjp(gelu_forward, lambda exact, slope, g: (fence(g * slope),))
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """q (B,Q,H,Dh), k and v (B,S,H,Dh), mask broadcastable to (B,H,Q,S), True where looking is allowed.
-    Returns the mixed values (B,Q,H,Dh) and who looked at whom (B,H,Q,S), fp32, rows summing to 1."""
-    scores = jnp.einsum("bqhd,bshd->bhqs", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    looks = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bhqs,bshd->bqhd", looks.astype(v.dtype), v), looks
-
-
 def block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exact_gelu: bool = True,
           cache: tuple[jax.Array, jax.Array, jax.Array] | None = None) -> tuple[jax.Array, dict]:
     """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out.
@@ -203,7 +133,7 @@ def block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exac
     the mask then covers S. Also returns {"keys", "values", "looks"}; what the caller drops is never computed.
     """
     B, Q, D = x.shape
-    qkv = linear(layer_norm(x, w["norm1"]), w["qkv"])                          # (B,Q,3D)
+    qkv = norm_linear(x, w["norm1"], w["qkv"])                                 # (B,Q,3D)
     q, k, v = (a.reshape(B, Q, heads, D // heads) for a in jnp.split(qkv, 3, axis=-1))
     if cache is not None:
         keys, values, place = cache
@@ -211,8 +141,7 @@ def block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exac
         v = jax.lax.dynamic_update_slice_in_dim(values, v, place, axis=1)
     mixed, looks = attend(q, k, v, mask)
     x = x + linear(mixed.reshape(B, Q, D), w["out"])
-    hidden = gelu(linear(layer_norm(x, w["norm2"]), w["fc1"]), exact_gelu)
-    x = x + linear(hidden, w["fc2"])
+    x = x + gelu_linear(norm_linear(x, w["norm2"], w["fc1"]), w["fc2"], exact_gelu)
     return x, {"keys": k, "values": v, "looks": looks}
 
 

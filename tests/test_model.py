@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import decoder
+import layers
 import masking
 import vit
 
@@ -124,17 +125,44 @@ def test_choices_of_memory_and_speed_change_no_number(change):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), da, db)
 
 
-def test_handwritten_gradients_are_autodiffs():
-    x = jnp.linspace(-6, 6, 101)
-    for exact in (True, False):
-        plain = jax.vmap(jax.grad(lambda z: jax.nn.gelu(z, approximate=not exact)))(x)
-        ours = jax.vmap(jax.grad(lambda z: vit.gelu(z, exact)))(x)
-        np.testing.assert_allclose(vit.gelu(x, exact), jax.nn.gelu(x, approximate=not exact), atol=1e-6)
-        np.testing.assert_allclose(ours, plain, atol=3e-6)
-    x, w, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 3, 4), (4, 5), (5,)]))
-    ours, plain = (jax.grad(lambda x, w, b: jnp.sin(f(x, w, b)).sum(), (0, 1, 2))(x, w, b) for f in (vit.affine, lambda x, w, b: x @ w + b))
-    for a, c in zip(ours, plain):
-        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
+def plain_attend(q, k, v, mask):
+    scores = jnp.einsum("bqhd,bshd->bhqs", q, k) / math.sqrt(q.shape[-1])
+    looks = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqs,bshd->bqhd", looks, v), looks
+
+
+def plain_norm_affine(x, scale, shift, kernel, bias):
+    unit = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + layers.EPS)
+    return (unit * scale + shift) @ kernel + bias
+
+
+CASES = {  # ours, the same in plain JAX, shapes of what is differentiated
+    "affine": (layers.affine, lambda x, w, b: x @ w + b, [(2, 3, 4), (4, 5), (5,)]),
+    "norm_affine": (layers.norm_affine, plain_norm_affine, [(2, 3, 8), (8,), (8,), (8, 5), (5,)]),
+    "exact gelu": (lambda x, w, b: layers.gelu_affine(x, w, b, True), lambda x, w, b: jax.nn.gelu(x, approximate=False) @ w + b, [(2, 3, 8), (8, 5), (5,)]),
+    "tanh gelu": (lambda x, w, b: layers.gelu_affine(x, w, b, False), lambda x, w, b: jax.nn.gelu(x, approximate=True) @ w + b, [(2, 3, 8), (8, 5), (5,)]),
+    "attend": (lambda q, k, v: layers.attend(q, k, v, None), lambda q, k, v: plain_attend(q, k, v, None), [(2, 3, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4)]),
+    "masked": (lambda *qkv: layers.attend(*qkv, jnp.tri(4, dtype=bool)), lambda *qkv: plain_attend(*qkv, jnp.tri(4, dtype=bool)), [(2, 4, 2, 8)] * 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_handwritten_gradients_are_autodiffs(case):
+    """Values and gradients, of every output: ours in fp32 against plain JAX in double precision."""
+    ours, plain, shapes = CASES[case]
+    inputs = [np.asarray(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(shapes)]
+
+    def found(f, inputs):
+        def loss(*args):
+            out = jax.tree.leaves(f(*args))
+            return sum(jnp.sin(o + i).sum() for i, o in enumerate(out)), out
+        grads, out = jax.grad(loss, tuple(range(len(shapes))), has_aux=True)(*inputs)
+        return [np.asarray(x) for x in (*out, *grads)]
+    single = found(ours, inputs)
+    with jax.enable_x64(True):
+        double = found(plain, [x.astype(np.float64) for x in inputs])
+    for x, y in zip(single, double, strict=True):
+        assert np.linalg.norm(x - y) < 1e-6 * np.linalg.norm(y)
 
 
 def test_bfloat16_compute_keeps_fp32_parameters_and_comes_near():
