@@ -48,6 +48,7 @@ class ViTConfig:
     mlp: int
     patch: int
     cls: bool = False          # the released weights carry a CLS token; nothing in the method reads it
+    positions: int = 0         # grid side of a learned position table, which foreign weights may bring; 0: the sin-cos formula
     dtype: str = "float32"     # of activations and matmul inputs; parameters stay fp32
     remat: str = "none"        # a key of REMAT
     unroll: int = 1            # layers a scan step: more compile time, fewer copies around the loop
@@ -98,7 +99,11 @@ def weights(cfg: ViTConfig) -> dict:
         "blocks": block_weights(cfg.layers, cfg.width, cfg.mlp),
         "norm": norm_weights(cfg.width),
     }
-    return declared | ({"cls": {"embedding": Weight((1, cfg.width), 0.02)}} if cfg.cls else {})
+    if cfg.cls:
+        declared["cls"] = {"embedding": Weight((1, cfg.width), 0.02)}
+    if cfg.positions:
+        declared["positions"] = {"table": Weight((cfg.positions**2, cfg.width), 0.02)}
+    return declared
 
 
 def is_weight(x: Any) -> bool:
@@ -167,6 +172,16 @@ def positions(grid: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
 
+def place(params: dict, grid: int, cfg: ViTConfig) -> Any:
+    """The table (N, D) that is added to the patches: the formula's, or the learned one, resized (cubic) for another grid."""
+    if not cfg.positions:
+        return positions(grid, cfg.width)
+    table, learned = params["positions"]["table"], (cfg.positions, cfg.positions, cfg.width)
+    if grid == cfg.positions:
+        return table
+    return jax.image.resize(table.reshape(learned), (grid, grid, cfg.width), "cubic").reshape(grid * grid, cfg.width)
+
+
 def normalise(images: jax.Array) -> jax.Array:
     """uint8 pixels to fp32 with ImageNet mean 0 and deviation 1; done on the device, so that bytes travel."""
     return (images.astype(jnp.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
@@ -194,7 +209,7 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
     if images.dtype == jnp.uint8:
         images = normalise(images)
     x = linear(patchify(images.astype(cfg.dtype), cfg.patch), params["patch"])  # (B,N,D)
-    x = x + positions(images.shape[1] // cfg.patch, cfg.width).astype(cfg.dtype)
+    x = x + place(params, images.shape[1] // cfg.patch, cfg).astype(cfg.dtype)
     if cfg.cls:                                                                 # its row of the table is zeros
         cls = jnp.broadcast_to(params["cls"]["embedding"].astype(x.dtype), (x.shape[0], 1, cfg.width))
         x = jnp.concatenate([cls, x], axis=1)                                   # (B,1+N,D)

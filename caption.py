@@ -1,0 +1,85 @@
+"""Captions for any pictures, from a run: its decoder is in the run's checkpoints, beside the encoder.
+
+As in training, the decoder sees a random third of the patches (the run's keep ratio, or --keep-ratio). Greedy unless
+--top-p is given; with --samples each caption has a draw of its own, of patches and of words. A picture's captions
+follow from it and --seed, not from the pictures beside it.
+
+    python caption.py RUN IMAGE... [--top-p 0.9] [--samples 3] [--seed 0]
+"""
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+import checkpoint
+import decoder
+from config import models, stages
+from features import newest, pixels
+from masking import keep
+from sources import BadSample
+from tokenizer import Tokenizer
+from vit import init, vit
+
+
+def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., list[str]]:
+    """caption(picture, seed=0, top_p=0.0, samples=1) -> captions, from a run's last checkpoint. keep_ratio 0 is the
+    run's; top_p 0 is greedy. CheckpointError if there is no run to be read."""
+    settings, arrays, meta = newest(folder)
+    encoder_cfg, decoder_cfg = models(settings, settings.vocab_size)
+    like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
+    params = jax.device_put(checkpoint.restore(arrays, like, folder, under="params"))
+    tok = Tokenizer(meta["vocabulary"])
+    resolution = next(s.resolution for s in stages(settings) if meta["step"] <= s.end)
+
+    @functools.partial(jax.jit, static_argnames=("top_p", "samples"))
+    def write(params, image, key, top_p, samples):
+        tokens = vit(params["encoder"], image[None], encoder_cfg)["tokens"]                    # (1,N,D)
+        patches, words = jax.random.split(key)
+        kept, _ = keep(jax.random.split(patches, samples), jnp.repeat(tokens, samples, 0), keep_ratio or settings.keep_ratio)
+        return decoder.generate(params["decoder"], kept, decoder_cfg, settings.text_length, words if top_p else None, top_p)
+
+    def caption(picture, seed: int = 0, top_p: float = 0.0, samples: int = 1) -> list[str]:
+        return [tok.decode(ids) for ids in jax.device_get(write(params, pixels(picture, resolution), jax.random.key(seed), top_p, samples))]
+    return caption
+
+
+def main(argv: list[str]) -> int:
+    def share(text: str) -> float:
+        if not 0 < (value := float(text)) <= 1:
+            raise ValueError
+        return value
+
+    def count(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise ValueError
+        return value
+    share.__name__, count.__name__ = "share (above 0, at most 1)", "count (1 or more)"  # as argparse calls them
+    parser = argparse.ArgumentParser(prog="caption.py", allow_abbrev=False, description="Print captions for any pictures, from a run.")
+    parser.add_argument("run", help="the folder of a run that train.py has saved")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--top-p", type=share, default=0.0, help="draw words from the likeliest that hold this share of the probability (default: greedy)")
+    parser.add_argument("--samples", type=count, default=1, help="captions a picture (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--keep-ratio", type=share, default=0.0, help="share of the patches that the decoder sees (default: the run's)")
+    given = parser.parse_args(argv)
+    try:
+        caption = load_captioner(given.run, given.keep_ratio)
+    except (checkpoint.CheckpointError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    bad = 0
+    for image in given.images:
+        try:
+            for text in caption(image, given.seed, given.top_p, given.samples):
+                print(f"{image}: {text}", flush=True)
+        except BadSample as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            bad = 1
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""Pictures in, features out: a trained or imported encoder, ready for use.
+
+    encoder = load_encoder("runs/toy")          # a run's folder, or an encoder's .npz
+    found = encoder(["cat.jpg", "dog.png"])     # found.tokens (2,N,D) for a multimodal model, found.pooled (2,D) for the rest
+
+Letters: B images, R pixels a side, N patches, D width.
+
+    python features.py ENCODER IMAGE...         writes features.npz
+"""
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+import checkpoint
+import data
+import vit
+from config import Config, models, stages
+from sources import BadSample
+
+PICTURE = str | os.PathLike | Image.Image | np.ndarray
+
+
+class Features(NamedTuple):
+    tokens: np.ndarray  # (B,N,D) fp32, before the final norm: what the caption decoder was trained on
+    pooled: np.ndarray  # (B,D) fp32, their mean, normed
+
+
+def newest(folder: str) -> tuple[Config, dict[str, np.ndarray], dict]:
+    """A run's settings, and the arrays and meta of its last checkpoint. CheckpointError if there is none to be read."""
+    found = checkpoint.latest(folder)
+    if found is None:
+        raise checkpoint.CheckpointError(f"{folder} has no checkpoint: name the folder of a run that train.py has saved")
+    path, arrays, meta = found
+    try:
+        return Config(**meta["config"]), arrays, meta
+    except (TypeError, LookupError):
+        raise checkpoint.CheckpointError(f"{path} is no checkpoint of a run of this version") from None
+
+
+def read(path: str) -> tuple[dict, vit.ViTConfig, dict]:
+    """(parameters, config, meta) of an encoder's .npz, or of the last state of a run's folder. meta holds at least
+    "resolution", in pixels. CheckpointError says what is wrong with the file."""
+    under, origin = "", path
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "encoder.npz")):
+        settings, arrays, meta = newest(path)
+        cfg, under = models(settings, settings.vocab_size)[0], "params/encoder"
+        resolution = next(s.resolution for s in stages(settings) if meta["step"] <= s.end)
+        meta = {"resolution": resolution, "config": meta["config"], "step": meta["step"]}
+    else:
+        origin = os.path.join(path, "encoder.npz") if os.path.isdir(path) else path
+        arrays, meta = checkpoint.load(origin)
+        try:
+            cfg, _ = vit.ViTConfig(**meta["encoder"]), int(meta["resolution"])
+        except (TypeError, LookupError, ValueError):
+            raise checkpoint.CheckpointError(f"{origin} is no encoder: name a run's folder, its encoder.npz, or what convert.py imported") from None
+    like = jax.eval_shape(lambda: vit.init(jax.random.key(0), cfg))
+    return checkpoint.restore(arrays, like, origin, under), cfg, meta
+
+
+def pixels(picture: PICTURE, resolution: int) -> np.ndarray:
+    """A file, PIL image, or uint8 array (H,W), (H,W,3) or (H,W,4) to (R,R,3) uint8: decoded whole, squashed to a square
+    (bilinear, antialiased). For an opaque picture these are the very pixels of the exported image processors; training
+    may take a JPEG's smaller draft. BadSample names a picture that cannot be used."""
+    name = picture if isinstance(picture, str | os.PathLike) else "a picture"
+    try:
+        if isinstance(picture, str | os.PathLike):
+            picture = Image.open(picture)
+        elif not isinstance(picture, Image.Image):
+            picture = np.asarray(picture)
+            if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (3, 4)):
+                raise BadSample(f"array is {picture.dtype} {picture.shape}: it must be uint8, (H,W), (H,W,3) or (H,W,4)")
+            picture = Image.fromarray(picture)
+        picture.load()  # whole, so that there is no draft to be had
+        return data.to_pixels(picture, resolution)
+    except BadSample as problem:
+        raise BadSample(f"{name}: {problem}") from None
+    except FileNotFoundError:
+        raise BadSample(f"{name} does not exist") from None
+    except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
+        raise BadSample(f"{name}: image cannot be decoded ({type(problem).__name__})") from None
+
+
+def several(images: PICTURE | Sequence[PICTURE]) -> Sequence[PICTURE]:
+    """One picture as a list of one; an array (B,H,W,3) is several."""
+    one = images.ndim < 4 if isinstance(images, np.ndarray | jax.Array) else isinstance(images, str | os.PathLike | Image.Image)
+    return [images] if one else images
+
+
+class Encoder:
+    """Parameters with all that is needed to use them. For more than features, such as attention maps:
+    vit.vit(encoder.params, encoder.pixels(images), encoder.cfg, attention=True)."""
+
+    def __init__(self, params: dict, cfg: vit.ViTConfig, resolution: int):
+        if resolution % cfg.patch or resolution < cfg.patch:
+            raise ValueError(f"resolution {resolution} is not a multiple of the patch size {cfg.patch}")
+        self.params, self.cfg, self.resolution = jax.device_put(params), cfg, resolution
+        self.run = jax.jit(lambda params, images: Features(*map(vit.vit(params, images, cfg).get, Features._fields)))
+        self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+
+    def pixels(self, images: PICTURE | Sequence[PICTURE]) -> np.ndarray:
+        """One picture or several to (B,R,R,3) uint8."""
+        return np.stack(list(self.pool.map(functools.partial(pixels, resolution=self.resolution), several(images))))
+
+    def __call__(self, images: PICTURE | Sequence[PICTURE], batch: int = 32) -> Features:
+        """Features of one picture or several, `batch` at a time; the last few are filled up to a power of two, so
+        that few shapes are compiled. BadSample names a picture that cannot be used."""
+        images = several(images)
+        found = []
+        for start in range(0, len(images), batch):
+            some = self.pixels(images[start:start + batch])
+            size = min(batch, 1 << (len(some) - 1).bit_length())
+            out = self.run(self.params, np.pad(some, ((0, size - len(some)), (0, 0), (0, 0), (0, 0))))
+            found.append(Features(*(np.asarray(x, np.float32)[:len(some)] for x in out)))
+        if not found:
+            raise BadSample("there is no picture")
+        return Features(*map(np.concatenate, zip(*found)))
+
+
+def load_encoder(path: str, resolution: int = 0, dtype: str = "float32") -> Encoder:
+    """The encoder of a run's folder or an .npz, at the resolution it was trained at last, or another one in pixels.
+    CheckpointError or ValueError say what does not fit."""
+    params, cfg, meta = read(path)
+    return Encoder(params, replace(cfg, dtype=dtype, remat="none"), resolution or meta["resolution"])
+
+
+if __name__ == "__main__":
+    import sys
+    if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python features.py ENCODER IMAGE..., where ENCODER is a run's folder or an encoder's .npz")
+    try:
+        found: Any = load_encoder(sys.argv[1])(sys.argv[2:])
+    except (checkpoint.CheckpointError, BadSample, ValueError) as problem:
+        sys.exit(f"error: {problem}")
+    checkpoint.write("features.npz", lambda f: np.savez(f, names=np.array(sys.argv[2:]), **found._asdict()))
+    print(f"features.npz: tokens {found.tokens.shape}, pooled {found.pooled.shape}")
