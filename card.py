@@ -12,12 +12,14 @@ NORM = """The tokens leave **before** the final norm: the caption decoder reads 
 thing. Captions give that norm no gradient: unless the weights were imported, it is as initialised."""
 USE = {  # how each export is used, and which of its outputs is which of ours; the card's code
     "siglip": '''from transformers import AutoImageProcessor, AutoModel
-model, processor = AutoModel.from_pretrained("."), AutoImageProcessor.from_pretrained(".")
+model = AutoModel.from_pretrained(".")
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")  # torchvision's, where it is installed, rounds pixels otherwise
 out = model(**processor(image, return_tensors="pt"), output_hidden_states=True)
 tokens = out.hidden_states[-1]                                      # (1, N, D), before the final norm
 pooled = getattr(model, "vision_model", model).post_layernorm(tokens.mean(1))''',
     "vit": '''from transformers import AutoImageProcessor, AutoModel
-model, processor = AutoModel.from_pretrained(".", add_pooling_layer=False), AutoImageProcessor.from_pretrained(".")
+model = AutoModel.from_pretrained(".", add_pooling_layer=False)
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")  # torchvision's, where it is installed, rounds pixels otherwise
 out = model(**processor(image, return_tensors="pt"), output_hidden_states=True)
 tokens = out.hidden_states[-1][:, 1:]                               # (1, N, D), before the final norm, CLS left out
 pooled = model.layernorm(tokens.mean(1))''',
@@ -64,8 +66,9 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, figur
         NORM, f"Pictures are squashed whole to {resolution} x {resolution} (bilinear, antialiased; no crop), then normalised with ImageNet's mean and "
               "deviation. Turn photos upright and lay transparent pictures on white first, as in training."]
     if run:
-        parts += ["## Training", table({k: f"`{run[k]}`" for k in SETTINGS if run.get(k) not in (None, "")})]
-    if figures:
+        told = {k: os.path.basename(run[k]) if k in ("data", "init") else run[k] for k in SETTINGS if run.get(k) not in (None, "")}
+        parts += ["## Training", table({k: f"`{v}`" for k, v in told.items()})]
+    if figures := {k: v for k, v in figures.items() if k.endswith(("_loss", "_accuracy", "_match")) or k in ("images_seen", "held_out_pictures")}:
         parts += ["## Figures on held-out pictures", table({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}),
                   "Losses are nats a word; `floor_loss` can be reached without the picture, `shuffled_loss` is that with another picture."]
     return "\n".join(front) + "\n" + "\n\n".join(parts) + "\n"

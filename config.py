@@ -49,6 +49,8 @@ class Config:
     keep_ratio: float = opt(0.35, "share of patch tokens that the decoder sees, drawn anew each step; lower is faster")
     prefix: str = opt("causal", "whether image tokens in the decoder see only those before them, or all", ("causal", "bidirectional"))
     cls: bool = opt(False, "give the encoder a CLS token, as the released weights have")
+    positions: int = opt(0, "grid side of a learned position table; 0 for the sin-cos formula, which fits any grid")
+    init: str = opt("", "start from this encoder: a run's folder, its encoder.npz, or what convert.py imported; the decoder starts anew")
     stages: str = opt("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L warmup=W, in steps or images as the length is; "
                           "stages part by commas")
     data: str = opt("", "training pictures: scenes, a folder of images with .txt captions, or tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
@@ -143,7 +145,7 @@ def stages(cfg: Config) -> tuple[Stage, ...]:
 def models(cfg: Config, vocab: int) -> tuple[vit.ViTConfig, decoder.DecoderConfig]:
     """Encoder and decoder as the run has them, the word table with `vocab` rows."""
     how = {"dtype": cfg.dtype, "remat": cfg.remat, "unroll": cfg.unroll}
-    enc = vit.config(cfg.encoder, cls=cfg.cls, **how)
+    enc = vit.config(cfg.encoder, cls=cfg.cls, positions=cfg.positions, **how)
     return enc, decoder.config(cfg.decoder, vocab, enc.width, prefix=cfg.prefix, loss_chunk=cfg.loss_chunk, **how)
 
 
@@ -157,7 +159,7 @@ def check(cfg: Config, devices: int = 1) -> None:
               "clip": (0, 1e9), "text_length": (3, 1 << 20), "vocab_size": (8, 1 << 30), "val_count": (2, 1 << 30), "accum": (1, 1 << 20),
               "workers": (1, 1024), "log_every": (1, 1 << 40), "eval_every": (1, 1 << 40), "save_every": (1, 1 << 40), "loss_chunk": (0, 1 << 20),
               "unroll": (1, 1024), "keep_last": (1, 1 << 20),
-              "milestone_every": (0, 1 << 40), "max_bad": (0, 1), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20)}
+              "milestone_every": (0, 1 << 40), "max_bad": (0, 1), "positions": (0, 1 << 12), "seed": (0, (1 << 31) - 1), "devices": (0, 1 << 20)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(cfg, name) <= high:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {'above 0' if low == 1e-9 else f'at least {low}'}"

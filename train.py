@@ -25,6 +25,7 @@ import vit
 import zero
 from config import Config, ConfigError, Stage, check, describe, parse
 from devices import ENDED, Place, PlaceError, join, leave
+from features import read
 from masking import keep
 from run import Interrupt, Interrupted, Model, Run, Stop, init
 
@@ -98,6 +99,17 @@ def make_optimizer(cfg: Config, stage: Stage) -> optax.GradientTransformation:
     return optax.adamw(schedule(stage), b1=0.9, b2=cfg.b2, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=matrices)
 
 
+def start(cfg: Config, model: Model) -> dict:
+    """What a new run starts from: fresh parameters, or --init's encoder with a fresh decoder. ConfigError where it does not fit."""
+    params = init(cfg, model)
+    if cfg.init:
+        params["encoder"], found, _ = read(cfg.init)
+        sizes = ((name, getattr(found, name), getattr(model.encoder, name)) for name in ("layers", "width", "heads", "mlp", "patch", "cls", "positions"))
+        if differ := [f"{name} {theirs}, not {ours}" for name, theirs, ours in sizes if theirs != ours]:
+            raise ConfigError(f"--init {cfg.init} has {'; '.join(differ)}: change --encoder, --cls or --positions to suit it")
+    return params
+
+
 # ------------------------------------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
     """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped it."""
@@ -112,7 +124,7 @@ def train(cfg: Config) -> int:
         print(f"{cfg.out} is finished: look at {run.path('samples.png')}; delete the folder or name another --out to train anew")
         return 0
     shapes = jax.eval_shape(lambda: init(cfg, run.model))
-    params = place.copies(run.restore(shapes, "params") if run.step else init(cfg, run.model))
+    params = place.copies(run.restore(shapes, "params") if run.step else start(cfg, run.model))
 
     with Interrupt(place) as interrupt:
         try:
