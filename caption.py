@@ -2,7 +2,7 @@
 
 As in training, the decoder sees a random third of the patches (the run's keep ratio, or --keep-ratio). Greedy unless
 --top-p is given; with --samples each caption has a draw of its own, of patches and of words. A picture's captions
-follow from it and --seed, not from the pictures beside it.
+follow from the picture and --seed, not from the pictures beside it.
 
     python caption.py RUN IMAGE... [--top-p 0.9] [--samples 3] [--seed 0]
 """
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 import checkpoint
 import decoder
@@ -24,9 +23,9 @@ from tokenizer import Tokenizer
 from vit import init, vit
 
 
-def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., list[str]]:
-    """caption(picture, seed=0, top_p=0.0, samples=1) -> captions, from a run's last checkpoint. keep_ratio 0 is the
-    run's; top_p 0 is greedy. CheckpointError if there is no run to be read."""
+def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., str]:
+    """caption(picture, seed=0, sample=0, top_p=0.0) -> text, from a run's last checkpoint. keep_ratio 0 is the run's;
+    top_p 0 is greedy. CheckpointError if there is no run to be read."""
     settings, arrays, meta = newest(folder)
     encoder_cfg, decoder_cfg = models(settings, settings.vocab_size)
     like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
@@ -34,15 +33,16 @@ def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., list[s
     tok = Tokenizer(meta["vocabulary"])
     resolution = next(s.resolution for s in stages(settings) if meta["step"] <= s.end)
 
-    @functools.partial(jax.jit, static_argnames=("top_p", "samples"))
-    def write(params, image, key, top_p, samples):
-        tokens = vit(params["encoder"], image[None], encoder_cfg)["tokens"]                    # (1,N,D)
+    @functools.partial(jax.jit, static_argnames="top_p")
+    def write(params, images, key, top_p):
+        tokens = vit(params["encoder"], images, encoder_cfg)["tokens"]                         # (1,N,D)
         patches, words = jax.random.split(key)
-        kept, _ = keep(jax.random.split(patches, samples), jnp.repeat(tokens, samples, 0), keep_ratio or settings.keep_ratio)
+        kept, _ = keep(patches[None], tokens, keep_ratio or settings.keep_ratio)               # (1,K,D)
         return decoder.generate(params["decoder"], kept, decoder_cfg, settings.text_length, words if top_p else None, top_p)
 
-    def caption(picture, seed: int = 0, top_p: float = 0.0, samples: int = 1) -> list[str]:
-        return [tok.decode(ids) for ids in jax.device_get(write(params, pixels(picture, resolution), jax.random.key(seed), top_p, samples))]
+    def caption(picture, seed: int = 0, sample: int = 0, top_p: float = 0.0) -> str:
+        key = jax.random.fold_in(jax.random.key(seed), sample)
+        return tok.decode(jax.device_get(write(params, pixels(picture, resolution)[None], key, top_p))[0])
     return caption
 
 
@@ -73,8 +73,8 @@ def main(argv: list[str]) -> int:
     bad = 0
     for image in given.images:
         try:
-            for text in caption(image, given.seed, given.top_p, given.samples):
-                print(f"{image}: {text}", flush=True)
+            for sample in range(given.samples):
+                print(f"{image}: {caption(image, given.seed, sample, given.top_p)}", flush=True)
         except BadSample as problem:
             print(f"error: {problem}", file=sys.stderr)
             bad = 1

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,12 @@ def load_safetensors(path: str) -> dict[str, np.ndarray]:
 def load_torch(path: str) -> dict[str, np.ndarray]:
     torch = need("torch", f"reading {path}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch and its unpickler raise many kinds on bytes that are not theirs
-        if "weights_only" in str(problem).lower() and "Unsupported" in str(problem):
-            raise ConvertError(f"{path} is refused: it holds code or objects of other kinds than tensors, which could do anything when loaded") from None
-        raise ConvertError(f"{path} is damaged or no torch checkpoint ({type(problem).__name__})") from None
+        if "safe_globals" in str(problem):
+            raise ConvertError(f"{path} is refused: it holds code or objects, not tensors alone, and loading those could do anything") from None
+        raise ConvertError(f"{path} is damaged, or no torch file of plain tensors ({type(problem).__name__}); nothing in it was run") from None
     for wrap in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(wrap), dict):
             found = found[wrap]

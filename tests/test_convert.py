@@ -19,6 +19,7 @@ import layouts
 import train
 import vit
 from layouts import LAYOUTS, LayoutError, arrange, recognise
+from run import Model, init
 from sources import BadSample
 
 R = 24  # a grid of 3 x 3
@@ -135,9 +136,9 @@ def run(tmp_path_factory):
     """The folder of a run that has learned nothing, at the second of its two stages."""
     folder = str(tmp_path_factory.mktemp("run"))
     cfg = dataclasses.replace(config.PRESETS["toy"], out=folder, stages="resolution=16 steps=3 batch=2 lr=1e-3, resolution=24 steps=2 batch=2 lr=1e-3")
-    model = train.Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
+    model = Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
     words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *map(str, range(150))]
-    checkpoint.save_step(folder, 4, {"params": train.init(cfg, model)}, {"config": dataclasses.asdict(cfg), "vocabulary": words})
+    checkpoint.save_step(folder, 4, {"params": init(cfg, model)}, {"config": dataclasses.asdict(cfg), "vocabulary": words})
     return folder
 
 
