@@ -13,7 +13,7 @@ run: $(VENV)/core          ## train the toy, both stages, and say where its pict
 test: $(VENV)/test         ## light: no torch, no accelerator
 	$(BIN)/python -m pytest tests --ignore=tests/parity
 
-test-parity: $(VENV)/parity ## against PyTorch and the tokenizers library
+test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip and tokenizers
 	$(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/test

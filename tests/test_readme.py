@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 BLOCKS = "\n".join(re.sub(r"<<'END'.*?^END$", "", b, flags=re.S | re.M) for b in re.findall(r"```sh\n(.*?)```", README, re.S))
 COMMANDS = [line.partition("#")[0].strip(" &") for line in BLOCKS.splitlines() if line.partition("#")[0].strip()]
-SHOWS = re.findall(r"\| `python ((?:vit|masking|decoder|scenes|tokenizer|sources|data|devices|zero)\.py[^`]*)`", README)
+SHOWS = re.findall(r"\| `python ((?:vit|masking|decoder|scenes|tokenizer|sources|data|devices|zero|layouts)\.py[^`]*)`", README)
 
 
 def test_commands_are_of_known_kinds():
@@ -38,7 +38,7 @@ def test_training_commands_are_understood(command, capsys):
 
 
 def test_files_show_their_concept_by_themselves(tmp_path):
-    assert len(SHOWS) == 9
+    assert len(SHOWS) == 10
     for name in os.listdir(ROOT):
         if name.endswith(".py"):
             shutil.copy(os.path.join(ROOT, name), tmp_path)
@@ -62,8 +62,9 @@ def test_encoder_snippet_runs(tmp_path):
     checkpoint.save(str(tmp_path / "runs/toy/encoder.npz"), vit.init(jax.random.key(0), cfg), {"encoder": dataclasses.asdict(cfg), "resolution": 32})
     shutil.copytree(os.path.join(ROOT, "docs"), tmp_path / "docs")
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code += "print(tokens.shape, pooled.shape)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
-    assert done.stdout.split("\n")[0] == "(1, 16, 96) (1, 96) (4, 1, 3, 16, 16)", done.stderr
+    assert done.stdout.split("\n")[0] == "(2, 16, 96) (2, 96)", done.stderr
 
 
 def test_tour_names_every_file_and_every_file_exists():

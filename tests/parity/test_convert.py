@@ -1,6 +1,12 @@
 """Exports give the same features in transformers, timm and open_clip; weights from there give the same tokens here."""
 import dataclasses
+import os
+import pathlib
 import pickle
+import re
+import shlex
+import subprocess
+import sys
 
 import jax
 import libraries
@@ -12,9 +18,12 @@ import torch
 import transformers
 from PIL import Image
 
+import caption
 import checkpoint
+import config
 import convert
 import features
+import run
 import vit
 from layouts import LAYOUTS, arrange
 
@@ -92,8 +101,8 @@ def test_every_family_member_has_the_shapes_of_the_library(to, cls, size):
     ours = {name: x.shape for name, x in arrange(hollow, cfg, resolution // patch, LAYOUTS[kind]).items()}
     with torch.device("meta"):
         if to == "transformers":
-            config = transformers.AutoConfig.for_model(**files["config.json"])
-            theirs = transformers.ViTModel(config, add_pooling_layer=False) if cls else transformers.SiglipVisionModel(config)
+            theirs_cfg = transformers.AutoConfig.for_model(**files["config.json"])
+            theirs = transformers.ViTModel(theirs_cfg, add_pooling_layer=False) if cls else transformers.SiglipVisionModel(theirs_cfg)
         elif to == "timm":
             theirs = timm.create_model(files["config.json"]["architecture"], num_classes=0, **files["config.json"]["model_args"])
         else:
@@ -196,9 +205,9 @@ def test_llava_sees_through_it(cls, saved, photo, tmp_path):
     folder = str(tmp_path / "t")
     convert.export_encoder(saved(cls), "transformers", folder)
     text = transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-    config = transformers.LlavaConfig(vision_config=transformers.AutoConfig.from_pretrained(folder), text_config=text, image_token_index=39,
-                                      image_seq_length=64, vision_feature_select_strategy="default" if cls else "full", vision_feature_layer=-1)
-    model = transformers.LlavaForConditionalGeneration(config)
+    llava = transformers.LlavaConfig(vision_config=transformers.AutoConfig.from_pretrained(folder), text_config=text, image_token_index=39,
+                                     image_seq_length=64, vision_feature_select_strategy="default" if cls else "full", vision_feature_layer=-1)
+    model = transformers.LlavaForConditionalGeneration(llava)
     model.model.vision_tower = transformers.AutoModel.from_pretrained(folder, **({"add_pooling_layer": False} if cls else {}))
     pixels = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")(Image.open(photo), return_tensors="pt")["pixel_values"]
     ids = torch.tensor([[1, *[39] * 64, 5, 6, 7, 2]])
@@ -211,3 +220,29 @@ def test_llava_sees_through_it(cls, saved, photo, tmp_path):
     assert first.grad.abs().max() > 0
     torch.optim.SGD(model.parameters(), 1e-2).step()
     assert model(**batch).loss < before.loss
+
+
+# ------------------------------------------------------------------------------------------------------------ the README
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    """Features, captions, export and import as the README has them, on a run that has learned nothing and a small tower."""
+    root = pathlib.Path(convert.__file__).parent
+    text = (root / "README.md").read_text()
+    commands = re.findall(r"^python ((?:caption|convert)\.py .*)$", text, re.M) + re.findall(r"`python (features\.py [^`]*)`", text)
+    assert len(commands) == 5
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    (tmp_path / "docs").symlink_to(root / "docs")
+    monkeypatch.chdir(tmp_path)
+    cfg = config.PRESETS["toy"]
+    model = run.Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
+    checkpoint.save_step("runs/toy", 1270, {"params": run.init(cfg, model)}, {
+        "config": dataclasses.asdict(cfg), "vocabulary": ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *map(str, range(99))]})
+    torch.save(tower((1, 64, 1, 256), 8, 32, "released").state_dict(), "open_clip_pytorch_model.bin")
+    for command in commands:
+        script, *words = shlex.split(command)
+        if script == "features.py":
+            done = subprocess.run([sys.executable, root / script, *words], capture_output=True, text=True)
+            assert done.stdout == "features.npz: tokens (1, 16, 96), pooled (1, 96)\n", done.stderr
+        else:
+            assert {"caption.py": caption, "convert.py": convert}[script].main(words) == 0
+    told = capsys.readouterr().out
+    assert told.count("docs/samples.png: ") == 4 and "written: released.npz" in told and os.path.exists("exported/toy/config.json")
