@@ -9,7 +9,9 @@ import vit
 SETTINGS = ("data", "caption", "stages", "keep_ratio", "decoder", "prefix", "crop", "flip", "jitter", "gray", "weight_decay", "b2", "dtype", "init", "seed")
 NORM = """The tokens leave **before** the final norm: the caption decoder reads them so in training, and so a multimodal model should take them. A
 `last_hidden_state` has the norm on each token. `pooled` is the mean of the patch tokens and then the norm; a mean of normed tokens is another
-thing. Captions give that norm no gradient: unless the weights were imported, it is as initialised."""
+thing. In transformers' LLaVA, `vision_feature_layer=-1` reads these tokens (its default, -2, those of the block before).
+
+Captions give the norm no gradient: unless the weights were imported, it is as initialised."""
 USE = {  # how each export is used, and which of its outputs is which of ours; the card's code
     "siglip": '''from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained(".")
