@@ -77,7 +77,8 @@ def norm_affine(x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Ar
 def norm_affine_forward(x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple]:
     unit, inverse = fence(standardise(x))
     folded = (scale[:, None] * kernel).astype(x.dtype)
-    return fence(unit @ folded + (shift @ kernel + bias).astype(x.dtype)), (unit, inverse, scale, shift, kernel)
+    moved = (shift[:, None] * kernel).sum(0) + bias
+    return fence(unit @ folded + moved.astype(x.dtype)), (unit, inverse, scale, shift, kernel)
 
 
 def norm_affine_backward(saved: tuple, g: jax.Array) -> tuple:
