@@ -165,10 +165,9 @@ def check(cfg: Config, devices: int = 1) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {'above 0' if low == 1e-9 else f'at least {low}'}"
                               f", at most {high}")
     for stage in stages(cfg):
-        if stage.resolution % enc.patch:
-            below = stage.resolution // enc.patch * enc.patch
-            raise ConfigError(f"--stages: resolution {stage.resolution} of stage {stage.number} is not a multiple of the patch size {enc.patch} of "
-                              f"{cfg.encoder}: take {f'{below} or ' if below else ''}{below + enc.patch}")
+        if stage.resolution < enc.patch:
+            raise ConfigError(f"--stages: resolution {stage.resolution} of stage {stage.number} is below the patch size {enc.patch} of {cfg.encoder}: "
+                              f"take {enc.patch} or more")
         if stage.batch % (devices * cfg.accum):
             raise ConfigError(f"--stages: batch {stage.batch} of stage {stage.number} cannot be shared by {devices} devices x {cfg.accum} pieces "
                               f"(--accum): make it a multiple of {devices * cfg.accum}")
@@ -213,9 +212,11 @@ def describe(cfg: Config) -> str:
     for s in stages(cfg):
         N = (s.resolution // enc.patch) ** 2
         K = masking.kept_count(N, cfg.keep_ratio)
+        rest = f" (the last {s.resolution % enc.patch} px at the right and bottom fill none)" if s.resolution % enc.patch else ""
         parts = vit.flops(enc, s.resolution), decoder.flops(dec, K, T)
         total, seen, work = total + s.steps, seen + s.steps * s.batch, work + 3 * sum(parts) * s.steps * s.batch
-        lines.append(f"stage {s.number}      {s.resolution} px: {N} patch tokens, {K} kept, {T} text positions; {sum(parts) / 1e9:.2f} GFLOPs an image forward "
+        lines.append(f"stage {s.number}      {s.resolution} px: {N} patch tokens{rest}, {K} kept, {T} text positions; "
+                     f"{sum(parts) / 1e9:.2f} GFLOPs an image forward "
                      f"(encoder {parts[0] / 1e9:.2f}, decoder {parts[1] / 1e9:.2f}); {s.steps:,} steps of {s.batch:,} at peak lr {s.lr:g}, "
                      f"warm-up {s.warmup:,} steps")
     return "\n".join([*lines, f"in all       {total:,} steps, {seen:,} images, {work:.3g} FLOPs forward and backward"])

@@ -129,8 +129,8 @@ def export_encoder(path: str, to: str, out: str, resolution: int = 0) -> list[st
     """Write the encoder of a run's folder or an .npz to the folder `out` for a library. Returns the paths written."""
     params, cfg, meta = read(path)
     resolution = resolution or meta["resolution"]
-    if resolution % cfg.patch or resolution < cfg.patch:
-        raise ConvertError(f"--resolution {resolution} is not a multiple of the patch size {cfg.patch}")
+    if resolution < cfg.patch:
+        raise ConvertError(f"--resolution {resolution} is below the patch size {cfg.patch}")
     if to == "npz":
         kind, weights, configs = "npz", "encoder.npz", {}
     else:

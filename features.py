@@ -98,8 +98,8 @@ class Encoder:
     vit.vit(encoder.params, encoder.pixels(images), encoder.cfg, attention=True)."""
 
     def __init__(self, params: dict, cfg: vit.ViTConfig, resolution: int):
-        if resolution % cfg.patch or resolution < cfg.patch:
-            raise ValueError(f"resolution {resolution} is not a multiple of the patch size {cfg.patch}")
+        if resolution < cfg.patch:
+            raise ValueError(f"resolution {resolution} is below the patch size {cfg.patch}")
         self.params, self.cfg, self.resolution = jax.device_put(params), cfg, resolution
         self.run = jax.jit(lambda params, images: Features(*map(vit.vit(params, images, cfg).get, Features._fields)))
         self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")

@@ -188,12 +188,13 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:
-    """(B,R,R,3) to (B,N,P*P*3), row by row: a matmul on these is the patch convolution."""
+    """(B,R,R,3) to (B,N,P*P*3), row by row: a matmul on these is the patch convolution. A rest at the right and bottom is not
+    seen, as by the released models' convolution: 384 px hold 27 x 27 patches of 14."""
     B, R, _, C = images.shape
     G = R // patch
-    if G * patch != R or G < 1:
-        raise ValueError(f"resolution {R} is not a multiple of the patch size {patch}")
-    tiles = images.reshape(B, G, patch, G, patch, C).swapaxes(2, 3)             # (B,G,G,P,P,C)
+    if G < 1:
+        raise ValueError(f"resolution {R} is below the patch size {patch}")
+    tiles = images[:, :G * patch, :G * patch].reshape(B, G, patch, G, patch, C).swapaxes(2, 3)             # (B,G,G,P,P,C)
     return tiles.reshape(B, G * G, patch * patch * C)
 
 

@@ -184,8 +184,8 @@ def test_an_encoder_is_read_from_run_and_file_alike(run, tmp_path):
     convert.export_encoder(run, "npz", str(tmp_path / "out"))
     a, b = features.read(run), features.read(str(tmp_path / "out"))
     assert same(a[0], b[0]) and a[1] == b[1] and a[2]["resolution"] == b[2]["resolution"] == 24
-    with pytest.raises(ValueError, match="25 is not a multiple of the patch size 8"):
-        features.load_encoder(run, resolution=25)
+    with pytest.raises(ValueError, match="5 is below the patch size 8"):
+        features.load_encoder(run, resolution=5)
     with pytest.raises(checkpoint.CheckpointError, match="is no encoder"):
         features.read(checkpoint.steps(run)[0][1])
 
@@ -236,7 +236,7 @@ def test_bad_files_are_told_in_a_sentence(run, tmp_path, capsys, monkeypatch):
             (["import", __file__, "--out", out], "pip install -e '.[hf]'"),
             (["export", run, "--to", "timm", "--out", out], "pip install -e '.[hf]'"),
             (["export", run, "--to", "open_clip", "--out", out], "always has a CLS token"),
-            (["export", run, "--to", "timm", "--out", out, "--resolution", "30"], "30 is not a multiple of the patch size 8"),
+            (["export", run, "--to", "timm", "--out", out, "--resolution", "3"], "3 is below the patch size 8"),
             (["export", str(tmp_path / "absent.npz"), "--to", "npz", "--out", out], "absent.npz does not exist")]:
         assert convert.main(words) == 1
         told = capsys.readouterr().err
