@@ -97,7 +97,8 @@ def samples(path: str, items: list[tuple[np.ndarray, np.ndarray, int, str, str, 
         grid = len(pixels) // patch
         seen = np.zeros(grid * grid, bool)
         seen[chosen] = True
-        seen = seen.reshape(grid, grid).repeat(patch, 0).repeat(patch, 1)[..., None]
+        rest = (0, len(pixels) - grid * patch)  # what fills no patch is never seen
+        seen = np.pad(seen.reshape(grid, grid).repeat(patch, 0).repeat(patch, 1), (rest, rest))[..., None]
         dimmed = np.where(seen, pixels, 255 - (255 - pixels.astype(np.int32)) // 6).astype(np.uint8)
         for k, shown in enumerate((pixels, dimmed)):
             sheet.paste(Image.fromarray(shown).resize((side, side), Image.Resampling.NEAREST if grid * patch < side else Image.Resampling.BILINEAR),
