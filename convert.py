@@ -20,6 +20,7 @@ import checkpoint
 import vit
 from card import figures_of, model_card
 from features import read
+from layers import EPS
 from layouts import LAYOUTS, LayoutError, arrange, recognise
 
 
@@ -100,7 +101,7 @@ def files(to: str, cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, dict[
     if to == "transformers":
         kind = "ViT" if cfg.cls else "Siglip"
         shared = {"hidden_size": cfg.width, "intermediate_size": cfg.mlp, "num_hidden_layers": cfg.layers, "num_attention_heads": cfg.heads,
-                  "image_size": resolution, "patch_size": cfg.patch, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": vit.EPS,
+                  "image_size": resolution, "patch_size": cfg.patch, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": EPS,
                   "torch_dtype": "float32"}
         own = {"architectures": ["ViTModel"], "model_type": "vit", "qkv_bias": True} if cfg.cls else {
             "architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", "vision_use_head": False}
@@ -119,7 +120,7 @@ def files(to: str, cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, dict[
     if not cfg.cls:
         raise ConvertError("open_clip's vision tower always has a CLS token, which this encoder has not: export to transformers or timm, or train with --cls")
     tower = {"image_size": resolution, "layers": cfg.layers, "width": cfg.width, "head_width": cfg.width // cfg.heads, "patch_size": cfg.patch,
-             "mlp_ratio": (cfg.mlp + 0.5) / cfg.width, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True, "norm_kwargs": {"eps": vit.EPS}}
+             "mlp_ratio": (cfg.mlp + 0.5) / cfg.width, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True, "norm_kwargs": {"eps": EPS}}
     return "open_clip", "open_clip_model.safetensors", {"open_clip_config.json": {
         "model_cfg": {"embed_dim": cfg.width, "vision_cfg": tower},
         "preprocess_cfg": {"size": [resolution, resolution], "mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "squash"}}}

@@ -243,6 +243,19 @@ def test_bad_files_are_told_in_a_sentence(run, tmp_path, capsys, monkeypatch):
         assert message in told and told.startswith("error: ") and told.count("\n") == 1
 
 
+@pytest.mark.parametrize("to, cls", [("transformers", False), ("transformers", True), ("timm", True), ("open_clip", True)])
+def test_configurations_say_what_libraries_would_guess_wrong(to, cls):
+    """Their defaults are other epsilons, an approximate gelu, a crop."""
+    _, cfg = encoder(cls)
+    kind, _, files = convert.files(to, cfg, R)
+    said = json.dumps(files)
+    assert kind in LAYOUTS and str(list(vit.MEAN)) in said
+    for wanted in {"transformers": ('"layer_norm_eps": 1e-06', '"hidden_act": "gelu"', '"intermediate_size": 80', '"resample": 2'),
+                   "timm": ('"crop_mode": "squash"', '"fc_norm": true', '"class_token": true'),
+                   "open_clip": ('"eps": 1e-06', '"no_ln_pre": true', '"resize_mode": "squash"', '"head_width": 16')}[to]:
+        assert wanted in said
+
+
 def test_the_card_tells_settings_and_figures(run, tmp_path):
     with open(os.path.join(run, "metrics.jsonl"), "w") as f:
         f.write(json.dumps({"val_loss": 1.2345, "floor_loss": 2.5}) + "\n")
