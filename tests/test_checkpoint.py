@@ -116,6 +116,34 @@ def test_pickles_are_refused_and_not_run(saved, tmp_path, monkeypatch):
     assert not os.path.exists("pickle-ran")
 
 
+def member(shape: tuple, dtype: str, content: bytes) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+@pytest.mark.parametrize("content,how", [
+    (member((1 << 40,), "<f4", b"few"), zipfile.ZIP_STORED),                         # claims four terabytes
+    (member((1 << 28,), "|u1", bytes(1 << 28)), zipfile.ZIP_DEFLATED),               # a bomb: 256 MB in 256 KB
+    (member((3,), "|O", b"cos\nsystem\n"), zipfile.ZIP_STORED)])
+def test_a_file_that_claims_more_than_it_holds_is_refused_by_its_heads(saved, monkeypatch, content, how):
+    with zipfile.ZipFile(saved, "a") as f:
+        f.writestr("huge.npy", content, compress_type=how)
+    monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("an array was read"))
+    with pytest.raises(CheckpointError, match=r"huge\.npy is not what its head says"):
+        checkpoint.load(saved)
+
+
+def test_a_misfit_is_refused_before_its_arrays_are_read(tmp_path, monkeypatch):
+    checkpoint.save_step(str(tmp_path), 1, TREE, META)
+    def fits(path, shapes, meta):
+        assert meta["note"] == "käse" and shapes["moments/0"].dtype == ml_dtypes.bfloat16
+        checkpoint.fit(shapes, {"encoder": {"kernel": np.zeros((41, 100))}}, path)
+    monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("its arrays were read"))
+    with pytest.raises(CheckpointError, match=r"encoder/kernel is \(40, 100\), not \(41, 100\)"):
+        checkpoint.latest(str(tmp_path), fits)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     np.savez(tmp_path / "bare.npz", a=np.zeros(3))
     np.save(tmp_path / "array.npz.npy", np.zeros(3))
