@@ -36,4 +36,4 @@ $(VENV)/parity: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) runs .compiled .pytest_cache .ruff_cache *.egg-info

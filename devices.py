@@ -3,12 +3,15 @@ or the chips of a TPU pod with a process a host; nothing else in the project ask
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python devices.py        lists them: here eight pretend ones
 """
+import contextlib
 import glob
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +60,23 @@ def plainly() -> None:
     os.dup2(scribe.stdin.fileno(), 2)
 
 
+def remember_programs() -> None:
+    """Compiled programs are kept in .compiled/ beside this file (a folder for each kind of CPU, whose instructions they use), unless
+    JAX_COMPILATION_CACHE_DIR names another place: so a command compiles once, and not again when it is repeated or continued. jax
+    compiles anew, with a warning, what is damaged there. A folder that cannot be written to is not used; one that a stranger can write to
+    must not be, for its programs are run."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    kind = platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        kind += "".join(sorted({line for line in f if line.startswith(("model name", "flags", "Features"))}))
+    here = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.join(here, ".compiled", f"{zlib.crc32(kind.encode()):08x}")
+    if os.access(folder if os.path.exists(folder) else here, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def leave() -> None:
     """After an error in one of several processes: end at once, so that the others notice, and do not wait for this one at the end."""
     if jax.process_count() > 1:
@@ -96,8 +116,9 @@ class Place:
 
     # ------------------------------------------------------------------------------------------------------- parameters
     def copies(self, tree: Any) -> Any:
-        """The same arrays on every device, with a leading axis of local devices."""
-        return jax.pmap(lambda _, x: x, in_axes=(0, None), devices=self.pmap)(np.zeros(len(self.local)), tree)
+        """The same arrays on every device, with a leading axis of local devices. The axis has the name that the training step gives it, or
+        the step would be compiled twice: for these, and for what it returns itself."""
+        return jax.pmap(lambda _, x: x, "devices", in_axes=(0, None), devices=self.pmap)(np.zeros(len(self.local)), tree)
 
     def slices(self, tree: Any) -> Any:
         """Each array cut over all devices, one slice a device (zero.py). One array at a time, for a device need not hold all."""

@@ -24,7 +24,7 @@ import scenes
 import sources
 from config import Config
 from decoder import caption_loss, generate, target_count
-from devices import Place
+from devices import Place, remember_programs
 from masking import keep
 from vit import vit
 
@@ -139,6 +139,7 @@ if __name__ == "__main__":
     from run import Run, init
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python evaluate.py RUN, a folder that train.py made")
+    remember_programs()
     try:
         with open(os.path.join(sys.argv[1], "config.json"), encoding="utf-8") as f:
             cfg = Config(**(json.load(f) | {"out": sys.argv[1]}))

@@ -152,7 +152,7 @@ class Run:
             checkpoint.write(self.path("config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
             self.tok.save(self.path("vocab.txt"))
         self.floor: float | None = None  # for scenes, the loss that can be had without looking
-        self.shown, self.bar = 0, tqdm(disable=True)
+        self.shown, self.bar, self.drawn = 0, tqdm(disable=True), 0.0
 
     @property
     def step(self) -> int:
@@ -257,6 +257,8 @@ class Run:
         took, rows, mean = time.time() - self.clock, len(window) * stage.batch, sum(window) / len(window)
         self.log(step=step, stage=stage.number, images=images, loss=mean, grad_norm=grad_norm, lr=lr, images_per_second=rows / took,
                  data_wait=self.waited / took, bad_samples=self.state["bad_samples"])
+        if time.time() - self.drawn > 10:  # from the first line on there is a curve to watch
+            self.draw()
         if step - len(window) > self.begun_at:  # the first window of a stage compiles
             self.state["train_seconds"] += took
             self.state["train_images"] += rows
@@ -290,11 +292,16 @@ class Run:
         self.state["best_shuffled"] = min(losses["shuffled_loss"], self.state["best_shuffled"] or float("inf"))
         self.state["unmeasured"] = False
         self.log(step=self.step, **losses, floor_loss=self.floor_loss)
-        if self.place.first:
-            plots.run_curve(self.cfg.out, self.floor_loss, {s.start: f"{s.resolution} px" for s in self.plan})
+        self.draw()
         self.shows["held-out"] = f"{losses['val_loss']:.3f}"
         self.bar.set_postfix(self.shows)
         self.clock += time.time() - paused
+
+    def draw(self) -> None:
+        """The curve so far."""
+        if self.place.first:
+            plots.run_curve(self.cfg.out, self.floor_loss, {s.start: f"{s.resolution} px" for s in self.plan})
+        self.drawn = time.time()
 
     @property
     def floor_loss(self) -> float:

@@ -24,7 +24,7 @@ import sources
 import vit
 import zero
 from config import Config, ConfigError, Stage, check, describe, parse
-from devices import ENDED, Place, PlaceError, join, leave
+from devices import ENDED, Place, PlaceError, join, leave, remember_programs
 from features import read
 from masking import keep
 from run import Interrupt, Interrupted, Model, Run, Stop, init
@@ -220,4 +220,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    remember_programs()
     sys.exit(main(sys.argv[1:]))
