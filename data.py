@@ -23,6 +23,7 @@ from decoder import EOS
 from sources import BadSample, DataError, Scenes
 from tokenizer import Tokenizer
 
+PIECE = 8    # samples that a thread is given at a time: a small picture is made sooner than a thread is woken
 WINDOW = 16  # shards whose samples are shuffled together
 UPRIGHT = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # what undoes a camera's orientation, 2 to 8
 
@@ -67,7 +68,7 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB").resize((resolution, resolution), Image.Resampling.BILINEAR, box)
+        image = (image if image.mode == "RGB" else image.convert("RGB")).resize((resolution, resolution), Image.Resampling.BILINEAR, box)
         if turned in UPRIGHT:
             image = image.transpose(UPRIGHT[turned])
         if augment:
@@ -121,6 +122,7 @@ class Reader:
     def __init__(self, source: Any, tokenizer: Tokenizer, length: int, seed: int, augment: Augment | None, workers: int):
         self.source, self.tokenizer, self.length, self.seed, self.augment = source, tokenizer, length, seed, augment
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self.draws = augment not in (None, Augment(crop=1.0))  # whether anything of a picture is left to chance
         self.bad: dict[int, str] = {}       # sample: why it cannot be used
         self.order = None if isinstance(source, Scenes) or augment is None else Order(source.starts, seed)
 
@@ -138,7 +140,7 @@ class Reader:
                 text = self.tokenizer.encode(self.source.caption(i), self.length)
                 if text[1] == EOS:
                     raise BadSample("caption holds no word")  # nothing but control characters
-                rng = np.random.default_rng((self.seed, 2, position)) if self.augment else None
+                rng = np.random.default_rng((self.seed, 2, position)) if self.draws else None
                 return to_pixels(self.source.picture(i), resolution, self.augment, rng), text, i
             except BadSample as problem:
                 self.bad[i] = str(problem)
@@ -148,7 +150,10 @@ class Reader:
         """{"images": (B,R,R,3) uint8, "text": (B,T) int32, "row": (B,) int32 position in the run, "index": (B,), "bad": {index: reason}}.
         "bad" has each bad sample where its own turn comes in the first epoch: so every host, and a continued run, counts the same."""
         firsts = [self.index(p) for p in positions]
-        images, text, index = zip(*self.pool.map(lambda p, first: self.sample(p, first, resolution), positions, firsts))
+        jobs = list(zip(positions, firsts))
+        pieces = [jobs[n:n + PIECE] for n in range(0, len(jobs), PIECE)]
+        done = self.pool.map(lambda piece: [self.sample(p, first, resolution) for p, first in piece], pieces)
+        images, text, index = zip(*itertools.chain.from_iterable(done))
         bad = {i: self.bad[i] for p, i in zip(positions, firsts) if p < len(self.source) and i in self.bad}
         return {"images": np.stack(images), "text": np.stack(text), "index": np.array(index),
                 "row": np.array([p & 0x7FFFFFFF for p in positions], np.int32), "bad": bad}

@@ -142,11 +142,14 @@ def outline(shape: str) -> np.ndarray:
 
 
 @functools.cache
-def pattern(name: str) -> Image.Image:
-    """Where a background's second tone goes."""
-    y, x = np.mgrid[:SIDE, :SIDE]
-    on = (x + y) // 8 % 2 == 0 if name == "striped" else (x % 16 - 8) ** 2 + (y % 16 - 8) ** 2 < 16
-    return Image.fromarray((on * 255).astype(np.uint8))
+def background(tone: str, pattern: str) -> Image.Image:
+    """A tone, and a darker one where the pattern is."""
+    picture = Image.new("RGB", (SIDE, SIDE), TONES[tone])
+    if pattern != "plain":
+        y, x = np.mgrid[:SIDE, :SIDE]
+        on = (x + y) // 8 % 2 == 0 if pattern == "striped" else (x % 16 - 8) ** 2 + (y % 16 - 8) ** 2 < 16
+        picture.paste(tuple(c - 24 for c in TONES[tone]), None, Image.fromarray((on * 255).astype(np.uint8)))
+    return picture
 
 
 @functools.cache
@@ -162,10 +165,7 @@ def lettering(word: str) -> Image.Image:
 def paint(scene: dict[str, Any]) -> Image.Image:
     """The picture of a record: RGB, 128 x 128."""
     u = iter(scene["jitter"])
-    tone = TONES[scene["tone"]]
-    picture = Image.new("RGB", (SIDE, SIDE), tone)
-    if scene["pattern"] != "plain":
-        picture.paste(tuple(c - 24 for c in tone), None, pattern(scene["pattern"]))
+    picture = background(scene["tone"], scene["pattern"]).copy()
     pen = ImageDraw.Draw(picture)
     for o in scene["objects"]:
         row, column = divmod(PLACES.index(o["place"]), 2)
@@ -177,7 +177,7 @@ def paint(scene: dict[str, Any]) -> Image.Image:
             pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=INK, width=5)
             if o["shape"] == "ring":
                 hole = r * 0.4
-                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=tone, outline=INK, width=2)
+                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=TONES[scene["tone"]], outline=INK, width=2)
         else:
             pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour, outline=INK, width=5)
     if scene["word"]:

@@ -41,6 +41,9 @@ class BadSample(Exception):
     """One sample cannot be used; the message says why."""
 
 
+recent_record = functools.lru_cache(64)(scenes.record)  # which the caption asks for, and then the picture
+
+
 class Scenes:
     """The embedded pictures (scenes.py). A training split has no end, so no picture comes twice."""
 
@@ -57,7 +60,7 @@ class Scenes:
         return f"scene {self.split} {i}"
 
     def record(self, i: int) -> dict:
-        return scenes.record(self.seed, self.split, i)
+        return recent_record(self.seed, self.split, i)
 
     def caption(self, i: int) -> str:
         return scenes.caption(self.record(i))
