@@ -1,4 +1,5 @@
 """Data: every kind of place, what is wrong with one said in a sentence, and broken samples skipped in the open."""
+import hashlib
 import io
 import itertools
 import json
@@ -146,6 +147,42 @@ def test_a_cut_off_tar_gives_what_it_holds_and_says_so(tmp_path):
     (tmp_path / "hurt.tar").write_bytes(whole[:third.offset] + b"\xff" * 512 + whole[third.offset + 512:])
     hurt = open_source(str(tmp_path / "hurt.tar"))
     assert any("damaged places" in why and "hurt.tar" in why for why in hurt.skipped) and captions(hurt) == [f"a cat {i}" for i in range(3)]
+
+
+def recap(folder, shard, rows, failed, with_txt):
+    """One shard as img2dataset leaves it for a table with re_caption: rows that failed are in the parquet and the stats alone, so keys have gaps."""
+    files, made = [], 0
+    for n in set(range(rows)) - failed:
+        key, picture = f"{shard:05d}{n:04d}", encoded(photo(seed=n), "JPEG")
+        fields = {"url": f"https://example.org/{n}.jpg", "re_caption": f"a cat number {n}", "org_caption": f"IMG_{n}.jpg", "key": key, "status": "success",
+                  "error_message": None, "width": 48, "height": 36, "original_width": 480, "original_height": 360, "exif": "{}",
+                  "sha256": hashlib.sha256(picture).hexdigest()}
+        files += [(f"{key}.jpg", picture)]
+        if with_txt:  # with --caption_col
+            fields["caption"] = fields["org_caption"]
+            files += [(f"{key}.txt", fields["org_caption"].encode())]
+        files, made = [*files, (f"{key}.json", json.dumps(fields, indent=4).encode())], made + 1
+    os.makedirs(folder, exist_ok=True)
+    put(folder / f"{shard:05d}.tar", files)
+    (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1" + bytes(600) + b"PAR1")
+    (folder / f"{shard:05d}_stats.json").write_text(json.dumps({
+        "count": rows, "successes": made, "failed_to_download": len(failed), "failed_to_resize": 0, "duration": 1.5, "start_time": 1.0, "end_time": 2.5,
+        "status_dict": {"success": made, "HTTP Error 404: Not Found": len(failed)}}, indent=4))
+
+
+@pytest.mark.parametrize("with_txt", [True, False])
+def test_what_img2dataset_leaves_is_read_whole(tmp_path, with_txt):
+    """Keys with gaps, shards with gaps, and a glob that matches the parquets and stats too: all samples are found, and nothing counts as missing."""
+    recap(tmp_path / "shards", 0, 40, {0, 7, 8, 39}, with_txt)
+    recap(tmp_path / "shards", 12, 25, {3}, with_txt)
+    wanted = [f"a cat number {n}" for n in range(40) if n not in (0, 7, 8, 39)] + [f"a cat number {n}" for n in range(25) if n != 3]
+    for where in ("shards/*.tar", "shards/{00000..00012}.tar", "shards/*"):
+        source = open_source(str(tmp_path / where), "re_caption")
+        assert captions(source) == wanted and not any("missing" in why for why in source.skipped), where
+        assert len(reader(source).batch(range(60), 8)["bad"]) == 0
+    assert captions(open_source(str(tmp_path / "shards/*.tar"), "org_caption"))[0] == "IMG_1.jpg"
+    if with_txt:
+        assert captions(open_source(str(tmp_path / "shards/*.tar")))[0] == captions(open_source(str(tmp_path / "shards/*.tar"), "caption"))[0] == "IMG_1.jpg"
 
 
 # ------------------------------------------------------------------------------------------------------- broken samples

@@ -22,7 +22,7 @@ def test_commands_are_of_known_kinds():
     assert len(COMMANDS) >= 10
     for command in COMMANDS:
         words = [w for w in shlex.split(command) if not re.match(r"[A-Z_]+=", w)]
-        assert (words or ["export"])[0] in ("make", "python", "pip", "npm", ".", "export"), command
+        assert (words or ["export"])[0] in ("make", "python", "pip", "npm", "img2dataset", ".", "export"), command
     for target in (c.split()[1] for c in COMMANDS if c.startswith("make ")):
         assert re.search(rf"^{target}:", open(os.path.join(ROOT, "Makefile")).read(), re.M)
     for extra in re.findall(r"'\.\[(\w+)\]'", README):
