@@ -4,11 +4,14 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install run test test-parity lint clean
+.PHONY: install run emoji test test-parity lint clean
 
 install: $(VENV)/core
 run: $(VENV)/core          ## train the toy, both stages, and say where its pictures are
 	$(BIN)/python train.py
+
+emoji: $(VENV)/core        ## a real data set: fetched with npm, trained on one vendor's drawings, measured on another's
+	$(BIN)/python emojis.py
 
 test: $(VENV)/test         ## light: no torch, no accelerator
 	$(BIN)/python -m pytest tests --ignore=tests/parity
