@@ -148,8 +148,11 @@ def test_an_optimizer_in_slices_makes_the_same_updates(cache, tmp_path):
         assert abs(out[f"True norm {s}"] / out[f"False norm {s}"] - 1) < 1e-5
     counts = sum(out[k].nbytes for k in out.files if k.startswith("True state/") and k.endswith("count"))
     assert (out["True bytes"] - counts) * 8 == out["False bytes"] - counts
-    for part in ("params", "state"):
-        names = [k[5:] for k in out.files if k.startswith(f"True {part}/")]
-        gap = sum(np.square(out[f"True {k}"] - out[f"False {k}"], dtype=np.float64).sum() for k in names)
-        size = sum(np.square(out[f"False {k}"], dtype=np.float64).sum() for k in names)
-        assert names and np.sqrt(gap / size) < 1e-4  # AdamW divides by gradients that are nothing but rounding, as those of key biases
+    def gap(name: str, keep=lambda x: x) -> float:
+        a, b = (keep(out[f"{kind} {name}"]).astype(np.float64) for kind in ("True", "False"))
+        return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+    names = [k.removeprefix("True ") for k in out.files if k.startswith("True params/")]
+    assert len(names) > 20
+    for name in names:  # but for keys' biases: softmax does not feel them, so their gradients are rounding, which AdamW scales up
+        assert gap(name, (lambda x: x.reshape(len(x), 3, -1)[:, [0, 2]]) if name.endswith("qkv/bias") else lambda x: x) < 1e-6, name
+    assert max(gap(k.removeprefix("True ")) for k in out.files if k.startswith("True state/")) < 1e-5
