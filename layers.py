@@ -41,7 +41,7 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 def affine_backward(saved: tuple, g: jax.Array) -> tuple:
     x, kernel = saved
     g = fence(g)
-    return g @ kernel.astype(g.dtype).T, *kernel_and_bias_gradients(x, g)
+    return g @ kernel.astype(g.dtype).T, *(d.astype(kernel.dtype) for d in kernel_and_bias_gradients(x, g))
 
 
 affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), affine_backward)
@@ -89,7 +89,7 @@ def norm_affine_backward(saved: tuple, g: jax.Array) -> tuple:
     along = (d_unit * unit).mean(-1, keepdims=True)
     d_x = inverse * (d_unit - d_unit.mean(-1, keepdims=True) - unit * along)
     d_kernel = scale[:, None] * d_folded + shift[:, None] * d_bias
-    return d_x.astype(g.dtype), (kernel * d_folded).sum(1), kernel @ d_bias, d_kernel, d_bias
+    return d_x.astype(g.dtype), (kernel * d_folded).sum(1), kernel @ d_bias, d_kernel.astype(kernel.dtype), d_bias.astype(kernel.dtype)
 
 
 norm_affine.defvjp(norm_affine_forward, norm_affine_backward)

@@ -166,6 +166,16 @@ def test_handwritten_gradients_are_autodiffs(case):
         assert np.linalg.norm(x - y) < 1e-6 * np.linalg.norm(y)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_take_the_bytes_of_what_they_are_of(case):
+    """A gradient in fp32 of a weight in bf16 would take twice the memory of a whole stack of layers."""
+    ours, _, shapes = CASES[case]
+    inputs = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+    inputs[1:3] = [jax.ShapeDtypeStruct(s, jnp.float32 if case == "norm_affine" else jnp.bfloat16) for s in shapes[1:3]]  # a norm's own weights
+    grads = jax.eval_shape(jax.grad(lambda *args: jax.tree.leaves(ours(*args))[0].sum(), tuple(range(len(shapes)))), *inputs)
+    assert [g.dtype for g in grads] == [i.dtype for i in inputs]
+
+
 def test_bfloat16_compute_keeps_fp32_parameters_and_comes_near():
     params, pictures = vit.init(jax.random.key(0), ENC), images(4, 32)
     exact, rough = (vit.vit(params, pictures, dataclasses.replace(ENC, dtype=d))["tokens"] for d in ("float32", "bfloat16"))
