@@ -113,6 +113,7 @@ def start(cfg: Config, model: Model) -> dict:
 # ------------------------------------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
     """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    sys.setswitchinterval(0.0005)  # seconds that a thread which makes batches may hold Python while the loop wants it; 0.005 is what it was
     join(cfg.distributed)
     try:
         place = Place(cfg.devices)
