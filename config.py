@@ -84,6 +84,8 @@ class Config:
     max_bad: float = opt(0.1, "largest share of bad samples among those read, above which a run stops (judged from 1,000 samples on)")
     distributed: bool = opt(False, "meet other processes first: on several hosts, or to rehearse that (a TPU pod needs no such word)")
     shard: bool = opt(False, "cut the optimizer's state over the devices: same update, less memory")
+    tensorboard: bool = opt(False, "also write event files for TensorBoard, with the numbers and pictures of metrics.jsonl, curve.png and samples.png")
+    profile: bool = opt(False, "trace the steps 10 to 14 of this start, into the folder profile of the run")
     devices: int = opt(0, "local devices to use; 0 for all")
 
 

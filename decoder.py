@@ -85,6 +85,7 @@ def embed(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderCo
     return jnp.concatenate([image, words], axis=1)
 
 
+@jax.named_scope("decoder")
 def features(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
     """What the head reads: (B,T,D), one vector a text position, which predicts the word that comes next."""
     K, T = image_tokens.shape[1], text.shape[1]
@@ -107,6 +108,7 @@ def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: De
     hidden, targets = features(params, image_tokens, text[:, :-1], cfg), text[:, 1:]     # (B,T-1,D), (B,T-1)
     B, T, D = hidden.shape
 
+    @jax.named_scope("loss")
     def piece(hidden, targets):                                                          # (B,C,D), (B,C)
         scores = linear(hidden, params["head"]).astype(jnp.float32)                      # (B,C,V)
         right = jnp.arange(cfg.vocab) == targets[..., None]

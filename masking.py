@@ -26,6 +26,7 @@ def keep_indices(keys: jax.Array, n: int, k: int) -> jax.Array:
     return jnp.sort(chosen, axis=-1).astype(jnp.int32)
 
 
+@jax.named_scope("keep")
 def keep(keys: jax.Array, tokens: jax.Array, keep_ratio: float) -> tuple[jax.Array, jax.Array]:
     """tokens (B,N,D) to the kept ones (B,K,D) and which they are (B,K)."""
     N = tokens.shape[1]

@@ -1,6 +1,6 @@
 """The pictures that a run leaves behind, drawn with Pillow alone: curve.png and samples.png.
 
-    python plots.py RUN [RUN ...]        draws the curves of several runs over each other, in curves.png
+    python plots.py RUN [RUN ...]        draws the held-out losses of several runs over each other, by images and by seconds, in curves.png
 """
 import json
 import math
@@ -26,9 +26,9 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def curve(path: str, series: dict[str, tuple[list[float], list[float], bool]], levels: dict[str, float],
-          switches: dict[float, str]) -> None:
-    """Loss against step. series: {name: (steps, losses, whether to mark the points)}; levels: horizontal lines, such
+def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict[str, float], switches: dict[float, str],
+          across: str = "step") -> Image.Image:
+    """Loss against `across`. series: {name: (steps, losses, whether to mark the points)}; levels: horizontal lines, such
     as the floor; switches: vertical lines, where a stage starts."""
     W, H, left, right, top, bottom = 900, 520, 60, 20, 40, 40
     xs = [x for s in series.values() for x in s[0]] or [1]
@@ -48,7 +48,7 @@ def curve(path: str, series: dict[str, tuple[list[float], list[float], bool]], l
         pen.text((left - 8, at(0, tick)[1]), f"{tick:.4g}", fill=GRAY, font=font, anchor="rm")
     for tick in np.linspace(0, x1, 6):
         pen.text((at(tick, 0)[0], H - bottom + 8), f"{tick:,.0f}", fill=GRAY, font=font, anchor="ma")
-    pen.text((W - right, H - 4), "step", fill=GRAY, font=font, anchor="rb")
+    pen.text((W - right, H - 4), across, fill=GRAY, font=font, anchor="rb")
     pen.text((8, 12), "caption loss (nats a word)", fill=GRAY, font=font)
     for x, text in switches.items():
         pen.line((*at(x, y0), *at(x, y1)), fill=GRAY)
@@ -63,7 +63,7 @@ def curve(path: str, series: dict[str, tuple[list[float], list[float], bool]], l
         for a, b in points if dots else ():
             pen.ellipse((a - 3, b - 3, a + 3, b + 3), fill=ink)
         pen.text((W - right - 4, top + 20 + 18 * n), name, fill=ink, font=font, anchor="ra")
-    image.save(path)
+    return image
 
 
 def run_curve(folder: str, floor: float | None, switches: dict[float, str]) -> None:
@@ -73,7 +73,24 @@ def run_curve(folder: str, floor: float | None, switches: dict[float, str]) -> N
     for name, key, dots in (("training", "loss", False), ("held-out", "val_loss", True)):
         having = [r for r in rows if key in r]
         series[name] = [r["step"] for r in having], [r[key] for r in having], dots
-    curve(os.path.join(folder, "curve.png"), series, {} if floor is None else {"without the picture": floor}, switches)
+    curve(series, {} if floor is None else {"without the picture": floor}, switches).save(os.path.join(folder, "curve.png"))
+
+
+def compare(path: str, folders: list[str]) -> None:
+    """Held-out loss of several runs over each other: against the images they have seen, and against the seconds they took.
+    OSError where a folder holds no metrics.jsonl."""
+    series: dict[str, dict] = {"images": {}, "seconds": {}}
+    for folder in dict.fromkeys(map(os.path.normpath, folders)):
+        rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
+        seen, held = [r for r in rows if "images" in r], [r for r in rows if "val_loss" in r]
+        images = np.interp([r["step"] for r in held], [0, *(r["step"] for r in seen)], [0, *(r["images"] for r in seen)])
+        for across, xs in (("images", images.tolist()), ("seconds", [r["seconds"] for r in held])):
+            series[across][folder] = xs, [r["val_loss"] for r in held], True
+    panels = [curve(lines, {}, {}, across) for across, lines in series.items()]
+    sheet = Image.new("RGB", (panels[0].width, sum(p.height for p in panels)))
+    for n, panel in enumerate(panels):
+        sheet.paste(panel, (0, n * panel.height))
+    sheet.save(path)
 
 
 def wrap(text: str, width: float, font: Any) -> str:
@@ -114,12 +131,8 @@ if __name__ == "__main__":
     import sys
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python plots.py RUN [RUN ...], folders that train.py made")
-    lines = {}
-    for folder in sys.argv[1:]:
-        try:
-            rows = [r for r in read_metrics(os.path.join(folder, "metrics.jsonl")) if "val_loss" in r]
-        except OSError:
-            sys.exit(f"error: {folder} holds no metrics.jsonl: name folders that train.py made")
-        lines[os.path.basename(os.path.normpath(folder))] = [r["step"] for r in rows], [r["val_loss"] for r in rows], True
-    curve("curves.png", lines, {}, {})
-    print("curves.png: held-out loss of", ", ".join(lines))
+    try:
+        compare("curves.png", sys.argv[1:])
+    except OSError as problem:
+        sys.exit(f"error: {problem.filename} cannot be read ({problem.strerror}): name folders that train.py made")
+    print("curves.png: held-out loss of", ", ".join(sys.argv[1:]))

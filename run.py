@@ -27,11 +27,12 @@ import scenes
 import sources
 import tokenizer
 import vit
+import watch
 from config import Config, ConfigError, Stage, models, stages
 from devices import Place
 
 FREE = ("out", "workers", "log_every", "eval_every", "save_every", "keep_last", "milestone_every", "max_bad", "devices", "distributed", "unroll",
-        "remat", "loss_chunk", "accum", "shard")  # may differ in a continued run
+        "remat", "loss_chunk", "accum", "shard", "tensorboard", "profile")  # may differ in a continued run
 
 
 class Stop(Exception):
@@ -151,8 +152,9 @@ class Run:
                 checkpoint.write(self.path("bad-samples.txt"), lambda f: f.write(kept.encode()))
             checkpoint.write(self.path("config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
             self.tok.save(self.path("vocab.txt"))
+        self.profile = watch.Profile(self.path("profile") if self.write and cfg.profile else "")
         self.floor: float | None = None  # for scenes, the loss that can be had without looking
-        self.shown, self.bar, self.drawn = 0, tqdm(disable=True), 0.0
+        self.shown, self.bar, self.drawn, self.board = 0, tqdm(disable=True), 0.0, None
 
     @property
     def step(self) -> int:
@@ -168,6 +170,8 @@ class Run:
     def prepare(self) -> None:
         """ConfigError unless the folder can be written to."""
         if self.write:
+            if self.cfg.tensorboard:
+                watch.check_tensorboard()
             try:
                 os.makedirs(self.cfg.out, exist_ok=True)
                 for left in glob.glob(os.path.join(glob.escape(self.cfg.out), "*.part")):  # of a save that was killed
@@ -208,8 +212,23 @@ class Run:
 
     def log(self, **row: Any) -> None:
         if self.place.first:
+            row["seconds"] = round(time.time() - self.begun, 1)
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(row | {"seconds": round(time.time() - self.begun, 1)}) + "\n")
+                f.write(json.dumps(row) + "\n")
+            if self.board:
+                self.board.row(row)
+
+    def picture(self, name: str) -> None:
+        """A picture of the run has been drawn."""
+        if self.board:
+            self.board.picture(self.path(name), self.step)
+
+    def close(self) -> None:
+        """However training ends."""
+        self.bar.close()
+        self.profile.close()
+        if self.board:
+            self.board.close()
 
     def listed(self) -> list[str]:
         """The lines of bad-samples.txt: step, sample, reason."""
@@ -231,6 +250,8 @@ class Run:
     def enter(self, stage: Stage, check: Callable[[], None] = lambda: None) -> None:
         """Held-out pictures at the stage's resolution, its bar, and its clocks."""
         self.stage, self.begun_at = stage, self.step
+        if self.write and self.cfg.tensorboard and not self.board:
+            self.board = watch.Board(self.cfg.out, self.begun)
         self.held = evaluate.HeldOut(self.cfg, self.val_reader, stage.resolution, stage.batch, self.model, self.place, check)
         self.floor = self.held.blind()
         self.bar = tqdm(total=stage.steps * stage.batch, initial=(self.step - stage.start) * stage.batch, unit=" images", unit_scale=True,
@@ -293,6 +314,7 @@ class Run:
         self.state["unmeasured"] = False
         self.log(step=self.step, **losses, floor_loss=self.floor_loss)
         self.draw()
+        self.picture("curve.png")
         self.shows["held-out"] = f"{losses['val_loss']:.3f}"
         self.bar.set_postfix(self.shows)
         self.clock += time.time() - paused
@@ -323,6 +345,7 @@ class Run:
         if not self.place.first:
             return
         plots.samples(self.path("samples.png"), items)
+        self.picture("samples.png")
         summary = losses | {
             "floor_loss": self.floor_loss, "images_seen": last.first_image + last.steps * last.batch, "seconds": round(time.time() - self.begun, 1),
             "images_per_second": round(self.state["train_images"] / max(self.state["train_seconds"], 1e-9), 1),

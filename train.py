@@ -79,8 +79,9 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, 
         norm = zero.norm(grads, params) if shard else optax.tree.norm(grads)
         if clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / norm), grads)
-        updates, opt_state = optimizer.update(grads, opt_state, mine)
-        mine = optax.apply_updates(mine, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, opt_state, mine)
+            mine = optax.apply_updates(mine, updates)
         params = jax.tree.map(lambda x, p: zero.join(x, p.shape), mine, params) if shard else mine
         return params, opt_state, {"loss": loss / words, "grad_norm": norm}
 
@@ -139,7 +140,7 @@ def train(cfg: Config) -> int:
                 print(f"{found}: saved at step {run.step}; the same command goes on from there")
             return 128 + found.signal
         finally:
-            run.bar.close()  # before an error is told, or the bar is drawn over it
+            run.close()  # before an error is told, or the bar is drawn over it
     return 0
 
 
@@ -166,7 +167,7 @@ def train_stage(cfg: Config, run: Run, stage: Stage, params: Any, interrupt: Int
                 asked = time.time()
                 batch, bad = next(feed)
                 run.waited += time.time() - asked
-                params, opt_state, metrics = step(params, opt_state, batch)
+                params, opt_state, metrics = run.profile(at, step, params, opt_state, batch)
                 now = at, float(rate(at - stage.start - 1)), metrics, place.vote(interrupt.signal, len(bad)), bad
                 if behind:
                     stop = run.note(*behind)  # looked at a step later: the device is never waited for while it could work

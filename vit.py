@@ -198,6 +198,7 @@ def patchify(images: jax.Array, patch: int) -> jax.Array:
     return tiles.reshape(B, G * G, patch * patch * C)
 
 
+@jax.named_scope("encoder")
 def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False) -> dict:
     """images (B,R,R,3), uint8 or already normalised floats. Returns by name:
 
