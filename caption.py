@@ -15,11 +15,11 @@ import jax
 
 import checkpoint
 import decoder
+import tokenizer
 from config import models, stages
 from features import newest, pixels
 from masking import keep
 from sources import BadSample
-from tokenizer import Tokenizer
 from vit import init, vit
 
 
@@ -30,7 +30,10 @@ def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., str]:
     encoder_cfg, decoder_cfg = models(settings, settings.vocab_size)
     like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
     params = jax.device_put(checkpoint.restore(arrays, like, folder, under="params"))
-    tok = Tokenizer(meta["vocabulary"])
+    try:
+        tok = tokenizer.restore(meta["vocabulary"])
+    except ValueError as problem:
+        raise checkpoint.CheckpointError(f"{folder}: {problem}") from None
     resolution = next(s.resolution for s in stages(settings) if meta["step"] <= s.end)
 
     @functools.partial(jax.jit, static_argnames="top_p")

@@ -58,7 +58,7 @@ class Config:
     caption: str = opt("txt", "where captions are: txt for KEY.txt, or the name of a field in KEY.json, such as re_caption")
     val_count: int = opt(512, "held-out pictures used in an evaluation")
     text_length: int = opt(128, "text positions: start, words and end; longer captions are cut")
-    vocab: str = opt("", "a WordPiece vocab.txt, such as BERT's; without it one is built from the captions")
+    vocab: str = opt("", "a WordPiece vocab.txt, such as BERT's, or any tokenizer.json; without it a vocab.txt is built from the captions")
     vocab_size: int = opt(32000, "rows of the word table, and the most pieces of a vocabulary that is built")
     crop: float = opt(0.4, "least area of the random-resized crop; 1 for none")
     flip: bool = opt(False, "mirror half of the pictures; makes captions that say left or right untrue")

@@ -1,6 +1,6 @@
 """A run's folder and its life: what is read, logged, measured, saved, continued and left at the end.
 
-config.json  vocab.txt  metrics.jsonl  step-N.npz (the last two)  curve.png  and, at the end, samples.png, summary.json
+config.json  vocab.txt (or tokenizer.json)  metrics.jsonl  step-N.npz (the last two)  curve.png  and, at the end, samples.png, summary.json
 and encoder.npz, the product. Training itself is in train.py; this file only watches it.
 """
 import contextlib
@@ -138,7 +138,11 @@ class Run:
         self.state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "train_images": 0, "best_shuffled": None, "window": [], "unmeasured": False,
                       "bad_samples": 0} | place.told(self.resume)
         self.begun = time.time() - self.state["seconds"]
-        self.tok = tokenizer.Tokenizer(self.state["vocabulary"] if self.step else place.told(lambda: open_tokenizer(cfg, self.source).pieces))
+        stored = self.state["vocabulary"] if self.step else place.told(lambda: open_tokenizer(cfg, self.source).stored)
+        try:
+            self.tok = tokenizer.restore(stored)
+        except ValueError as problem:
+            raise ConfigError(str(problem)) from None
         augment = data.Augment(cfg.crop, cfg.flip, cfg.jitter, cfg.gray)
         self.reader = data.Reader(self.source, self.tok, cfg.text_length, cfg.seed, augment, cfg.workers)
         self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers)
@@ -151,7 +155,7 @@ class Run:
                 kept = "".join(line for line in listed if int(line.split("\t")[0]) <= self.step)
                 checkpoint.write(self.path("bad-samples.txt"), lambda f: f.write(kept.encode()))
             checkpoint.write(self.path("config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
-            self.tok.save(self.path("vocab.txt"))
+            self.tok.save(self.path(self.tok.filename))
         self.profile = watch.Profile(self.path("profile") if self.write and cfg.profile else "")
         self.floor: float | None = None  # for scenes, the loss that can be had without looking
         self.shown, self.bar, self.drawn, self.board = 0, tqdm(disable=True), 0.0, None
@@ -207,7 +211,7 @@ class Run:
 
     def save(self, tree: Any) -> None:
         if self.place.first:
-            now = {"seconds": time.time() - self.begun, "config": dataclasses.asdict(self.cfg), "data": self.prints, "vocabulary": self.tok.pieces}
+            now = {"seconds": time.time() - self.begun, "config": dataclasses.asdict(self.cfg), "data": self.prints, "vocabulary": self.tok.stored}
             checkpoint.save_step(self.cfg.out, self.step, tree, self.state | now, self.cfg.keep_last, self.cfg.milestone_every)
 
     def log(self, **row: Any) -> None:

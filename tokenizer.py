@@ -1,11 +1,13 @@
 """WordPiece: captions to ids and back, by BERT's lower-case rules (the released text side).
 
-It reads and writes the standard vocab.txt, one piece a line, and builds one from captions where none is given. Only
+It reads and writes the standard vocab.txt, one piece a line, and builds one from captions where none is given. A tokenizer.json
+of that kind is read likewise; one of another kind (BPE, Unigram) through the `tokenizers` library, which is an extra. Only
 the pieces make text: a caption that spells out "[PAD]" becomes brackets and a word, never the special token.
 
     python tokenizer.py "A caption."        shows its pieces, with a vocabulary built from the embedded scenes
 """
 import collections
+import json
 import os
 import string
 import unicodedata
@@ -43,6 +45,7 @@ def words(text: str) -> list[str]:
 
 class Tokenizer:
     """pieces: the lines of a vocab.txt, a piece's id being its line. Continuations of a word start with ##."""
+    filename = "vocab.txt"
 
     def __init__(self, pieces: Iterable[str], origin: str = "the vocabulary"):
         self.pieces = tuple(pieces)
@@ -58,6 +61,11 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return len(self.pieces)
+
+    @property
+    def stored(self) -> list[str] | str:
+        """What a checkpoint keeps of it, for `restore`."""
+        return list(self.pieces)
 
     def split(self, word: str) -> list[int]:
         """Greedy longest match; [UNK] for a word with a part that no piece covers."""
@@ -105,15 +113,89 @@ class Tokenizer:
             f.write("\n".join(self.pieces) + "\n")
 
 
+class Library(Tokenizer):
+    """A tokenizer.json of any kind, by the `tokenizers` library. Pad, start and end are 0, 1 and 2 as everywhere here, and the
+    file's own ids come after them, each three higher. Its own marks of start and end are not used, nor its padding or cutting."""
+    filename, SHIFT = "tokenizer.json", 3
+
+    def __init__(self, text: str, origin: str = "the tokenizer.json"):
+        """ValueError without the library, or where it cannot read the text."""
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{origin} is read by the package tokenizers, which is not installed: pip install -e '.[tokenizers]', "
+                             "or give a vocab.txt") from None
+        try:
+            self.library = tokenizers.Tokenizer.from_str(text)
+        except Exception as problem:  # the library raises no narrower kind
+            raise ValueError(f"{origin} is no tokenizer.json that this version of tokenizers reads ({str(problem)[:200]})") from None
+        self.text, self.count = text, 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1) + self.SHIFT
+        self.library.no_padding()
+        self.library.no_truncation()
+        self.library.encode_special_tokens = True  # a caption that spells out </s> has spelled it out, not ended
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def stored(self) -> list[str] | str:
+        return self.text
+
+    def pieces_of(self, text: str) -> list[int]:
+        return [i + self.SHIFT for i in self.library.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text up to the first eos, with the spaces that its kind keeps."""
+        words = []
+        for i in ids:
+            if i == EOS:
+                break
+            if self.SHIFT <= i < self.count:
+                words.append(int(i) - self.SHIFT)
+        return self.library.decode(words, skip_special_tokens=True).strip()
+
+    def save(self, path: str) -> None:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(self.text)
+
+
+def from_json(text: str, origin: str) -> Tokenizer:
+    """A tokenizer.json's text: WordPiece with BERT's lower-case rules is read here, and gives the same ids as its vocab.txt; the library reads
+    the rest. ValueError if it is none."""
+    try:
+        found = json.loads(text)
+        kind, vocab = found["model"].get("type"), found["model"]["vocab"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{origin} is no tokenizer.json: it must be a JSON object with a model and its vocab") from None
+    ours = {("model", "unk_token"): ("[UNK]",), ("model", "continuing_subword_prefix"): ("##",), ("model", "max_input_chars_per_word"): (LONGEST,),
+            ("normalizer", "type"): ("BertNormalizer",), ("normalizer", "clean_text"): (True,), ("normalizer", "handle_chinese_chars"): (True,),
+            ("normalizer", "strip_accents"): (None, True), ("normalizer", "lowercase"): (True,), ("pre_tokenizer", "type"): ("BertPreTokenizer",)}
+    exact = kind == "WordPiece" and all(isinstance(found.get(part), dict) and found[part].get(name) in values for (part, name), values in ours.items())
+    if exact and isinstance(vocab, dict) and sorted(map(str, vocab.values())) == sorted(map(str, range(len(vocab)))):
+        pieces = sorted(vocab, key=lambda piece: int(vocab[piece]))
+        if pieces[:1] == ["[PAD]"] and all(p[:1] == "[" and p[-1:] == "]" for p in pieces[:3]) and all(
+                isinstance(added, dict) and added.get("content") in vocab and added.get("special") for added in found.get("added_tokens") or ()):
+            return Tokenizer(pieces, origin)
+    return Library(text, origin)
+
+
+def restore(stored: list[str] | str, origin: str = "the vocabulary") -> Tokenizer:
+    """The tokenizer whose `stored` this is."""
+    return Library(stored, origin) if isinstance(stored, str) else Tokenizer(stored, origin)
+
+
 def load(path: str) -> Tokenizer:
-    """Read a vocab.txt. ValueError says what is wrong with it, OSError that it cannot be read."""
+    """Read a vocab.txt or a tokenizer.json. ValueError says what is wrong with it, OSError that it cannot be read."""
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: a vocabulary is a text file, one piece a line")
     with open(path, encoding="utf-8", errors="strict", newline="\n") as f:
         try:
-            return Tokenizer(f.read().replace("\r\n", "\n").removesuffix("\n").split("\n"), path)
+            text = f.read()
         except UnicodeDecodeError:
             raise ValueError(f"{path} is no WordPiece vocab.txt: it is not UTF-8 text") from None
+    if text.lstrip()[:1] == "{":
+        return from_json(text, path)
+    return Tokenizer(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), path)
 
 
 def build(captions: Iterable[str], size: int) -> Tokenizer:
