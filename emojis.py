@@ -46,7 +46,8 @@ def fetch(folder: str) -> str:
     command = [npm, "install", "--prefix", folder, "--no-save", "--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
     done = subprocess.run([*command, *names], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"it ended with status {done.returncode}"]
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = [line for line in lines if line.lower().startswith("npm err")] or lines[-1:] or [f"it ended with status {done.returncode}"]  # not a warning
         raise EmojiError(f"npm could not fetch {' and '.join(names)} ({said[0][:200]}): it needs the network; run this again when there is one, or name a "
                          "node_modules folder that holds the packages with --packages")
     return os.path.join(folder, "node_modules")
