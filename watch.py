@@ -58,8 +58,8 @@ class Board:
 
 
 class Profile:
-    """Calls training steps, and traces those from the FIRST to the LAST of this start. In the trace the named scopes encoder, keep,
-    decoder, loss and optimizer mark the concepts: XProf (TensorBoard's profile page) sums time by them; Perfetto shows the single operations."""
+    """Calls training steps, and traces those from the FIRST to the LAST of this start. The programs in the trace name each operation's
+    concept (encoder, keep, decoder, loss, optimizer). A CPU's timeline has the operations' own names alone."""
 
     def __init__(self, folder: str):
         """folder: where traces go; "" for none."""
