@@ -9,7 +9,6 @@ import glob
 import json
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -50,41 +49,6 @@ def init(cfg: Config, model: Model) -> dict:
     """{"encoder": ..., "decoder": ...}: the parameters that a run starts from."""
     key = jax.random.key(cfg.seed)
     return {"encoder": vit.init(jax.random.fold_in(key, 0), model.encoder), "decoder": decoder.init(jax.random.fold_in(key, 1), model.decoder)}
-
-
-class Interrupted(Exception):
-    """A signal asked for an end, and all processes know."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
-
-
-class Interrupt:
-    """SIGTERM (which is also a cloud's notice of preemption) and SIGINT ask for a save at the next step, whichever process they reach;
-    a second one ends that process at once."""
-
-    def __init__(self, place: Place):
-        self.place, self.signal = place, 0
-
-    def __enter__(self) -> "Interrupt":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, number: int, frame: Any) -> None:
-        self.signal = number
-        for s in self.before:
-            signal.signal(s, signal.SIG_DFL)
-
-    def check(self) -> None:
-        """Interrupted in all processes if one was signalled: for what is long, and not made of training steps."""
-        most, _ = self.place.get(self.place.vote(self.signal, 0))
-        if most:
-            raise Interrupted(int(most))
-
-    def __exit__(self, *problem: Any) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
 
 
 def open_data(cfg: Config) -> tuple[Any, Any]:

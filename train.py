@@ -26,8 +26,9 @@ import zero
 from config import Config, ConfigError, Stage, check, describe, parse
 from devices import ENDED, Place, PlaceError, join, leave, remember_programs
 from features import read
+from interrupt import Interrupt, Interrupted
 from masking import keep
-from run import Interrupt, Interrupted, Model, Run, Stop, init
+from run import Model, Run, Stop, init
 
 
 # ----------------------------------------------------------------------------------------------------------- the method

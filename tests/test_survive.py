@@ -18,7 +18,7 @@ import checkpoint
 import plots
 import train
 from devices import Place
-from run import Interrupt, Interrupted
+from interrupt import Interrupt, Interrupted
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KILLS = int(os.environ.get("KILLS", "6"))
