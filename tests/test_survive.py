@@ -184,7 +184,8 @@ def test_bad_samples_are_replaced_counted_and_listed_once(cache, tmp_path):
     """Also in a run that was killed: the same list, the same numbers."""
     shard(tmp_path / "a.tar", 100, {3, 40, 41, 77})
     shard(tmp_path / "val.tar", 20, set())
-    flags = ["pictures", "--data", str(tmp_path / "a.tar"), "--val", str(tmp_path / "val.tar"), "--val-count", "16"]
+    flags = ["pictures", "--data", str(tmp_path / "a.tar"), "--val", str(tmp_path / "val.tar"), "--val-count", "16",
+             "--vocab-size", "200", "--stages", "resolution=16 steps=20 batch=8 lr=1e-3"]
     assert begin(cache, tmp_path / "whole", *flags).wait() == 0
     listed = (tmp_path / "whole" / "bad-samples.txt").read_text()
     assert len(listed.splitlines()) == 4 and all("image cannot be decoded" in line and "a.tar" in line for line in listed.splitlines())
