@@ -23,7 +23,7 @@ def counted(cfg: Config, backward: bool) -> float:
     params = jax.eval_shape(lambda: bench_step.init(cfg, model))
     run = jax.value_and_grad(train.method) if backward else train.method
     keys = jax.random.split(jax.random.key(0), 4)
-    return jax.jit(run, static_argnums=3).lower(params, batch, keys, model).compile().cost_analysis()["flops"] / 4
+    return jax.jit(run, static_argnums=3).lower(params, batch, keys, model).cost_analysis()["flops"] / 4
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_data(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(("argv", "says"), [
-    (["step", "--encoder", "L/14", "--resolution", "85"], "--resolution 85"),
+    (["step", "--encoder", "L/14", "--resolution", "13"], "--resolution 13"),
     (["step", "--encoder", "XXL/14"], "unknown encoder 'XXL/14'"),
     (["step", "toy", "--peer", "torch", "--accum", "2"], "--accum"),
     (["flops", "toy", "--keep-ratio", "0"], "--keep-ratio 0.0"),
