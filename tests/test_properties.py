@@ -43,11 +43,13 @@ def mutated(draw, whole, first=0, last=None):
     """`whole` with some bytes changed, cut out or put in, all within first..last."""
     last = len(whole) if last is None else last
     for _ in range(draw(st.integers(1, 4))):
+        if last <= first:  # all of it has been cut out
+            break
         at = draw(st.integers(first, last - 1))
         new, kind = draw(st.binary(min_size=1, max_size=40)), draw(st.sampled_from(["over", "over", "out", "in"]))
         gone = min({"over": len(new), "out": draw(st.integers(1, 2000)), "in": 0}[kind], last - at)
         new = b"" if kind == "out" else new[:gone] if kind == "over" else new
-        whole, last = whole[:at] + new + whole[at + gone:], max(first + 1, last + len(new) - gone)
+        whole, last = whole[:at] + new + whole[at + gone:], last + len(new) - gone
     return whole
 
 
