@@ -119,8 +119,10 @@ class Reader:
     """Samples of a source by position in the run: position p is sample p mod n of epoch p // n, in that epoch's order
     if they are augmented (training), else in the source's."""
 
-    def __init__(self, source: Any, tokenizer: Tokenizer, length: int, seed: int, augment: Augment | None, workers: int):
+    def __init__(self, source: Any, tokenizer: Tokenizer, length: int, seed: int, augment: Augment | None, workers: int, alt: str = ""):
+        """alt: the field of each sample's second text, if one is wanted."""
         self.source, self.tokenizer, self.length, self.seed, self.augment = source, tokenizer, length, seed, augment
+        self.fields = {"text": ""} | ({"alt": alt} if alt else {})
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.draws = augment not in (None, Augment(crop=1.0))  # whether anything of a picture is left to chance
         self.bad: dict[int, str] = {}       # sample: why it cannot be used
@@ -129,33 +131,33 @@ class Reader:
     def index(self, position: int) -> int:
         return self.order(position) if self.order else position % len(self.source)
 
-    def sample(self, position: int, first: int, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """((R,R,3) uint8, (T,) int32, index) for a position whose turn is sample `first`. A broken sample's place is taken
-        by the next in the source."""
+    def sample(self, position: int, first: int, resolution: int) -> tuple[np.ndarray, list[np.ndarray], int]:
+        """((R,R,3) uint8, (T,) int32 of each text, index) for a position whose turn is sample `first`. A broken sample's place
+        is taken by the next in the source."""
         for step in range(len(self.source)):
             i = (first + step) % len(self.source)
             if i in self.bad:
                 continue
             try:
-                text = self.tokenizer.encode(self.source.caption(i), self.length)
-                if text[1] == EOS:
+                texts = [self.tokenizer.encode(self.source.caption(i, field), self.length) for field in self.fields.values()]
+                if any(text[1] == EOS for text in texts):
                     raise BadSample("caption holds no word")  # nothing but control characters
                 rng = np.random.default_rng((self.seed, 2, position)) if self.draws else None
-                return to_pixels(self.source.picture(i), resolution, self.augment, rng), text, i
+                return to_pixels(self.source.picture(i), resolution, self.augment, rng), texts, i
             except BadSample as problem:
                 self.bad[i] = str(problem)
         raise DataError(f"not one usable sample in the data; the last: {self.source.name(i)} {self.bad[i]}")
 
     def batch(self, positions: range, resolution: int) -> dict[str, Any]:
-        """{"images": (B,R,R,3) uint8, "text": (B,T) int32, "row": (B,) int32 position in the run, "index": (B,), "bad": {index: reason}}.
+        """{"images": (B,R,R,3) uint8, "text" (and "alt"): (B,T) int32, "row": (B,) int32 position in the run, "index": (B,), "bad": {index: reason}}.
         "bad" has each bad sample where its own turn comes in the first epoch: so every host, and a continued run, counts the same."""
         firsts = [self.index(p) for p in positions]
         jobs = list(zip(positions, firsts))
         pieces = [jobs[n:n + PIECE] for n in range(0, len(jobs), PIECE)]
         done = self.pool.map(lambda piece: [self.sample(p, first, resolution) for p, first in piece], pieces)
-        images, text, index = zip(*itertools.chain.from_iterable(done))
+        images, texts, index = zip(*itertools.chain.from_iterable(done))
         bad = {i: self.bad[i] for p, i in zip(positions, firsts) if p < len(self.source) and i in self.bad}
-        return {"images": np.stack(images), "text": np.stack(text), "index": np.array(index),
+        return {"images": np.stack(images), **dict(zip(self.fields, map(np.stack, zip(*texts)))), "index": np.array(index),
                 "row": np.array([p & 0x7FFFFFFF for p in positions], np.int32), "bad": bad}
 
     def ahead(self, wanted: Iterator[tuple[range, int]], put: Callable[[dict], Any], depth: int = 2) -> Iterator[Any]:

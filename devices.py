@@ -111,7 +111,7 @@ class Place:
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A process's rows to its devices: (B, ...) becomes (devices, B/devices, ...). Only what the step reads goes."""
-        wanted = {k: batch[k].reshape(len(self.local), -1, *batch[k].shape[1:]) for k in ("images", "text", "row")}
+        wanted = {k: batch[k].reshape(len(self.local), -1, *batch[k].shape[1:]) for k in ("images", "text", "alt", "row") if k in batch}
         return jax.device_put(wanted, self.rows)
 
     # ------------------------------------------------------------------------------------------------------- parameters

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 import data
-import scenes
 import sources
 from config import Config
 from decoder import caption_loss, generate, target_count
@@ -62,7 +61,8 @@ def held_out(reader: data.Reader, count: int, resolution: int, batch: int, share
         real = min(batch, count - start)
         rows = range(start + share.start, start + share.stop)
         found = reader.batch(rows, resolution)
-        found["text"][max(0, count - rows.start):] = 0
+        for name in found.keys() & {"text", "alt"}:
+            found[name][max(0, count - rows.start):] = 0
         yield found, real
 
 
@@ -79,21 +79,22 @@ class HeldOut:
         def everyones(name: str) -> np.ndarray:  # of all processes' rows, in order
             mine = np.stack([b[name] for b, _ in self.batches])
             return np.concatenate(place.everyones(mine), axis=1).reshape(-1, *mine.shape[2:])
-        self.text, self.index = everyones("text"), everyones("index")
+        self.index, self.texts = everyones("index"), {name: everyones(name) for name in reader.fields}
         self.rows = place.share(batch), batch
         self.loss, self.captions = make_loss(model, place.pmap), make_captions(model, cfg.text_length, place.pmap)
 
     def losses(self, params: Any) -> dict[str, float]:
         """val_loss, and shuffled_loss: with the captions moved on by half of the set."""
-        shuffled, real = self.text.copy(), np.flatnonzero(self.text.any(-1))
-        shuffled[real] = np.roll(self.text[real], len(real) // 2, axis=0)
+        moved = np.arange(len(self.index))
+        real = np.flatnonzero(self.texts["text"].any(-1))
+        moved[real] = np.roll(real, len(real) // 2)
         out, (share, size) = {}, self.rows
-        for name, words in (("val_loss", self.text), ("shuffled_loss", shuffled)):
+        for name, texts in (("val_loss", self.texts), ("shuffled_loss", {k: v[moved] for k, v in self.texts.items()})):
             sums = np.zeros(2)
             for n, (batch, _) in enumerate(self.batches):
                 self.check()
-                mine = words[n * size + share.start:n * size + share.stop]
-                sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | {"text": mine}))]
+                mine = {k: v[n * size + share.start:n * size + share.stop] for k, v in texts.items()}
+                sums += [float(self.place.get(x)) for x in self.loss(params, self.place.put(batch | mine))]
             out[name] = float(sums[0] / sums[1])
         return out
 
@@ -104,7 +105,7 @@ class HeldOut:
         texts = [self.reader.tokenizer.encode(self.reader.source.caption(i), self.length) for i in range(self.count)]
         if any(t[-1] for t in texts):
             return None  # a caption may be cut: what is left of its entropy is not known
-        return sum(scenes.surprise(self.reader.source.record(i)) for i in range(self.count)) / sum((t[1:] != 0).sum() for t in texts)
+        return sum(self.reader.source.surprise(i) for i in range(self.count)) / sum((t[1:] != 0).sum() for t in texts)
 
     def write(self, params: Any, count: int | None = None) -> Iterator[tuple[int, str, np.ndarray]]:
         """(sample, greedy caption, kept patches (K,)) of held-out pictures, `count` or all."""
@@ -124,7 +125,7 @@ def grades(held: HeldOut, params: Any) -> dict[str, float]:
     """For `scenes`: the share of right captions, words, objects and attributes among greedy captions."""
     right: dict[str, list[int]] = {}
     for i, text, _ in held.write(params):
-        for name, pair in scenes.grade(text, held.reader.source.record(i)).items():
+        for name, pair in held.reader.source.grade(text, i).items():
             right.setdefault(name, []).append(pair)
     shares = {name: float(np.sum([r for r, _ in pairs]) / np.sum([n for _, n in pairs])) for name, pairs in right.items()}
     names = {"exact": "exact_match"}

@@ -22,7 +22,6 @@ import data
 import decoder
 import evaluate
 import plots
-import scenes
 import sources
 import tokenizer
 import vit
@@ -55,6 +54,8 @@ def open_data(cfg: Config) -> tuple[Any, Any]:
     """(training source, held-out source)."""
     if not cfg.data:
         raise ConfigError("--data is missing: give a folder of captioned images, tars, or scenes")
+    if cfg.alt and cfg.data != "scenes" and cfg.caption == "txt":
+        raise ConfigError(f"--alt {cfg.alt} is a field of the KEY.json, from which --caption must then come too: name its field")
     source = sources.open_source(cfg.data, cfg.caption, cfg.seed, "train")
     if cfg.val or cfg.data == "scenes":
         return source, sources.draw(sources.open_source(cfg.val or "scenes", cfg.caption, cfg.seed, "val", cfg.val_count), cfg.val_count)
@@ -76,6 +77,8 @@ def open_tokenizer(cfg: Config, source: Any) -> tokenizer.Tokenizer:
         for i in range(min(len(source), 4000 if isinstance(source, sources.Scenes) else 100_000)):
             with contextlib.suppress(sources.BadSample):
                 yield source.caption(i)
+                if cfg.alt:
+                    yield source.caption(i, cfg.alt)
     try:
         return tokenizer.build(captions(), cfg.vocab_size)
     except ValueError as problem:
@@ -108,8 +111,8 @@ class Run:
         except ValueError as problem:
             raise ConfigError(str(problem)) from None
         augment = data.Augment(cfg.crop, cfg.flip, cfg.jitter, cfg.gray)
-        self.reader = data.Reader(self.source, self.tok, cfg.text_length, cfg.seed, augment, cfg.workers)
-        self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers)
+        self.reader = data.Reader(self.source, self.tok, cfg.text_length, cfg.seed, augment, cfg.workers, cfg.alt)
+        self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers, cfg.alt)
         if self.write:
             rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.step else []
             if self.state["unmeasured"]:  # the evaluation at the checkpoint's step is made again
@@ -307,7 +310,8 @@ class Run:
         losses, items = self.held.losses(params), []
         for i, said, chosen in self.held.write(params, 12):
             truth = self.tok.decode(self.tok.encode(self.val_source.caption(i), self.cfg.text_length))
-            right = scenes.grade(said, self.val_source.record(i))["exact"][0] == 1 if isinstance(self.val_source, sources.Scenes) else truth == said
+            grade = self.val_source.grade(said, i) if isinstance(self.val_source, sources.Scenes) else {}
+            right = grade["exact"][0] == 1 if grade else truth == said
             items.append((data.to_pixels(self.val_source.picture(i), last.resolution), chosen, self.model.encoder.patch, truth, said, right))
         graded = evaluate.grades(self.held, params) if isinstance(self.val_source, sources.Scenes) else {}
         if not self.place.first:

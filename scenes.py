@@ -4,7 +4,11 @@ A scene has one to three objects (two at most beside a word), each with a colour
 and half of the scenes have a short word written across one row. Captions are dense, in three wordings, and come with
 the record that they state: so a generated caption can be graded in any wording (`parse`, `grade`), and the lowest loss
 that can be had without looking at the picture is a closed formula (`surprise`). It stands in for the paper's
-Recap-DataComp-1B at a size where seeing takes minutes to learn.
+Recap-DataComp-1B at a size where seeing takes minutes to learn, with its three kinds of caption (Table 6), by name of field:
+
+txt          dense: all that is in the picture
+web          alt text as found on the web: one object, or the word; often beside the point, sometimes wrong
+conditioned  dense, by one who has read the alt text: what it names comes first, and the choice of words varies
 
     python scenes.py         writes scenes.png, a sheet of scenes with their captions
 """
@@ -12,6 +16,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,12 +35,21 @@ ROWS = ("top", "bottom")  # where a word may stand; objects then keep out of tha
 WORDS = ("cat", "dog", "sun", "bus", "hat", "key", "map", "owl", "bird", "book", "fish", "frog", "lamp", "milk", "ship", "tree")
 NUMBERS = ("no", "one", "two", "three")
 WORDINGS = 3
+FIELDS = ("txt", "web", "conditioned")
+POINT, WRONG = 0.5, 0.15  # shares of alt texts that tell of the picture, and that look so but are drawn blindly; the rest are:
+BESIDE = ("free shipping today", "image not found", "click to enlarge", "best offer", "untitled", "new in stock")
+TAILS = ("", " for sale", " picture")
+SYNONYMS = {"big": "large", "small": "little", "circle": "disc", "square": "box", "ring": "hoop", "purple": "violet", "gray": "grey",
+            "plain": "blank", "dotted": "spotted"}
+BASIC = {other: word for word, other in SYNONYMS.items()}
 
 
 def record(seed: int, split: str, index: int) -> dict[str, Any]:
     """What is in the scene, and in which wording its caption is. Objects are in reading order, one a place.
-    `jitter` holds the numbers in 0..1 that the drawing, and no caption, depends on."""
-    u = iter(np.random.default_rng((seed, ("train", "val").index(split), index)).random(48).tolist())
+    `web` is its alt text, `choices` are the numbers in 0..1 by which a conditioned caption takes synonyms, and `jitter`
+    those that the drawing, and no caption, depends on."""
+    drawn = np.random.default_rng((seed, ("train", "val").index(split), index)).random(80).tolist()
+    u, choices, v = iter(drawn[:48]), drawn[48:64], iter(drawn[64:])
 
     def pick(options):
         return options[int(next(u) * len(options))]
@@ -48,12 +62,48 @@ def record(seed: int, split: str, index: int) -> dict[str, Any]:
     objects = [{"size": pick(tuple(SIZES)), "colour": pick(tuple(COLOURS)), "shape": pick(SHAPES), "place": PLACES[i]}
                for i in places]
     return {"objects": objects, "tone": pick(tuple(TONES)), "pattern": pick(PATTERNS), "word": word, "row": row,
-            "wording": pick(range(WORDINGS)), "jitter": list(u)}
+            "wording": pick(range(WORDINGS)), "jitter": list(u), "web": alt_text(objects, word, v), "choices": choices}
 
 
-def surprise(scene: dict[str, Any]) -> float:
+def alt_text(objects: list[dict], word: str | None, u: Iterator[float]) -> str:
+    """What a web page may say of such a picture."""
+    def pick(options):
+        return options[int(next(u) * len(options))]
+
+    kind = next(u)
+    if kind < POINT and word and next(u) < 0.5:
+        return f"sign {word}"
+    if kind < POINT:
+        named = pick(objects)
+    elif kind < POINT + WRONG:
+        named = {"colour": pick(tuple(COLOURS)), "shape": pick(SHAPES)}
+    else:
+        return pick(BESIDE)
+    return f"{named['colour']} {named['shape']}{pick(TAILS)}"
+
+
+def leads(scene: dict[str, Any]) -> list[float]:
+    """How probable it is that a conditioned caption of this record begins with each of its objects: with the first, in
+    reading order, that has the named colour and shape; else with the first of all."""
+    pairs = [(o["colour"], o["shape"]) for o in scene["objects"]]
+    share, blind = POINT * (0.5 if scene["word"] else 1) / len(pairs), WRONG / (len(COLOURS) * len(SHAPES))
+    named = [0.0 if pair in pairs[:i] else share * pairs.count(pair) + blind for i, pair in enumerate(pairs)]
+    return [1 - sum(named[1:]), *named[1:]]
+
+
+def surprise(scene: dict[str, Any], field: str = "txt") -> float:
     """-log of the caption's probability, in nats, for one who knows the generator and not the picture. Record and
-    wording fix the caption and the other way round, so this is exact: no captioner can do better without looking."""
+    wording (and lead and synonyms) fix a dense caption and the other way round, and how likely an alt text is follows
+    from its form; so this is exact: no captioner can do better without looking."""
+    if field == "web":
+        if scene["web"] in BESIDE:
+            return -math.log((1 - POINT - WRONG) / len(BESIDE))
+        if scene["web"].startswith("sign "):
+            return -math.log(POINT / 2 / 2 / len(WORDS))  # half of the scenes have a word
+        return -math.log((POINT * 3 / 4 + WRONG) / (len(COLOURS) * len(SHAPES) * len(TAILS)))
+    if field == "conditioned":
+        options = sum(word in SYNONYMS for word in re.findall("[a-z]+", caption(scene)))
+        return surprise(scene) - math.log(leads(scene)[lead(scene)]) + options * math.log(2)
     n, free, most = len(scene["objects"]), *((2, 2) if scene["word"] else (4, 3))
     choices = (2 * (len(WORDS) * len(ROWS) if scene["word"] else 1) * most * math.comb(free, n)
                * (len(SIZES) * len(COLOURS) * len(SHAPES)) ** n * len(TONES) * len(PATTERNS))
@@ -61,8 +111,19 @@ def surprise(scene: dict[str, Any]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------- caption
-def caption(scene: dict[str, Any]) -> str:
-    """The record in words; every wording states all of it."""
+def lead(scene: dict[str, Any]) -> int:
+    """The object that a conditioned caption begins with: the first that the alt text names, if it does."""
+    return next((i for i, o in enumerate(scene["objects"]) if scene["web"].split()[:2] == [o["colour"], o["shape"]]), 0)
+
+
+def caption(scene: dict[str, Any], field: str = "txt") -> str:
+    """The record in words, of a kind in FIELDS; of a dense caption, every wording states all of it."""
+    if field == "web":
+        return scene["web"]
+    if field == "conditioned":
+        rest, choice = list(scene["objects"]), iter(scene["choices"])
+        text = caption(scene | {"objects": [rest.pop(lead(scene)), *rest]})
+        return re.sub("[a-z]+", lambda m: SYNONYMS[m[0]] if m[0] in SYNONYMS and next(choice) < 0.5 else m[0], text)
     ground = f"{scene['pattern']} {scene['tone']}"
     objects = [(o["place"], o["size"], o["colour"], o["shape"]) for o in scene["objects"]]
     word, row = scene["word"], scene["row"]
@@ -82,8 +143,9 @@ def any_of(name: str, options: Any) -> str:
 
 def parse(text: str) -> dict[str, Any] | None:
     """The record that a caption states, by the grammar of `caption`; None if it is in none of the wordings. Spacing
-    around punctuation does not matter, for a tokenizer does not keep it."""
+    around punctuation does not matter, for a tokenizer does not keep it; nor do synonyms."""
     text = re.sub(r"\s*([.,:])\s*", r"\1", text.strip().lower())
+    text = re.sub("[a-z]+", lambda m: BASIC.get(m[0], m[0]), text)
     size, colour, shape, place = (any_of(*x) for x in (("size", SIZES), ("colour", COLOURS), ("shape", SHAPES), ("place", PLACES)))
     ground = any_of("pattern", PATTERNS) + " " + any_of("tone", TONES)
     word, row = r"(?P<word>[a-z]+)", any_of("row", ROWS)

@@ -47,8 +47,9 @@ recent_record = functools.lru_cache(64)(scenes.record)  # which the caption asks
 class Scenes:
     """The embedded pictures (scenes.py). A training split has no end, so no picture comes twice."""
 
-    def __init__(self, seed: int, split: str, count: int | None = None):
-        self.seed, self.split, self.count, self.skipped = seed, split, count, {}
+    def __init__(self, seed: int, split: str, count: int | None = None, field: str = "txt"):
+        self.seed, self.split, self.count, self.field, self.skipped = seed, split, count, field, {}
+        self.caption(0)
 
     def __len__(self) -> int:
         return self.count or 1 << 40
@@ -62,8 +63,18 @@ class Scenes:
     def record(self, i: int) -> dict:
         return recent_record(self.seed, self.split, i)
 
-    def caption(self, i: int) -> str:
-        return scenes.caption(self.record(i))
+    def caption(self, i: int, field: str = "") -> str:
+        if (field or self.field) not in scenes.FIELDS:
+            raise DataError(f"scenes have no captions {field or self.field!r}: take one of {', '.join(scenes.FIELDS)}")
+        return scenes.caption(self.record(i), field or self.field)
+
+    def surprise(self, i: int) -> float:
+        """Nats in the caption for one who does not see the picture."""
+        return scenes.surprise(self.record(i), self.field)
+
+    def grade(self, text: str, i: int) -> dict[str, tuple[int, int]]:
+        """What of sample i a generated caption states rightly, by attribute; nothing for alt text, which states too little."""
+        return scenes.grade(text, self.record(i)) if self.field != "web" else {}
 
     def picture(self, i: int) -> Image.Image:
         return scenes.paint(self.record(i))
@@ -128,16 +139,18 @@ class Files:
             raise BadSample("is cut off")
         return data
 
-    def caption(self, i: int) -> str:
+    def caption(self, i: int, field: str = "") -> str:
+        """The text of sample i, or another field of the KEY.json that it is from."""
+        flag, field = ("--alt" if field else "--caption"), field or self.field
         data = self.read(self.place(i)[1], MOST_TEXT)
         try:
             text = data.decode("utf-8-sig")
-            if self.field != "txt":
+            if field != "txt":
                 fields = json.loads(text)
-                if not isinstance(fields, dict) or self.field not in fields:
+                if not isinstance(fields, dict) or field not in fields:
                     has = ", ".join(fields) if isinstance(fields, dict) else "no fields"
-                    raise BadSample(f"json has no field {self.field!r} (it has {has[:200]}); name one with --caption")
-                text = fields[self.field]
+                    raise BadSample(f"json has no field {field!r} (it has {has[:200]}); name one with {flag}")
+                text = fields[field]
                 if isinstance(text, str):
                     text = text.encode("utf-8", "replace").decode()  # json can spell halves of characters, which nothing can print
         except UnicodeDecodeError:
@@ -270,7 +283,7 @@ class Part:
         return f"{len(self)} of {self.source.fingerprint()}"
 
     def __getattr__(self, name: str) -> Callable:  # name, caption, picture: of the i-th of these samples
-        return lambda i: getattr(self.source, name)(self.at(i))
+        return lambda i, *more: getattr(self.source, name)(self.at(i), *more)
 
 
 class Rest(Part):
@@ -288,7 +301,7 @@ class Rest(Part):
 def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "train", count: int | None = None) -> Any:
     """`scenes`, a folder, or tars. DataError if there is nothing there to train on."""
     if where == "scenes":
-        return Scenes(seed, split, count)
+        return Scenes(seed, split, count, field)
     if os.path.isdir(where):
         return Folder(where, field)
     if where.endswith(".tar") or glob.has_magic(where) or "{" in where:

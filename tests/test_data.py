@@ -84,6 +84,17 @@ def test_folder_tars_globs_and_brace_lists_hold_the_same_samples(tmp_path):
         assert np.array_equal(to_pixels(source.picture(4), 16), to_pixels(opened(photo(seed=4), "JPEG"), 16))
 
 
+def test_a_second_text_comes_with_each_picture(tmp_path):
+    texts = [json.dumps({"re_caption": f"a cat number {i}", "caption": f"cat {i}"}).encode() for i in range(6)]
+    files = [(f"{i}.{suffix}", content) for i, text in enumerate(texts) for suffix, content in (("jpg", sample(i)["jpg"]), ("json", text))]
+    source = open_source(put(tmp_path / "a.tar", files), "re_caption")
+    both = Reader(source, TOK, 12, 0, None, 2, alt="caption").batch(range(6), 16)
+    assert np.array_equal(both["text"], reader(source, augment=None).batch(range(6), 16)["text"])
+    assert np.array_equal(both["alt"], [TOK.encode(f"cat {i}", 12) for i in both["index"]])
+    with pytest.raises(DataError, match=r"no field 'none' .*--alt"):
+        Reader(source, TOK, 12, 0, None, 2, alt="none").batch(range(2), 16)
+
+
 def test_odd_names_are_only_names(tmp_path):
     names = ["with space", "dots.in.it", "sub/folder/x", "./here", "käse", b"not-utf8-\xff", "new\nline"]
     files = [(os.fsencode(n) + b"." + os.fsencode(s), c) for n, i in zip(names, itertools.count()) for s, c in sample(i).items()]

@@ -66,10 +66,11 @@ def test_a_caption_states_the_record_in_every_wording(wording):
 
 
 def test_the_toys_text_length_and_vocabulary_hold_every_caption():
-    tok = tokenizer.build(map(scenes.caption, MANY), 192)
-    longest = max(len(tok.pieces_of(scenes.caption(s | {"wording": w}))) for s in MANY for w in range(scenes.WORDINGS))
-    assert longest + 2 <= 28
-    assert not any(tok.unknown in tok.pieces_of(scenes.caption(s)) for s in MANY)
+    for fields in (["txt"], ["web"], ["conditioned"], ["txt", "web"]):
+        tok = tokenizer.build((scenes.caption(s, f) for s in MANY[:4000] for f in fields), 192)
+        found = [tok.pieces_of(scenes.caption(s | {"wording": w}, f)) for s in MANY for w in range(scenes.WORDINGS) for f in fields]
+        assert max(map(len, found)) + 2 <= 28
+        assert not any(tok.unknown in pieces for pieces in found)
 
 
 @pytest.mark.parametrize("text", ["", " ", ".", "a red circle", "two on plain white: top left red circle big.", "[UNK] " * 20, "on plain white.",
@@ -165,6 +166,53 @@ def test_surprise_agrees_with_how_often_kinds_of_scene_are_drawn():
         alike = looks ** len(places) * len(scenes.TONES) * len(scenes.PATTERNS) * scenes.WORDINGS * (len(scenes.WORDS) if row else 1)
         expected = alike * math.exp(-scenes.surprise(found[0]))
         assert abs(len(found) / len(MANY) - expected) < 5 * math.sqrt(expected / len(MANY)), (row, places)
+
+
+def alike(scene):
+    """All captions of the conditioned kind that this record may get, by any alt text and choice of words."""
+    named = [f"{o['colour']} {o['shape']}" for o in scene["objects"]]
+    for web in {"untitled": 0, **dict.fromkeys(named)}:
+        for wording in range(scenes.WORDINGS):
+            for flips in itertools.product((0.0, 1.0), repeat=16):
+                yield scene | {"web": web, "wording": wording, "choices": flips}
+
+
+def test_surprise_of_conditioned_captions_sums_to_that_of_the_record():
+    """Over leads, wordings and synonyms; one object with an outlined twin, so that two are named alike."""
+    for count in (1, 2, 3):
+        scene = next(s for s in MANY if len(s["objects"]) == count and sum(w in scenes.SYNONYMS for w in re.findall("[a-z]+", scenes.caption(s))) <= 5)
+        every = {scenes.caption(s, "conditioned"): scenes.surprise(s, "conditioned") for s in alike(scene)}
+        assert sum(math.exp(-x) for x in every.values()) == pytest.approx(scenes.WORDINGS * math.exp(-scenes.surprise(scene)), rel=1e-9)
+        assert all(scenes.grade(text, scene)["exact"] == (1, 1) for text in every)
+    twins = scene | {"objects": [scene["objects"][0], scene["objects"][0] | {"place": scene["objects"][1]["place"]}, scene["objects"][2]]}
+    assert sum(scenes.leads(twins)) == pytest.approx(1) and scenes.leads(twins)[1] == 0
+
+
+def test_the_named_object_leads_as_often_as_the_formula_says():
+    many = [s for s in MANY if len(s["objects"]) == 3]
+    for place in range(3):
+        expected = sum(scenes.leads(s)[place] for s in many)
+        assert abs(sum(scenes.lead(s) == place for s in many) - expected) < 5 * math.sqrt(expected)
+
+
+def test_surprise_of_alt_text_sums_to_one_and_agrees_with_how_often_it_is_drawn():
+    texts = [*scenes.BESIDE, *(f"sign {w}" for w in scenes.WORDS),
+             *(f"{c} {f}{t}" for c in scenes.COLOURS for f in scenes.SHAPES for t in scenes.TAILS)]
+    chance = {text: math.exp(-scenes.surprise(MANY[0] | {"web": text}, "web")) for text in texts}
+    assert sum(chance.values()) == pytest.approx(1, abs=1e-9)
+    kinds = {"beside": scenes.BESIDE, "sign": [t for t in texts if t.startswith("sign ")], "red": [t for t in texts if t.startswith("red ")],
+             "star picture": [t for t in texts if t.endswith("star picture")]}
+    for kind, members in kinds.items():
+        expected = sum(chance[t] for t in members)
+        drawn = sum(s["web"] in members for s in MANY) / len(MANY)
+        assert abs(drawn - expected) < 5 * math.sqrt(expected / len(MANY)), kind
+
+
+def test_alt_text_names_what_is_there_more_often_than_chance_and_is_also_wrong():
+    named = [s for s in MANY if s["web"].split()[0] in scenes.COLOURS]
+    true = sum(any(s["web"].startswith(f"{o['colour']} {o['shape']}") for o in s["objects"]) for s in named) / len(named)
+    assert 0.6 < true < 0.8
+    assert all(s["web"] == f"sign {s['word']}" for s in MANY if s["web"].startswith("sign"))
 
 
 def test_different_records_have_different_captions():
