@@ -19,16 +19,15 @@ from typing import Any
 
 import jax
 
+import baselines
 import bench_data
 import bench_memory
 import bench_step
 import config
 import decoder
-import masking
-import vit
 from config import PRESETS, Config, ConfigError
 
-MODEL_FLAGS = ("encoder", "decoder", "keep_ratio", "prefix", "cls", "text_length", "vocab_size", "mu_dtype", "dtype", "remat", "loss_chunk",
+MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix", "cls", "text_length", "vocab_size", "mu_dtype", "dtype", "remat", "loss_chunk",
                "unroll", "accum", "shard", "seed")
 DECODERS = {"So400m": "L", "g": "H"}  # as the recipes have it; elsewhere the decoder of the encoder's name
 
@@ -38,6 +37,8 @@ def settings(args: argparse.Namespace, stage: int = 0, devices: int = 1) -> tupl
     """(config, resolution, batch) as the recipe and flags say; what is not said is that of the recipe's stage. ConfigError
     for what cannot be."""
     given = {k: v for k, v in vars(args).items() if k in MODEL_FLAGS}
+    if given.get("objective") == "openvision":
+        given["alt"] = "web"  # any: the bench makes its own
     if args.recipe is None and "encoder" in given:
         size = given["encoder"].partition("/")[0]
         given.setdefault("decoder", DECODERS.get(size, size if size in decoder.FAMILY else "L"))
@@ -82,12 +83,11 @@ def flops(args: argparse.Namespace) -> list[dict]:
         cells += [(PRESETS["l14"], 224, 208.9), (so400m, 378, 1017.7), (dataclasses.replace(so400m, decoder="H"), 378, 1017.7)]
     table = []
     for cfg, resolution, paper in cells:
-        enc, dec, _ = bench_step.make_model(cfg)
-        n = (resolution // enc.patch) ** 2
-        kept = masking.kept_count(n, cfg.keep_ratio)
-        parts = vit.flops(enc, resolution), decoder.flops(dec, kept, cfg.text_length - 1)
-        table.append({"encoder": cfg.encoder, "decoder": cfg.decoder, "px": resolution, "patches": n, "kept": kept, "text": cfg.text_length,
-                      "encoder, G": parts[0] / 1e9, "decoder, G": parts[1] / 1e9, "in all, G": sum(parts) / 1e9, "paper, G": paper})
+        model = bench_step.make_model(cfg)
+        n = (resolution // model.encoder.patch) ** 2
+        parts = baselines.flops(model, resolution, cfg.text_length)
+        table.append({"encoder": cfg.encoder, "decoder": cfg.decoder, "px": resolution, "patches": n, "kept": baselines.kept(model, n), "text": cfg.text_length,
+                      **{f"{name}, G": part / 1e9 for name, part in parts.items()}, "in all, G": sum(parts.values()) / 1e9, "paper, G": paper})
     return table
 
 

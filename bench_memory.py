@@ -28,7 +28,7 @@ import train
 import vit
 import zero
 from config import Config, ConfigError
-from run import Model, init
+from run import init
 
 GIB = 2**30
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB each; a little less is a program's to use
@@ -71,7 +71,7 @@ def compile_here(cfg: Config, resolution: int, batch: int, topology: str) -> dic
     kind = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **kind).devices)
     n = len(devices)
-    model = Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
+    model = config.model(cfg)
     optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
     step = train.make_step(model, optimizer, cfg.seed, cfg.accum, devices, cfg.shard, cfg.clip)
 
@@ -81,7 +81,7 @@ def compile_here(cfg: Config, resolution: int, batch: int, topology: str) -> dic
     params = jax.eval_shape(lambda: init(cfg, model))
     state = jax.eval_shape(optimizer.init, jax.tree.map(own, params))
     rows = {"images": ((batch // n, resolution, resolution, 3), np.uint8), "text": ((batch // n, cfg.text_length), np.int32),
-            "row": ((batch // n,), np.int32)}
+            "row": ((batch // n,), np.int32)} | ({"alt": ((batch // n, cfg.text_length), np.int32)} if cfg.alt else {})
     every = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype),
                          (params, state, {k: jax.ShapeDtypeStruct(*v) for k, v in rows.items()}))
     try:
@@ -141,7 +141,8 @@ def recomputed(cfg: Config, resolution: int) -> float:
 
 def row(cfg: Config, resolution: int, batch: int, topology: str, found: dict | str) -> dict:
     what = {"recipe": f"{cfg.encoder}+{cfg.decoder} {resolution} px", "pod": topology, "batch": batch, "remat": cfg.remat, "accum": cfg.accum,
-            "shard": "yes" if cfg.shard else "no", "computed again": f"{recomputed(cfg, resolution):.0%}"}
+            "shard": "yes" if cfg.shard else "no"} | ({"computed again": f"{recomputed(cfg, resolution):.0%}"} if cfg.objective == "openvision2" else
+                                                      {"objective": cfg.objective})
     if isinstance(found, str):
         return what | {"GiB a chip": found}
     return what | {kind: found[kind] / GIB for kind in KINDS} | {"GiB a chip": sum(found.values()) / GIB}

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import baselines
 import config
 import decoder
 import masking
 import train
-import vit
 from config import Config, ConfigError
 from run import Model, init
 
@@ -30,22 +30,22 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of losses that must agree; an
 
 
 def make_model(cfg: Config) -> Model:
-    return Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
+    return config.model(cfg)
 
 
 def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray]:
-    """Random pixels, and captions that fill their rows: {"images" (B,R,R,3) uint8, "text" (B,T) int32, "row" (B,)}."""
+    """Random pixels, and captions that fill their rows: {"images" (B,R,R,3) uint8, "text" (B,T) int32, "row" (B,)}, and with --alt
+    a second caption "alt" (B,T)."""
     rng = np.random.default_rng(cfg.seed)
     text = rng.integers(3, cfg.vocab_size, (batch, cfg.text_length), dtype=np.int32)
     text[:, 0], text[:, -1] = decoder.BOS, decoder.EOS
-    return {"images": rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8), "text": text, "row": np.arange(batch, dtype=np.int32)}
+    found = {"images": rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8), "text": text, "row": np.arange(batch, dtype=np.int32)}
+    return found | ({"alt": np.roll(text, 1, axis=0)} if cfg.alt else {})
 
 
 def model_flops(cfg: Config, resolution: int) -> float:
     """Of one image through one training step: the backward pass costs twice the forward. What remat computes again does not count."""
-    model = make_model(cfg)
-    kept = masking.kept_count((resolution // model.encoder.patch) ** 2, cfg.keep_ratio)
-    return 3 * (vit.flops(model.encoder, resolution) + decoder.flops(model.decoder, kept, cfg.text_length - 1))
+    return 3 * sum(baselines.flops(make_model(cfg), resolution, cfg.text_length).values())
 
 
 class Ours:
@@ -143,6 +143,8 @@ def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: in
     """The table of `step`: a row for each that ran. peer: "torch", "torch-compile" or None."""
     if peer and cfg.accum > 1:
         raise ConfigError("--peer takes the batch in one piece: leave --accum at 1")
+    if peer and cfg.objective != "openvision2":
+        raise ConfigError(f"--peer knows the method alone: leave --objective {cfg.objective} out")
     if peer and importlib.util.find_spec("torch") is None:
         raise ConfigError("--peer needs PyTorch: pip install -e '.[bench]'")
     if peer:

@@ -27,6 +27,8 @@ def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., str]:
     """caption(picture, seed=0, sample=0, top_p=0.0) -> text, from a run's last checkpoint. keep_ratio 0 is the run's;
     top_p 0 is greedy. CheckpointError if there is no run to be read."""
     settings, arrays, meta = newest(folder)
+    if settings.objective != "openvision2":
+        raise checkpoint.CheckpointError(f"{folder} is a run of --objective {settings.objective}: captions are told by runs of openvision2")
     encoder_cfg, decoder_cfg = models(settings, settings.vocab_size)
     like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
     params = jax.device_put(checkpoint.restore(arrays, like, folder, under="params"))

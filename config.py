@@ -10,10 +10,10 @@ import argparse
 import dataclasses
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import baselines
 import decoder
-import masking
 import vit
 
 
@@ -46,6 +46,8 @@ def opt(default: Any, text: str, choices: tuple | None = None) -> Any:
 class Config:
     encoder: str = opt("micro/8", "encoder, SIZE/PATCH as in Ti/16 or L/14 (python vit.py lists them); out of memory: take a smaller one")
     decoder: str = opt("micro", "caption decoder, by size (python decoder.py lists them)", tuple(decoder.FAMILY))
+    objective: str = opt("openvision2", "what is trained: the method, or a system it is compared with (baselines.py), where keep_ratio and prefix play no part",
+                         ("openvision2", *baselines.OBJECTIVES))
     keep_ratio: float = opt(0.35, "share of patch tokens that the decoder sees, drawn anew each step; lower is faster")
     prefix: str = opt("causal", "whether image tokens in the decoder see only those before them, or all", ("causal", "bidirectional"))
     cls: bool = opt(False, "give the encoder a CLS token, as the released weights have")
@@ -152,6 +154,19 @@ def models(cfg: Config, vocab: int) -> tuple[vit.ViTConfig, decoder.DecoderConfi
     return enc, decoder.config(cfg.decoder, vocab, enc.width, prefix=cfg.prefix, loss_chunk=cfg.loss_chunk, **how)
 
 
+class Model(NamedTuple):
+    """What a step needs to know of the networks."""
+    encoder: vit.ViTConfig
+    decoder: decoder.DecoderConfig
+    keep_ratio: float
+    objective: str = "openvision2"
+    length: int = 0  # text positions, of which a baseline's text encoder and CapPa's decoder have a table
+
+
+def model(cfg: Config) -> Model:
+    return Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio, cfg.objective, cfg.text_length)
+
+
 def check(cfg: Config, devices: int = 1) -> None:
     """ConfigError for what cannot work, before anything is read or compiled. devices: all that share a batch."""
     try:
@@ -167,7 +182,14 @@ def check(cfg: Config, devices: int = 1) -> None:
         if not low <= getattr(cfg, name) <= high:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {'above 0' if low == 1e-9 else f'at least {low}'}"
                               f", at most {high}")
+    if cfg.objective in ("clip", "openvision") and cfg.accum > 1:
+        raise ConfigError(f"--objective {cfg.objective} contrasts all pictures of a batch with one another, which --accum {cfg.accum} would part: "
+                          "leave it at 1")
+    if cfg.objective == "openvision" and not cfg.alt:
+        raise ConfigError("--objective openvision reads a web caption beside the dense one: name its field with --alt")
     for stage in stages(cfg):
+        if cfg.objective == "aimv2" and stage.resolution < 2 * enc.patch:
+            raise ConfigError(f"--objective aimv2 predicts a patch from those before it: stage {stage.number} needs a resolution of {2 * enc.patch} or more")
         if stage.resolution < enc.patch:
             raise ConfigError(f"--stages: resolution {stage.resolution} of stage {stage.number} is below the patch size {enc.patch} of {cfg.encoder}: "
                               f"take {enc.patch} or more")
@@ -206,20 +228,21 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 
 def describe(cfg: Config) -> str:
     """What a run is and costs: the resolved config, parameters, and for each stage tokens, FLOPs and steps."""
-    enc, dec = models(cfg, cfg.vocab_size)
-    sizes = vit.count(vit.weights(enc)), vit.count(decoder.weights(dec))
+    run = model(cfg)
+    sizes = {name: vit.count(part) for name, part in ({"encoder": vit.weights(run.encoder)} | baselines.weights(run)).items()}
     # OpenAI's CLIP papers count a ViT's learned position table and output projection too: with those, 304 M for L/14.
     lines = [json.dumps(dataclasses.asdict(cfg), indent=1),
-             f"parameters   encoder {sizes[0] / 1e6:.1f} M, decoder {sizes[1] / 1e6:.1f} M"]
+             "parameters   " + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items())]
     T, total, seen, work = cfg.text_length - 1, 0, 0, 0.0
     for s in stages(cfg):
-        N = (s.resolution // enc.patch) ** 2
-        K = masking.kept_count(N, cfg.keep_ratio)
-        rest = f" (the last {s.resolution % enc.patch} px at the right and bottom fill none)" if s.resolution % enc.patch else ""
-        parts = vit.flops(enc, s.resolution), decoder.flops(dec, K, T)
-        total, seen, work = total + s.steps, seen + s.steps * s.batch, work + 3 * sum(parts) * s.steps * s.batch
+        N = (s.resolution // run.encoder.patch) ** 2
+        K = baselines.kept(run, N)
+        rest = f" (the last {s.resolution % run.encoder.patch} px at the right and bottom fill none)" if s.resolution % run.encoder.patch else ""
+        parts = baselines.flops(run, s.resolution, cfg.text_length)
+        each = sum(parts.values())
+        total, seen, work = total + s.steps, seen + s.steps * s.batch, work + 3 * each * s.steps * s.batch
         lines.append(f"stage {s.number}      {s.resolution} px: {N} patch tokens{rest}, {K} kept, {T} text positions; "
-                     f"{sum(parts) / 1e9:.2f} GFLOPs an image forward "
-                     f"(encoder {parts[0] / 1e9:.2f}, decoder {parts[1] / 1e9:.2f}); {s.steps:,} steps of {s.batch:,} at peak lr {s.lr:g}, "
+                     f"{each / 1e9:.2f} GFLOPs an image forward "
+                     f"({', '.join(f'{name} {part / 1e9:.2f}' for name, part in parts.items())}); {s.steps:,} steps of {s.batch:,} at peak lr {s.lr:g}, "
                      f"warm-up {s.warmup:,} steps")
     return "\n".join([*lines, f"in all       {total:,} steps, {seen:,} images, {work:.3g} FLOPs forward and backward"])

@@ -86,12 +86,16 @@ def embed(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderCo
 
 
 @jax.named_scope("decoder")
-def features(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """What the head reads: (B,T,D), one vector a text position, which predicts the word that comes next."""
+def sequence(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
+    """What comes out of the blocks, before the norm: (B,K+T,D)."""
     K, T = image_tokens.shape[1], text.shape[1]
     x = embed(params, image_tokens, text, cfg)
-    x, _ = stack(x, params["blocks"], cfg, mask=visible(K, K + T, cfg.prefix), exact_gelu=False)
-    return layer_norm(x[:, K:], params["norm"])
+    return stack(x, params["blocks"], cfg, mask=visible(K, K + T, cfg.prefix), exact_gelu=False)[0]
+
+
+def features(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
+    """What the head reads: (B,T,D), one vector a text position, which predicts the word that comes next."""
+    return layer_norm(sequence(params, image_tokens, text, cfg)[:, image_tokens.shape[1]:], params["norm"])
 
 
 def logits(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
@@ -101,11 +105,15 @@ def logits(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderC
 
 def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
     """Cross-entropy of each caption: (B,) fp32, summed over its words and eos. Bos and pad are no targets.
-    The mean loss is this over `target_count`. The released code multiplies that by 2, which under Adam is no change.
+    The mean loss is this over `target_count`. The released code multiplies that by 2, which under Adam is no change."""
+    return word_loss(params, features(params, image_tokens, text[:, :-1], cfg), text[:, 1:], cfg)
+
+
+def word_loss(params: dict, hidden: jax.Array, targets: jax.Array, cfg: DecoderConfig) -> jax.Array:
+    """Cross-entropy of the words targets (B,T) by the head on hidden (B,T,D): (B,) fp32, summed over what is not pad.
 
     The logits exist for one piece of `loss_chunk` text positions at a time, in the backward pass too: at V = 32,000,
     the batch's logits would weigh more than all else together."""
-    hidden, targets = features(params, image_tokens, text[:, :-1], cfg), text[:, 1:]     # (B,T-1,D), (B,T-1)
     B, T, D = hidden.shape
 
     @jax.named_scope("loss")

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import baselines
 import data
 import sources
 from config import Config
@@ -28,17 +30,24 @@ from masking import keep
 from vit import vit
 
 
+def keys(batch: dict) -> jax.Array:
+    """Of all draws, one a picture (B,)."""
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch["row"])
+
+
 def look(params: dict, batch: dict, model: Any) -> tuple[jax.Array, jax.Array]:
     """Kept image tokens (B,K,D) of held-out pictures and which they are (B,K): the draw depends on the picture's
     place in the held-out set alone, so that every evaluation of every run sees the same patches."""
     tokens = vit(params["encoder"], batch["images"], model.encoder)["tokens"]
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch["row"])
-    return keep(keys, tokens, model.keep_ratio)
+    return keep(keys(batch), tokens, model.keep_ratio)
 
 
 def make_loss(model: Any, devices: list | None = None) -> Any:
-    """pmapped (params, batch) -> (summed loss, predicted words), over the batches of all devices."""
+    """pmapped (params, batch) -> (summed loss, predicted words), over the batches of all devices. A baseline has its own two sums;
+    where it contrasts, then within the evaluated batch."""
     def loss(params, batch):
+        if model.objective != "openvision2":
+            return jax.lax.psum(baselines.HELD_OUT[model.objective](params, batch, keys(batch), model), "devices")
         kept, _ = look(params, batch, model)
         sums = caption_loss(params["decoder"], kept, batch["text"], model.decoder).sum(), target_count(batch["text"]).sum()
         return jax.lax.psum(sums, "devices")
@@ -46,10 +55,16 @@ def make_loss(model: Any, devices: list | None = None) -> Any:
 
 
 def make_captions(model: Any, length: int, devices: list | None = None) -> Any:
-    """pmapped (params, batch) -> greedy captions (B,T) and kept patches (B,K) of the whole batch, on every device."""
+    """pmapped (params, batch) -> greedy captions (B,T), empty where the objective makes none, and kept patches (B,K) of the whole
+    batch, on every device."""
     def captions(params, batch):
-        kept, chosen = look(params, batch, model)
-        found = generate(params["decoder"], kept, model.decoder, length), chosen
+        if model.objective == "openvision2":
+            kept, chosen = look(params, batch, model)
+            found = generate(params["decoder"], kept, model.decoder, length), chosen
+        else:
+            B, N = len(batch["text"]), (batch["images"].shape[1] // model.encoder.patch) ** 2
+            tell = baselines.TELL.get(model.objective)
+            found = tell(params, batch, model) if tell else jnp.zeros_like(batch["text"]), jnp.broadcast_to(jnp.arange(N), (B, N))
         return jax.tree.map(functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True), found)
     return jax.pmap(captions, axis_name="devices", devices=devices)
 
@@ -80,6 +95,7 @@ class HeldOut:
             mine = np.stack([b[name] for b, _ in self.batches])
             return np.concatenate(place.everyones(mine), axis=1).reshape(-1, *mine.shape[2:])
         self.index, self.texts = everyones("index"), {name: everyones(name) for name in reader.fields}
+        self.tells = model.objective == "openvision2" or model.objective in baselines.TELL
         self.rows = place.share(batch), batch
         self.loss, self.captions = make_loss(model, place.pmap), make_captions(model, cfg.text_length, place.pmap)
 
@@ -99,13 +115,17 @@ class HeldOut:
         return out
 
     def blind(self) -> float | None:
-        """For `scenes`, the least loss a word that can be had without looking (None for other data)."""
-        if not isinstance(self.reader.source, sources.Scenes):
-            return None
-        texts = [self.reader.tokenizer.encode(self.reader.source.caption(i), self.length) for i in range(self.count)]
-        if any(t[-1] for t in texts):
-            return None  # a caption may be cut: what is left of its entropy is not known
-        return sum(self.reader.source.surprise(i) for i in range(self.count)) / sum((t[1:] != 0).sum() for t in texts)
+        """The least loss that can be had without looking, where it is known: for `scenes`, and for CLIP, whose loss is among the
+        pictures of an evaluated batch."""
+        surprise = words = None
+        if isinstance(self.reader.source, sources.Scenes):
+            texts = [self.reader.tokenizer.encode(self.reader.source.caption(i), self.length) for i in range(self.count)]
+            if not any(t[-1] for t in texts):  # else a caption may be cut: what is left of its entropy is not known
+                surprise = np.array([self.reader.source.surprise(i) for i in range(self.count)])
+                words = np.array([(t[1:] != 0).sum() for t in texts])
+        pictures = np.concatenate([batch["images"][:real] for batch, real in self.batches])
+        return baselines.floor(self.model.objective, [real for _, real in self.batches], surprise, words,
+                               lambda: baselines.pixel_targets(pictures, self.model.encoder.patch))
 
     def write(self, params: Any, count: int | None = None) -> Iterator[tuple[int, str, np.ndarray]]:
         """(sample, greedy caption, kept patches (K,)) of held-out pictures, `count` or all."""

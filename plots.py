@@ -49,7 +49,7 @@ def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict
     for tick in np.linspace(0, x1, 6):
         pen.text((at(tick, 0)[0], H - bottom + 8), f"{tick:,.0f}", fill=GRAY, font=font, anchor="ma")
     pen.text((W - right, H - 4), across, fill=GRAY, font=font, anchor="rb")
-    pen.text((8, 12), "caption loss (nats a word)", fill=GRAY, font=font)
+    pen.text((8, 12), "loss (of captions: nats a word)", fill=GRAY, font=font)
     for x, text in switches.items():
         pen.line((*at(x, y0), *at(x, y1)), fill=GRAY)
         pen.text((at(x, y1)[0] + 4, top - 2), text, fill=GRAY, font=font)
@@ -102,8 +102,8 @@ def wrap(text: str, width: float, font: Any) -> str:
     return "\n".join(lines)
 
 
-def samples(path: str, items: list[tuple[np.ndarray, np.ndarray, int, str, str, bool]], columns: int = 2) -> None:
-    """Held-out pictures: (pixels (R,R,3), kept patches (K,), patch size in pixels, true caption, generated caption,
+def samples(path: str, items: list[tuple[np.ndarray, np.ndarray, int, str, str | None, bool]], columns: int = 2) -> None:
+    """Held-out pictures: (pixels (R,R,3), kept patches (K,), patch size in pixels, true caption, generated caption or None,
     whether it is right). Beside each picture: the patches that the decoder was given, the others dimmed; right ones green."""
     side, width, height = 160, 2 * 160 + 300, 176
     font = ImageFont.load_default(13)
@@ -123,7 +123,8 @@ def samples(path: str, items: list[tuple[np.ndarray, np.ndarray, int, str, str, 
         text = wrap(truth, 270, font)
         pen.multiline_text((x + 2 * side + 14, y), text, fill="black", font=font)
         below = pen.multiline_textbbox((0, 0), text, font=font)[3] + 8
-        pen.multiline_text((x + 2 * side + 14, y + below), wrap(said or "(nothing)", 270, font), fill=INKS[2] if right else INKS[0], font=font)
+        if said is not None:
+            pen.multiline_text((x + 2 * side + 14, y + below), wrap(said or "(nothing)", 270, font), fill=INKS[2] if right else INKS[0], font=font)
     sheet.save(path)
 
 

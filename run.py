@@ -11,22 +11,22 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+import baselines
 import checkpoint
 import data
-import decoder
 import evaluate
 import plots
 import sources
 import tokenizer
 import vit
 import watch
-from config import Config, ConfigError, Stage, models, stages
+from config import Config, ConfigError, Model, Stage, model, stages
 from devices import Place
 
 FREE = ("out", "workers", "log_every", "eval_every", "save_every", "keep_last", "milestone_every", "max_bad", "devices", "distributed", "unroll",
@@ -37,17 +37,11 @@ class Stop(Exception):
     """Training cannot go on; the message says why."""
 
 
-class Model(NamedTuple):
-    """What a step needs to know of the two networks."""
-    encoder: vit.ViTConfig
-    decoder: decoder.DecoderConfig
-    keep_ratio: float
-
-
 def init(cfg: Config, model: Model) -> dict:
-    """{"encoder": ..., "decoder": ...}: the parameters that a run starts from."""
+    """{"encoder": ..., "decoder": ...} (other parts for a baseline): the parameters that a run starts from."""
     key = jax.random.key(cfg.seed)
-    return {"encoder": vit.init(jax.random.fold_in(key, 0), model.encoder), "decoder": decoder.init(jax.random.fold_in(key, 1), model.decoder)}
+    parts = {"encoder": vit.weights(model.encoder)} | baselines.weights(model)
+    return {name: vit.initialise(jax.random.fold_in(key, n), declared) for n, (name, declared) in enumerate(parts.items())}
 
 
 def open_data(cfg: Config) -> tuple[Any, Any]:
@@ -101,7 +95,7 @@ class Run:
         for name, seen in place.told(lambda: self.prints).items():
             if seen != self.prints[name]:
                 raise ConfigError(f"the {name} here is {self.prints[name]}, and in process 0 {seen}: all processes must find the same files")
-        self.model, self.arrays = Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio), None
+        self.model, self.arrays = model(cfg), None
         self.state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "train_images": 0, "best_shuffled": None, "window": [], "unmeasured": False,
                       "bad_samples": 0} | place.told(self.resume)
         self.begun = time.time() - self.state["seconds"]
@@ -307,13 +301,13 @@ class Run:
         if self.place.first:
             checkpoint.save(self.path("encoder.npz"), one["encoder"], {"encoder": dataclasses.asdict(self.model.encoder),
                                                                        "resolution": last.resolution, "config": dataclasses.asdict(self.cfg)})
-        losses, items = self.held.losses(params), []
+        losses, items, tells = self.held.losses(params), [], self.held.tells
         for i, said, chosen in self.held.write(params, 12):
             truth = self.tok.decode(self.tok.encode(self.val_source.caption(i), self.cfg.text_length))
             grade = self.val_source.grade(said, i) if isinstance(self.val_source, sources.Scenes) else {}
             right = grade["exact"][0] == 1 if grade else truth == said
-            items.append((data.to_pixels(self.val_source.picture(i), last.resolution), chosen, self.model.encoder.patch, truth, said, right))
-        graded = evaluate.grades(self.held, params) if isinstance(self.val_source, sources.Scenes) else {}
+            items.append((data.to_pixels(self.val_source.picture(i), last.resolution), chosen, self.model.encoder.patch, truth, said if tells else None, right))
+        graded = evaluate.grades(self.held, params) if isinstance(self.val_source, sources.Scenes) and tells else {}
         if not self.place.first:
             return
         plots.samples(self.path("samples.png"), items)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import baselines
 import checkpoint
 import decoder
 import sources
@@ -32,27 +33,31 @@ from run import Model, Run, Stop, init
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
-def method(params: dict, batch: dict, keys: jax.Array, model: Model) -> jax.Array:
-    """OpenVision 2: the summed caption loss of a batch. This, and its gradient, is all the training signal there is."""
+def method(params: dict, batch: dict, keys: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
+    """OpenVision 2: the summed caption loss of a batch, and the words in it. This, and its gradient, is all the training signal there is."""
     tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]         # every patch is encoded
     kept, _ = keep(keys, tokens, model.keep_ratio)                                        # a random third is kept
-    return decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder).sum()  # and must tell the caption
+    losses = decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder)  # and must tell the caption
+    return losses.sum(), decoder.target_count(batch["text"]).sum()
+
+
+OBJECTIVES = {"openvision2": method} | baselines.OBJECTIVES
 
 
 def light(params: dict, model: Model) -> dict:
     """The blocks' matmul weights in the dtype of the matmuls, cast before the loops over layers and not in them: XLA would
     hold these copies either way, and so the gradients too take half the bytes until they are summed, in fp32."""
     def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x.astype(model.encoder.dtype) if "blocks" in (p.key for p in path) and path[-2].key not in ("norm1", "norm2") else x
+        return x.astype(model.encoder.dtype) if "blocks" in (p.key for p in path) and not path[-2].key.startswith("norm") else x
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, accum: int = 1,
               devices: list | None = None, shard: bool = False, clip: float = 0.0) -> Callable:
     """The training step, pmapped: (params, opt_state, batch) -> (params, opt_state, metrics), all with a leading axis
-    of local devices; the batch is {"images" (B,R,R,3) uint8, "text" (B,T), "row" (B,)} a device.
+    of local devices; the batch is {"images" (B,R,R,3) uint8, "text" (B,T), "row" (B,)} a device, with a second caption "alt" (B,T) where one is read.
 
-    Sums of loss and words cross the devices, and the division comes after: so the update is that of the whole batch,
+    Sums of loss and words (of what the model's objective counts) cross the devices, and the division comes after: so the update is that of the whole batch,
     however it is shared out, or cut into `accum` pieces. A row's mask is drawn from its position in the run.
     With `shard`, each device keeps the optimizer state of its own slice of the parameters, updates that, and all
     exchange the new slices (ZeRO, arXiv:1910.02054, stage 1): the same update in less memory."""
@@ -60,8 +65,8 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, seed: int, 
 
     def piece(params, batch):
         keys = jax.vmap(lambda row: jax.random.fold_in(root, row))(batch["row"])
-        loss, grads = jax.value_and_grad(method)(light(params, model), batch, keys, model)
-        return grads, (loss, decoder.target_count(batch["text"]).sum())
+        sums, grads = jax.value_and_grad(OBJECTIVES[model.objective], has_aux=True)(light(params, model), batch, keys, model)
+        return grads, sums
 
     def step(params, opt_state, batch):
         mine = params

@@ -150,11 +150,11 @@ def block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exac
     return x, {"keys": k, "values": v, "looks": looks}
 
 
-def stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (), **how: Any) -> tuple[jax.Array, dict]:
+def stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (), layer: Any = block, **how: Any) -> tuple[jax.Array, dict]:
     """Run all L blocks: one compiled body scanned over the leading axis of the weights. cfg gives heads, remat and
-    unroll; `how` goes to `block`. Returns x and the wanted by-products, each with a leading L."""
+    unroll; `how` goes to `layer`. Returns x and the wanted by-products, each with a leading L."""
     def body(x, w):
-        x, extra = block(x, w, cfg.heads, **how)
+        x, extra = layer(x, w, cfg.heads, **how)
         return x, {name: extra[name] for name in wanted}
     if cfg.remat != "none":
         body = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
@@ -199,8 +199,9 @@ def patchify(images: jax.Array, patch: int) -> jax.Array:
 
 
 @jax.named_scope("encoder")
-def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False) -> dict:
-    """images (B,R,R,3), uint8 or already normalised floats. Returns by name:
+def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False, mask: jax.Array | None = None) -> dict:
+    """images (B,R,R,3), uint8 or already normalised floats; mask, broadcastable to (B,H,S,S): who may look at whom (None: all at
+    all, which is the method). Returns by name:
 
     tokens (B,N,D)         patch tokens before the final norm: what the decoder eats, and a multimodal model should
     pooled (B,D)           mean of the patch tokens, then the final norm (released pooling; CLS left out). The caption loss gives
@@ -215,7 +216,7 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
     if cfg.cls:                                                                 # its row of the table is zeros
         cls = jnp.broadcast_to(params["cls"]["embedding"].astype(x.dtype), (x.shape[0], 1, cfg.width))
         x = jnp.concatenate([cls, x], axis=1)                                   # (B,1+N,D)
-    x, extra = stack(x, params["blocks"], cfg, wanted=("looks",) if attention else ())
+    x, extra = stack(x, params["blocks"], cfg, wanted=("looks",) if attention else (), mask=mask)
     tokens = x[:, int(cfg.cls):]
     out = {"tokens": tokens, "pooled": layer_norm(tokens.mean(1), params["norm"])}
     if cfg.cls:

@@ -21,7 +21,7 @@ def counted(cfg: Config, backward: bool) -> float:
     """FLOPs an image by XLA's own count, which sees every layer of an unrolled model."""
     model, batch = bench_step.make_model(cfg), bench_step.make_batch(cfg, 48, 4)
     params = jax.eval_shape(lambda: bench_step.init(cfg, model))
-    run = jax.value_and_grad(train.method) if backward else train.method
+    run = jax.value_and_grad(train.method, has_aux=True) if backward else train.method
     keys = jax.random.split(jax.random.key(0), 4)
     return jax.jit(run, static_argnums=3).lower(params, batch, keys, model).cost_analysis()["flops"] / 4
 
