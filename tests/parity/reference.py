@@ -78,8 +78,8 @@ def positions(grid, width, device):
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1).float().to(device)
 
 
-def encoder(params, images, cfg, maps=None):
-    """uint8 images (B,R,R,3) to all tokens (B,S,D), patch tokens (B,N,D) and pooled (B,D)."""
+def encoder(params, images, cfg, maps=None, **see):
+    """uint8 images (B,R,R,3) to all tokens (B,S,D), patch tokens (B,N,D) and pooled (B,D). `see` may hold an attn_mask."""
     dtype, P = getattr(torch, cfg.dtype), cfg.patch
     x = images.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(s, device=x.device).view(3, 1, 1) for s in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -91,7 +91,7 @@ def encoder(params, images, cfg, maps=None):
     if "cls" in params:
         cls = params["cls"]["embedding"].to(dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1)
-    x = transformer(x, params["blocks"], cfg.heads, "none", maps)
+    x = transformer(x, params["blocks"], cfg.heads, "none", maps, **see)
     tokens = x[:, -N:]
     return x, tokens, norm(tokens.mean(1), params["norm"])
 
@@ -101,8 +101,8 @@ def gather(tokens, chosen):
     return tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def decoder(params, image_tokens, text, cfg):
-    """image_tokens (B,K,E) and text (B,T) to logits (B,T,V)."""
+def sequence(params, image_tokens, text, cfg):
+    """image_tokens (B,K,E) and text (B,T) to normed (B,K+T,D)."""
     dtype, K = getattr(torch, cfg.dtype), image_tokens.shape[1]
     image = linear(image_tokens.to(dtype), params["project"])
     x = torch.cat([image, F.embedding(text, params["embed"]["embedding"].to(dtype))], dim=1)
@@ -112,8 +112,12 @@ def decoder(params, image_tokens, text, cfg):
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         mask[:K, :K] = True
         see = {"attn_mask": mask}
-    x = transformer(x, params["blocks"], cfg.heads, "tanh", **see)
-    return linear(norm(x[:, K:], params["norm"]), params["head"]).float()
+    return norm(transformer(x, params["blocks"], cfg.heads, "tanh", **see), params["norm"])
+
+
+def decoder(params, image_tokens, text, cfg):
+    """image_tokens (B,K,E) and text (B,T) to logits (B,T,V)."""
+    return linear(sequence(params, image_tokens, text, cfg)[:, image_tokens.shape[1]:], params["head"]).float()
 
 
 def mean_loss(encoder_params, decoder_params, images, chosen, text, encoder_cfg, decoder_cfg):
