@@ -42,7 +42,7 @@ def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., str]:
     def write(params, images, key, top_p):
         tokens = vit(params["encoder"], images, encoder_cfg)["tokens"]                         # (1,N,D)
         patches, words = jax.random.split(key)
-        kept, _ = keep(patches[None], tokens, keep_ratio or settings.keep_ratio)               # (1,K,D)
+        kept, _ = keep(patches[None], tokens, keep_ratio or settings.keep_ratio, settings.shuffle)  # (1,K,D)
         return decoder.generate(params["decoder"], kept, decoder_cfg, settings.text_length, words if top_p else None, top_p)
 
     def caption(picture, seed: int = 0, sample: int = 0, top_p: float = 0.0) -> str:

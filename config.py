@@ -49,7 +49,9 @@ class Config:
     objective: str = opt("openvision2", "what is trained: the method, or a system it is compared with (baselines.py), where keep_ratio and prefix play no part",
                          ("openvision2", *baselines.OBJECTIVES))
     keep_ratio: float = opt(0.35, "share of patch tokens that the decoder sees, drawn anew each step; lower is faster")
+    shuffle: bool = opt(False, "hand the kept tokens to the decoder in random order, not in that of the picture (the paper does not say)")
     prefix: str = opt("causal", "whether image tokens in the decoder see only those before them, or all", ("causal", "bidirectional"))
+    text_positions: bool = opt(False, "give the caption's words sin-cos positions; as released the causal mask alone orders them")
     cls: bool = opt(False, "give the encoder a CLS token, as the released weights have")
     positions: int = opt(0, "grid side of a learned position table; 0 for the sin-cos formula, which fits any grid")
     init: str = opt("", "start from this encoder: a run's folder, its encoder.npz, or what convert.py imported; the decoder starts anew")
@@ -151,7 +153,7 @@ def models(cfg: Config, vocab: int) -> tuple[vit.ViTConfig, decoder.DecoderConfi
     """Encoder and decoder as the run has them, the word table with `vocab` rows."""
     how = {"dtype": cfg.dtype, "remat": cfg.remat, "unroll": cfg.unroll}
     enc = vit.config(cfg.encoder, cls=cfg.cls, positions=cfg.positions, **how)
-    return enc, decoder.config(cfg.decoder, vocab, enc.width, prefix=cfg.prefix, loss_chunk=cfg.loss_chunk, **how)
+    return enc, decoder.config(cfg.decoder, vocab, enc.width, prefix=cfg.prefix, positions=cfg.text_positions, loss_chunk=cfg.loss_chunk, **how)
 
 
 class Model(NamedTuple):
@@ -160,11 +162,12 @@ class Model(NamedTuple):
     decoder: decoder.DecoderConfig
     keep_ratio: float
     objective: str = "openvision2"
+    shuffle: bool = False
     length: int = 0  # text positions, of which a baseline's text encoder and CapPa's decoder have a table
 
 
 def model(cfg: Config) -> Model:
-    return Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio, cfg.objective, cfg.text_length)
+    return Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio, cfg.objective, cfg.shuffle, cfg.text_length)
 
 
 def check(cfg: Config, devices: int = 1) -> None:

@@ -2,7 +2,7 @@
 
 It exists to train the encoder: "simple concatenation of visual tokens in the text decoder", where CapPa has
 cross-attention. The released layout: token table, image projection without bias, pre-norm blocks with tanh gelu, final
-norm, untied head without bias, and no position embedding: the causal mask alone orders the words.
+norm, untied head without bias, and no position embedding (but for --text-positions): the causal mask alone orders the words.
 
 Letters: B images, K image tokens, T text positions, S = K + T, D width, H heads, V words, E encoder width, L layers.
 Text is [bos] words [eos], padded with 0. The word at place t is predicted from all image tokens and the words before t.
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layers import layer_norm, linear
 from vit import Weight, block, block_flops, block_weights, count, dense, initialise, norm_weights, stack
@@ -44,6 +45,7 @@ class DecoderConfig:
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    positions: bool = False    # sin-cos positions for the words, which the released decoder has not
     loss_chunk: int = 0        # text positions a piece of the loss; 0 for all at once
 
 
@@ -78,11 +80,20 @@ def visible(K: int, S: int, prefix: str) -> jax.Array:
     return (j <= i) | ((i < K) & (j < K)) if prefix == "bidirectional" else j <= i
 
 
+def words(params: dict, text: jax.Array, cfg: DecoderConfig, first: int = 0) -> jax.Array:
+    """Vectors (B,T,D) of text (B,T), which begins at position `first`."""
+    x = params["embed"]["embedding"].astype(cfg.dtype)[text]
+    if cfg.positions:
+        omega = 10000.0 ** (-np.arange(cfg.width // 2) / (cfg.width // 2))
+        angle = (first + jnp.arange(text.shape[1]))[:, None] * omega
+        x = x + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1).astype(cfg.dtype)
+    return x
+
+
 def embed(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
     """image_tokens (B,K,E), text (B,T) int32 to the sequence (B,K+T,D)."""
     image = linear(image_tokens.astype(cfg.dtype), params["project"])
-    words = params["embed"]["embedding"].astype(cfg.dtype)[text]
-    return jnp.concatenate([image, words], axis=1)
+    return jnp.concatenate([image, words(params, text, cfg)], axis=1)
 
 
 @jax.named_scope("decoder")
@@ -179,14 +190,13 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
     def write(state, t):
         scores, cache, done = state
         word = jnp.where(done, PAD, choose(scores, t))
-        x = params["embed"]["embedding"].astype(cfg.dtype)[word][:, None]
-        scores, cache = read(x, cache, K + t)
+        scores, cache = read(words(params, word[:, None], cfg, t), cache, K + t)
         return (scores, cache, done | (word == EOS)), word
 
     empty = jnp.zeros((cfg.layers, B, S, cfg.heads, Dh), cfg.dtype)
     scores, cache = read(embed(params, image_tokens, bos, cfg), (empty, empty), 0)
-    _, words = jax.lax.scan(write, (scores, cache, jnp.zeros(B, bool)), jnp.arange(1, length))
-    return jnp.concatenate([bos, words.T], axis=1)
+    _, told = jax.lax.scan(write, (scores, cache, jnp.zeros(B, bool)), jnp.arange(1, length))
+    return jnp.concatenate([bos, told.T], axis=1)
 
 
 def flops(cfg: DecoderConfig, K: int, T: int) -> float:

@@ -39,7 +39,7 @@ def look(params: dict, batch: dict, model: Any) -> tuple[jax.Array, jax.Array]:
     """Kept image tokens (B,K,D) of held-out pictures and which they are (B,K): the draw depends on the picture's
     place in the held-out set alone, so that every evaluation of every run sees the same patches."""
     tokens = vit(params["encoder"], batch["images"], model.encoder)["tokens"]
-    return keep(keys(batch), tokens, model.keep_ratio)
+    return keep(keys(batch), tokens, model.keep_ratio, model.shuffle)
 
 
 def make_loss(model: Any, devices: list | None = None) -> Any:

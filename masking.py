@@ -18,19 +18,19 @@ def kept_count(n: int, keep_ratio: float) -> int:
     return max(1, int(n * keep_ratio))
 
 
-def keep_indices(keys: jax.Array, n: int, k: int) -> jax.Array:
+def keep_indices(keys: jax.Array, n: int, k: int, shuffled: bool = False) -> jax.Array:
     """keys (B,), one an image, so that an image's draw does not depend on which device or batch row it lands on.
-    Returns (B,K) int32: k distinct patches of n, every subset equally likely, in the order of the picture."""
+    Returns (B,K) int32: k distinct patches of n, every subset equally likely, in the order of the picture, or in any order."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)           # (B,N)
     _, chosen = jax.lax.top_k(noise, k)
-    return jnp.sort(chosen, axis=-1).astype(jnp.int32)
+    return (chosen if shuffled else jnp.sort(chosen, axis=-1)).astype(jnp.int32)
 
 
 @jax.named_scope("keep")
-def keep(keys: jax.Array, tokens: jax.Array, keep_ratio: float) -> tuple[jax.Array, jax.Array]:
+def keep(keys: jax.Array, tokens: jax.Array, keep_ratio: float, shuffled: bool = False) -> tuple[jax.Array, jax.Array]:
     """tokens (B,N,D) to the kept ones (B,K,D) and which they are (B,K)."""
     N = tokens.shape[1]
-    chosen = keep_indices(keys, N, kept_count(N, keep_ratio))
+    chosen = keep_indices(keys, N, kept_count(N, keep_ratio), shuffled)
     return jnp.take_along_axis(tokens, chosen[:, :, None], axis=1), chosen
 
 

@@ -36,7 +36,7 @@ from run import Model, Run, Stop, init
 def method(params: dict, batch: dict, keys: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
     """OpenVision 2: the summed caption loss of a batch, and the words in it. This, and its gradient, is all the training signal there is."""
     tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]         # every patch is encoded
-    kept, _ = keep(keys, tokens, model.keep_ratio)                                        # a random third is kept
+    kept, _ = keep(keys, tokens, model.keep_ratio, model.shuffle)                         # a random third is kept
     losses = decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder)  # and must tell the caption
     return losses.sum(), decoder.target_count(batch["text"]).sum()
 

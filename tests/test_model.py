@@ -216,6 +216,15 @@ def test_kept_patches_are_uniform():
     assert ((singles - 10_000) ** 2 / 10_000).sum() < 25.7
 
 
+def test_shuffled_patches_come_in_every_order_alike():
+    """Chi-square over the 6 x 5 x 4 orders of 3 out of 6; 99.99% bound for 119 degrees of freedom."""
+    chosen = np.asarray(masking.keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3, True))
+    _, counts = np.unique(chosen @ [36, 6, 1], return_counts=True)
+    assert len(counts) == 120 and ((counts - 20_000 / 120) ** 2 * 120 / 20_000).sum() < 183
+    ordered = masking.keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3)
+    assert (np.sort(chosen, axis=1) == ordered).all()  # the same patches: only their order differs
+
+
 def test_kept_tokens_are_those_of_the_indices_whatever_the_batch():
     tokens, keys = jax.random.normal(jax.random.key(0), (5, 12, 3)), jax.random.split(jax.random.key(7), 5)
     kept, chosen = masking.keep(keys, tokens, 0.35)
@@ -253,6 +262,15 @@ def test_text_sees_the_whole_prefix_and_no_future(prefix):
     for k in range(4):
         moved = np.abs(decoder.logits(params, image.at[:, k].add(1.0), text, cfg) - base).max((0, 2))
         assert (moved > 0).all()
+
+
+def test_words_with_positions_differ_by_the_sin_cos_of_their_place():
+    cfg, params, _, text = decoder_case(positions=True)
+    added = decoder.words(params, text, cfg) - params["embed"]["embedding"][text]
+    place, D = np.arange(9)[:, None], cfg.width
+    turn = place / 10000.0 ** (2 * np.arange(D // 2) / D)
+    np.testing.assert_allclose(added, np.broadcast_to(np.concatenate([np.sin(turn), np.cos(turn)], 1), added.shape), atol=1e-5)
+    np.testing.assert_allclose(decoder.words(params, text[:, 4:5], cfg, 4), decoder.words(params, text, cfg)[:, 4:5], atol=1e-6)
 
 
 def test_prefix_option_is_about_image_tokens_alone():
@@ -298,9 +316,9 @@ def test_whole_batch_of_logits_never_exists_in_pieces():
     assert largest(4) < batch / 2 < batch < largest(0)
 
 
-@pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
-def test_cached_generation_is_the_uncached_forward(prefix):
-    cfg, params, image, _ = decoder_case(prefix)
+@pytest.mark.parametrize("prefix,positions", [("causal", False), ("bidirectional", False), ("causal", True)])
+def test_cached_generation_is_the_uncached_forward(prefix, positions):
+    cfg, params, image, _ = decoder_case(prefix, positions=positions)
     quick = np.asarray(jax.jit(lambda x: decoder.generate(params, x, cfg, 12))(image))
     slow = np.full((3, 1), decoder.BOS, np.int32)
     for _ in range(11):

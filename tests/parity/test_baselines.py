@@ -38,7 +38,7 @@ TEXT, ALT, REAL = tensor(BATCH["text"]), tensor(BATCH["alt"]), slice(0, B - 1)
 @functools.cache
 def ours(objective, cls=False):
     """(model, parameters, mean loss, gradients) in JAX."""
-    model = config.Model(dataclasses.replace(ENC, cls=cls), DEC, 1.0, objective, T)
+    model = config.Model(dataclasses.replace(ENC, cls=cls), DEC, 1.0, objective, length=T)
     rng = np.random.default_rng(5)
     declared = {"encoder": vit.weights(model.encoder)} | baselines.weights(model)
 
