@@ -1,0 +1,140 @@
+"""Pictures with labels: what is asked about them when features are judged.
+
+A scene's labels come from its record. Of other data they are fields of KEY.json (--label caption,group), or the text of KEY.txt.
+A label is one text a picture, or one for each place of a scene; "" where there is nothing to tell, as the colour of what
+stands in an empty place.
+
+Letters: n pictures, H heads (places where a label is told: 4, or 1), R pixels a side.
+
+    python labels.py WHERE [LABEL,LABEL]        counts the labels of 1,000 pictures
+"""
+import dataclasses
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import data
+import scenes
+import sources
+from sources import BadSample, DataError
+
+RAW = 24              # pixels a side of the raw pictures that stand beside the features
+UNSEEN = 1 << 30      # from this training scene on, none was ever trained on
+SCENE_LABELS = ("colour", "shape", "size", "place", "count", "word", "tone", "pattern")
+
+
+class Pictures:
+    """Samples of a source and their labels {name: (n,H) of str}. What is decoded or encoded is kept."""
+
+    def __init__(self, source: Any, indices: Sequence[int], labels: dict[str, np.ndarray], copies: int = 1, augment: data.Augment | None = None):
+        """copies: how often each picture comes, the first time as it is, then augmented."""
+        self.source, self.indices, self.copies, self.augment = source, list(indices), copies, augment
+        self.labels = {name: np.concatenate([found] * copies) for name, found in labels.items()}
+        self.known: dict[int, np.ndarray] = {}
+        self.seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self.indices) * self.copies
+
+    def again(self, copies: int, augment: data.Augment) -> "Pictures":
+        """The same pictures, and copies - 1 augmented ones of each."""
+        return Pictures(self.source, self.indices, self.labels, copies, augment)
+
+    def pixels(self, resolution: int) -> np.ndarray:
+        """(n,R,R,3) uint8, as held-out pictures are prepared: the whole, resized. Each picture is drawn once, at RAW pixels too."""
+        if resolution not in self.known:
+            sides = {resolution, RAW}
+            for side in sides:
+                self.known[side] = np.empty((len(self), side, side, 3), np.uint8)
+            for n in range(len(self)):
+                how = self.augment if n >= len(self.indices) else None
+                for side in sides:
+                    picture = self.source.picture(self.indices[n % len(self.indices)])
+                    self.known[side][n] = data.to_pixels(picture, side, how, np.random.default_rng((n, 5)))
+        return self.known[resolution]
+
+    def features(self, encoder: Any) -> Any:
+        """features.Features of all pictures: an encoder runs once over them."""
+        if encoder not in self.seen:
+            self.seen[encoder] = encoder(self.pixels(encoder.resolution), batch=128)
+        return self.seen[encoder]
+
+
+def scene_labels(record: dict[str, Any]) -> dict[str, list[str]]:
+    """Of colour, shape and size one a place; of place whether it is taken; the rest one a scene."""
+    there = {o["place"]: o for o in record["objects"]}
+    told = {name: [there.get(place, {}).get(name, "") for place in scenes.PLACES] for name in ("colour", "shape", "size")}
+    return told | {"place": ["taken" if place in there else "free" for place in scenes.PLACES], "count": [str(len(there))],
+                   "word": [record["word"] or ""], "tone": [record["tone"]], "pattern": [record["pattern"]]}
+
+
+@functools.lru_cache(4)
+def scene_pictures(seed: int, split: str, count: int) -> Pictures:
+    """`count` scenes with their labels; those of the split "train" are none that a run has trained on."""
+    source = sources.Scenes(seed, split, count)
+    indices = range(UNSEEN, UNSEEN + count) if split == "train" else range(count)
+    told = [scene_labels(source.record(i)) for i in indices]
+    return Pictures(source, indices, {name: np.array([t[name] for t in told]) for name in SCENE_LABELS})
+
+
+def file_pictures(fields: dict[str, Any], count: int) -> Pictures:
+    """`count` samples at most of sources that differ in the caption field alone: {field: source}, whose captions are the labels."""
+    first, source = next(iter(fields.items()))
+    for name, other in fields.items():
+        if len(other) != len(source):
+            raise DataError(f"--label {name}: {len(other)} pictures have it, and {len(source)} have {first}: ask for them one at a time")
+    indices, told = [], {name: [] for name in fields}
+    for i in np.sort(sources.some(len(source), count)).tolist():
+        try:
+            found = {name: other.caption(i).strip() for name, other in fields.items()}
+            data.to_pixels(source.picture(i), RAW)
+        except BadSample:
+            continue
+        indices.append(i)
+        for name, text in found.items():
+            told[name].append([text])
+    if len(indices) < 2:
+        raise DataError(f"fewer than two pictures can be used that have the labels {', '.join(fields)}: name fields of KEY.json with --label")
+    return Pictures(source, indices, {name: np.array(texts) for name, texts in told.items()})
+
+
+def open_pictures(settings: Any, labels: Sequence[str], count: int) -> tuple[Pictures, Pictures]:
+    """(training, held-out) pictures of a run's settings with labels: count held-out ones at most, and four times as many to train on.
+    DataError says what is wrong with data or labels."""
+    import run
+    settings = dataclasses.replace(settings, val_count=count)
+    if settings.data == "scenes" and settings.val in ("", "scenes"):
+        if unknown := set(labels) - set(SCENE_LABELS):
+            raise DataError(f"--label {', '.join(sorted(unknown))}: scenes have {', '.join(SCENE_LABELS)}")
+        pair = scene_pictures(settings.seed, "train", 4 * count), scene_pictures(settings.seed, "val", count)
+        return tuple(pick(p, labels) for p in pair) if labels else pair
+    if not labels:
+        raise DataError(f"--label is missing: which fields of {settings.data}'s KEY.json are the classes, such as --label caption")
+    opened = {name: run.open_data(dataclasses.replace(settings, caption=name)) for name in labels}
+    return tuple(file_pictures({name: both[part] for name, both in opened.items()}, many) for part, many in ((0, 4 * count), (1, count)))
+
+
+def pick(pictures: Pictures, labels: Sequence[str]) -> Pictures:
+    """The same pictures with some of their labels, sharing all that is decoded and encoded."""
+    found = Pictures(pictures.source, pictures.indices, {name: pictures.labels[name] for name in labels})
+    found.known, found.seen = pictures.known, pictures.seen
+    return found
+
+
+if __name__ == "__main__":
+    import sys
+
+    from config import Config
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python labels.py WHERE [LABEL,LABEL]")
+    try:
+        _, found = open_pictures(Config(data=sys.argv[1]), sys.argv[2].split(",") if len(sys.argv) > 2 else (), 1000)
+    except DataError as problem:
+        sys.exit(f"error: {problem}")
+    for name, texts in found.labels.items():
+        counts = Counter(texts.ravel().tolist())
+        print(f"{name}: {len(counts)} kinds; " + ", ".join(f"{text or '(none)'} {n}" for text, n in counts.most_common(8)))

@@ -1,0 +1,278 @@
+"""What can be read from frozen features: a linear probe, an attention-pooled probe, and the nearest neighbours.
+
+The encoder stays as it is; only a reader is trained on its output, for each label: multinomial logistic regression on
+the pooled feature ("pooled"); the same on the patch tokens, mixed as one learned query a label wants ("attended"); the
+nearest training pictures by cosine ("neighbours"). What a reader finds may have been there without learning: so beside stand
+the same readers of an encoder with random parameters, and of the raw pixels (24 x 24, RGB), and the commonest label.
+
+Letters: n pictures, N patches, D width, T tasks (a label in one place of a scene is one), C classes of all tasks side by side.
+"""
+import copy
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import data
+import vit
+from labels import RAW, Pictures
+
+L2 = (1e-3, 1e-2, 1e-1, 1.0)  # strengths to choose from
+NEIGHBOURS = (1, 3, 5, 10, 20)      # likewise
+LEADING = 512                       # directions of a feature that are read: the pixels have 1,728
+COPIES = 5                          # of a training picture, if it is the only one of its class; see `tasks`
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+def tasks(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> tuple[list[str], tuple[int, ...], np.ndarray, np.ndarray]:
+    """Labels (n,H) of str to (label name of each task, classes of each, training classes (n,T), held-out classes (m,T)); -1 where a
+    picture has no label, or one that no training picture has."""
+    names, sizes, columns = [], [], ([], [])
+    for name, told in train.items():
+        kinds = sorted(set(told.ravel().tolist()) - {""})
+        if len(kinds) < 2:
+            continue                                     # there is nothing to tell apart
+        number = {kind: i for i, kind in enumerate(kinds)}
+        for head in range(told.shape[1]):
+            names.append(name)
+            sizes.append(len(kinds))
+            for column, texts in zip(columns, (told, test[name])):
+                column.append([number.get(text, -1) for text in texts[:, head].tolist()])
+    return names, tuple(sizes), *(np.array(column, np.int32).T for column in columns)
+
+
+def shares(names: list[str], right: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Of each label the share of right answers (m,T), over all its heads."""
+    found = {}
+    for name in dict.fromkeys(names):
+        mine = [t for t, other in enumerate(names) if other == name]
+        asked = truth[:, mine] >= 0
+        found[name] = float(right[:, mine][asked].mean()) if asked.any() else float("nan")
+    return found
+
+
+def standard(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+    """Features over the last axis with mean 0 and deviation 1 by the training pictures."""
+    flat = train.reshape(-1, train.shape[-1])
+    mean, deviation = flat.mean(0), flat.std(0) + 1e-6
+    return [((x - mean) / deviation).astype(np.float32) for x in (train, *others)]
+
+
+def parts(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Columns at which each task's classes begin and end."""
+    ends = np.cumsum((0, *sizes)).tolist()
+    return list(itertools.pairwise(ends))
+
+
+def owners(sizes: tuple[int, ...]) -> np.ndarray:
+    """(C,T) of 0 and 1: whose column each is. Sums over a task's classes are then one matmul, whatever their number."""
+    return np.repeat(np.eye(len(sizes), dtype=np.float32), sizes, axis=0)
+
+
+def targets(y: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """Classes (n,T) to (n,C) of 0 and 1; all 0 in the columns of a task of which a row has no label."""
+    found = np.zeros((len(y), sum(sizes)), np.float32)
+    row, task = np.nonzero(y >= 0)
+    found[row, np.cumsum((0, *sizes))[task] + y[row, task]] = 1
+    return found
+
+
+def shift(scores: jax.Array, mine: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scores (n,C) below the row's greatest, and log of each task's sum of their exponentials (n,T)."""
+    below = scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    return below, jnp.log(jnp.exp(below) @ mine + 1e-30)
+
+
+def cross_entropy(scores: jax.Array, target: jax.Array, mine: jax.Array) -> jax.Array:
+    """scores and target (n,C), mine (C,T) to the loss of each task, summed over the rows that have a label: (T,)."""
+    below, log_sum = shift(scores, mine)
+    return ((target @ mine) * log_sum - (target * below) @ mine).sum(0)
+
+
+def answers(scores: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """The likeliest class of each task: (n,T)."""
+    return np.stack([scores[:, a:b].argmax(-1) for a, b in parts(sizes)], 1)
+
+
+def split(y: np.ndarray, sizes: tuple[int, ...], pictures: int, seed: int) -> np.ndarray:
+    """(n,T) bool, True for what chooses strengths instead of training: a fifth of the pictures; of a task with less than two pictures a class
+    the last copy of each. n is a multiple of `pictures`, whose copies follow one another."""
+    drawn = np.random.default_rng((seed, 6)).random(pictures) < 0.2
+    by_picture = np.tile(drawn, len(y) // pictures)[:, None]
+    by_copy = (np.arange(len(y)) >= len(y) - pictures)[:, None] & (len(y) > pictures)
+    return np.where(np.array([lonely(y[:pictures, t], size) for t, size in enumerate(sizes)]), by_copy, by_picture)
+
+
+def lonely(y: np.ndarray, size: int) -> bool:
+    """Whether a task's classes have less than two training pictures each, by the mean."""
+    return bool((y >= 0).sum() < 2 * size)
+
+
+# -------------------------------------------------------------------------------------------------------------- linear
+@functools.partial(jax.jit, static_argnames="steps")
+def fit(x: jax.Array, target: jax.Array, l2: jax.Array, mine: jax.Array, steps: int = 100) -> jax.Array:
+    """Multinomial logistic regression for all tasks at once: weights (D,C) that make mean cross-entropy + l2/2 |weights|^2 least.
+    x (n,D) with orthogonal columns, the last one constant (the bias, which l2 leaves alone); target (n,C); l2 (T,); mine (C,T).
+
+    The second derivative of the softmax is at most 1/2 (Böhning, 1992), so with orthogonal columns the step to the least of a bound from above is
+    a division by column, without a line search; momentum (Nesterov), begun anew where it goes uphill, makes it fast."""
+    counts = jnp.maximum((target @ mine).sum(0), 1)                                              # (T,)
+    labelled = (target @ mine / counts) @ mine.T                                                 # (n,C)
+    strength = (mine @ l2) * jnp.ones((x.shape[1], 1)).at[-1].set(0)                             # (D,C)
+    bound = 0.5 * jnp.square(x).sum(0)[:, None] / (mine @ counts) + strength + 1e-9
+    wanted = target / (mine @ counts)
+
+    def step(state, _):
+        w, before, age = state
+        ahead = w + (mine @ (age / (age + 3))) * (w - before)
+        below, log_sum = shift(x @ ahead, mine)
+        slope = x.T @ (jnp.exp(below - log_sum @ mine.T) * labelled - wanted) + strength * ahead
+        new = ahead - slope / bound
+        uphill = (slope * (new - w)).sum(0) @ mine > 0
+        return (new, w, jnp.where(uphill, 0, age + 1)), None
+    zero = jnp.zeros((x.shape[1], target.shape[1]))
+    return jax.lax.scan(step, (zero, zero, jnp.zeros(len(l2))), None, steps)[0][0]
+
+
+def rotate(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features along their principal directions, the leading ones, and a column of ones. The regression is the same in any rotation."""
+    values, directions = np.linalg.eigh(train.T @ train / len(train))
+    leading = directions[:, ::-1][:, :min(LEADING, int((values > 1e-7 * values.max()).sum()))]
+    return tuple(np.concatenate([x @ leading, np.ones((len(x), 1), np.float32)], 1) for x in (train, test))
+
+
+def linear(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], pictures: int, seed: int = 0) -> np.ndarray:
+    """Features (n,D), (m,D) and classes (n,T) to answers (m,T). Each task's l2 is the one that answers a part of the training
+    pictures best."""
+    x, z = rotate(*standard(train, test))
+    held = split(y, sizes, pictures, seed)
+    some, rest, mine = targets(np.where(held, -1, y), sizes), targets(np.where(held, y, -1), sizes), owners(sizes)
+    losses = [cross_entropy(x @ fit(x, some, np.full(len(sizes), l2, np.float32), mine), rest, mine) for l2 in L2]
+    best = np.array(L2, np.float32)[np.argmin(losses, 0)]
+    return answers(z @ np.asarray(fit(x, some + rest, best, mine)), sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------ attended
+def read(params: dict, x: jax.Array, mine: jax.Array) -> jax.Array:
+    """Tokens (n,N,D) to scores (n,C): each task's query says how much of each token it wants, and its linear classifier reads the
+    mixture; or, which is the same and faster, reads every token, and the answers are mixed."""
+    n, N, D = x.shape
+    rows = x.reshape(n * N, D)
+    looks = jax.nn.softmax((rows @ params["query"]).reshape(n, N, -1) * D ** -0.5, axis=1)       # (n,N,T)
+    said = (rows @ params["kernel"]).reshape(n, N, -1)                                           # (n,N,C)
+    return (looks @ mine.T * said).sum(1) + params["bias"]
+
+
+@functools.partial(jax.jit, static_argnames=("rounds", "steps", "batch", "rate"))
+def fit_attended(x: jax.Array, some: jax.Array, rest: jax.Array, mine: jax.Array, key: jax.Array, rounds: int = 12, steps: int = 50,
+                 batch: int = 256, rate: float = 3e-3) -> dict:
+    """{"query" (D,T), "kernel" (D,C), "bias" (C,)} by AdamW on x (n,N,D) and the targets `some` (n,C). After each round the targets `rest`
+    are tried, and each task keeps its best round: the early end is what keeps it from learning by heart."""
+    optimizer = optax.adamw(optax.cosine_decay_schedule(rate, rounds * steps), weight_decay=1e-2)
+
+    def loss(params, rows):
+        return (cross_entropy(read(params, x[rows], mine), some[rows], mine) / jnp.maximum((some[rows] @ mine).sum(0), 1)).sum()
+
+    def step(state, n):
+        params, memory = state
+        rows = jax.random.randint(jax.random.fold_in(key, n), (batch,), 0, len(x))
+        change, memory = optimizer.update(jax.grad(loss)(params, rows), memory, params)
+        return (optax.apply_updates(params, change), memory), None
+
+    def one_round(state, n):
+        params, memory, best, least = state
+        (params, memory), _ = jax.lax.scan(step, (params, memory), n * steps + jnp.arange(steps))
+        now = cross_entropy(scores_of(params, x, mine), rest, mine)
+        better = now < least
+        pick = {"query": better, "kernel": mine @ better > 0, "bias": mine @ better > 0}
+        return (params, memory, {k: jnp.where(pick[k], params[k], best[k]) for k in best}, jnp.minimum(now, least)), None
+    D, (C, T) = x.shape[-1], mine.shape
+    params = {"query": jnp.zeros((D, T)), "kernel": jnp.zeros((D, C)), "bias": jnp.zeros(C)}
+    start = params, optimizer.init(params), params, jnp.full(T, jnp.inf)
+    return jax.lax.scan(one_round, start, jnp.arange(rounds))[0][2]
+
+
+@jax.jit
+def scores_of(params: dict, x: jax.Array, mine: jax.Array) -> jax.Array:
+    """As `read`, a piece at a time: what it reads of every token is large."""
+    return jax.lax.map(lambda one: read(params, one[None], mine)[0], x, batch_size=256)
+
+
+def attended(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], pictures: int, seed: int = 0) -> np.ndarray:
+    """Tokens (n,N,D), (m,N,D) and classes (n,T) to answers (m,T)."""
+    x, z = standard(train, test)
+    held, mine = split(y, sizes, pictures, seed), owners(sizes)
+    params = fit_attended(x, targets(np.where(held, -1, y), sizes), targets(np.where(held, y, -1), sizes), mine, jax.random.key(seed))
+    return answers(np.asarray(scores_of(params, z, mine)), sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------- neighbours
+def vote(similar: np.ndarray, y: np.ndarray, size: int, k: int) -> np.ndarray:
+    """similar (m,n) by cosine, y (n,) to the class (m,) with the most votes of the k most similar, nearer ones weighing a little more."""
+    k = min(k, len(y))
+    near = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+    weight = np.exp(np.take_along_axis(similar, near, 1) / 0.07)
+    votes = np.zeros((len(similar), size))
+    np.add.at(votes, (np.arange(len(similar))[:, None], y[near]), weight)
+    return votes.argmax(1)
+
+
+def neighbours(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Features (n,D), (m,D) and classes (n,T) to answers (m,T). Each task's k is the best for 500 training pictures among the others; 1 where
+    each class has one picture."""
+    x, z = (a / (np.linalg.norm(a, axis=1, keepdims=True) + 1e-9) for a in standard(train, test))
+    drawn = np.random.default_rng((seed, 7)).choice(len(x), min(500, len(x)), replace=False)
+    among = x[drawn] @ x.T
+    among[np.arange(len(drawn)), drawn] = -2                # not itself
+    similar, found = z @ x.T, []
+    for t, size in enumerate(sizes):
+        has = np.flatnonzero(y[:, t] >= 0)
+        asked = np.flatnonzero(y[drawn, t] >= 0)
+        k = 1 if lonely(y[:, t], size) or not len(asked) else max(
+            NEIGHBOURS, key=lambda k, t=t, has=has, asked=asked, size=size: (vote(among[np.ix_(asked, has)], y[has, t], size, k) == y[drawn[asked], t]).mean())
+        found.append(vote(similar[:, has], y[has, t], size, k))
+    return np.stack(found, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+def untrained(encoder: Any, seed: int) -> Any:
+    """The same encoder, and its compiled program, with random parameters."""
+    found = copy.copy(encoder)
+    found.params = vit.init(jax.random.key(seed + 1), encoder.cfg)
+    return found
+
+
+def measure(encoder: Any, train: Pictures, test: Pictures, readers: tuple[str, ...] = ("pooled", "attended", "neighbours"), baselines: bool = True,
+            seed: int = 0) -> dict[str, dict[str, float]]:
+    """{row: {label: share of right answers}} for features.Encoder on labelled pictures. Rows are the readers, and with baselines those of
+    "random" and "pixels", and "commonest". A held-out picture whose label no training picture has is not asked about."""
+    names, sizes, y, truth = tasks(train.labels, test.labels)
+    more, y_more = train, y
+    if {"pooled", "attended"} & set(readers) and any(lonely(y[:, t], size) for t, size in enumerate(sizes)):
+        more = train.again(COPIES, data.Augment(crop=0.6, jitter=0.2))
+        y_more = np.tile(y, (COPIES, 1))
+    found = {}
+
+    def note(row: str, said: np.ndarray) -> None:
+        found[row] = shares(names, said == truth, truth)
+    for title, model in (("", encoder), *((("random ", untrained(encoder, seed)),) if baselines else ())):
+        if "pooled" in readers:
+            note(title + "pooled", linear(more.features(model).pooled, test.features(model).pooled, y_more, sizes, len(train), seed))
+        if "attended" in readers:
+            note(title + "attended", attended(more.features(model).tokens, test.features(model).tokens, y_more, sizes, len(train), seed))
+        if "neighbours" in readers:
+            note(title + "neighbours", neighbours(train.features(model).pooled, test.features(model).pooled, y, sizes, seed))
+    if baselines:
+        def raw(pictures):
+            return pictures.pixels(RAW).reshape(len(pictures), -1).astype(np.float32)
+        if {"pooled", "attended"} & set(readers):
+            note("pixels linear", linear(raw(more), raw(test), y_more, sizes, len(train), seed))
+        if "neighbours" in readers:
+            note("pixels neighbours", neighbours(raw(train), raw(test), y, sizes, seed))
+        commonest = [np.bincount(y[y[:, t] >= 0, t]).argmax() for t in range(len(sizes))]
+        note("commonest", np.broadcast_to(commonest, truth.shape))
+    return found
