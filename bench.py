@@ -5,6 +5,7 @@
     python bench.py flops                                                FLOPs an image, by formula (Table 3)
     python bench.py memory l14 --resolution 224 --batch 2048             GiB a chip on a TPU pod, without a TPU (Table 4)
     python bench.py data                                                 pictures/s that one core decodes
+    python bench.py ablate                                               what each choice does to what can be read (Tables 5, 6, 7), in a night
 
 Each takes a recipe's name (python train.py -h) and flags that change it, prints a table, and writes it with --json FILE.
 """
@@ -12,14 +13,12 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 import baselines
+import bench_ablate
 import bench_data
 import bench_memory
 import bench_step
@@ -100,6 +99,10 @@ def data(args: argparse.Namespace) -> list[dict]:
     return bench_data.rows(args.resolution, args.pictures, args.batch, args.repeats, args.alone)
 
 
+def ablate(args: argparse.Namespace) -> list[dict]:
+    return bench_ablate.rows(args.tables, args.seeds, args.folder, args.show)
+
+
 # ------------------------------------------------------------------------------------------------------------------ tables
 def shown(value: Any) -> str:
     if isinstance(value, float):
@@ -115,16 +118,11 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, wide))).rstrip() for line in cells)
 
 
-def machine() -> str:
-    device = jax.local_devices()[0]
-    return f"{platform.machine()}, {os.cpu_count()} cores, {device.platform} {device.device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; what cannot be read ends the program with a usage line."""
     parser = argparse.ArgumentParser(prog="bench.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
                                      epilog="Each has its own -h.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{step,clipa,flops,memory,data}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{step,clipa,flops,memory,data,ablate}")
 
     def command(run: Callable, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
@@ -154,7 +152,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--batch", type=positive, default=128, help="samples a timed round (default: 128)")
     sub.add_argument("--repeats", type=positive, default=7, help="timed rounds of each; the median counts (default: 7)")
     sub.add_argument("--alone", action="store_true", help="leave the other library out")
-    return parser.parse_args(argv)
+    sub = command(ablate, "the paper's ablations on the toy, trained and read: some 4 minutes a cell and seed on 2 cores; what is stopped goes on")
+    sub.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(bench_ablate.TABLES)} (default: all)")
+    sub.add_argument("--seeds", type=positive, default=3, help="of each cell (default: 3)")
+    sub.add_argument("--folder", default="runs/ablate", help="where the runs lie (default: runs/ablate)")
+    sub.add_argument("--show", action="store_true", help="the tables from results/ablations.json as it is, without any run")
+    found = parser.parse_args(argv)
+    if unknown := set(vars(found).get("tables", ())) - set(bench_ablate.TABLES):
+        sub.error(f"unknown table {min(unknown)!r}: take some of {', '.join(bench_ablate.TABLES)}")
+    return found
 
 
 def positive(text: str) -> int:
@@ -181,7 +187,8 @@ def main(argv: list[str]) -> int:
         print(table(rows))
         if args.json:
             with open(args.json, "w", encoding="utf-8") as f:
-                json.dump({"asked": asked, "machine": machine(), "rows": [{k: None if v != v else v for k, v in r.items()} for r in rows]}, f, indent=1)
+                shown_rows = [{k: None if v != v else v for k, v in r.items()} for r in rows]
+                json.dump({"asked": asked, "machine": bench_step.machine(), "rows": shown_rows}, f, indent=1)
         return 0
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -5,6 +5,7 @@
 import dataclasses
 import importlib.util
 import os
+import platform
 import statistics
 import sys
 import time
@@ -27,6 +28,12 @@ from run import Model, init
 # The paper's Table 5: hours of L/14 to 224 px. Method, curriculum, mask, hours.
 TABLE5 = (("neither (CapPa)", False, False, 217), ("mask", False, True, 190), ("CLIPA", True, False, 67), ("both", True, True, 55))
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of losses that must agree; an Adam step turns rounding of small gradients into whole signs
+
+
+def machine() -> str:
+    """What was measured on, in words."""
+    device = jax.local_devices()[0]
+    return f"{platform.machine()}, {os.cpu_count()} cores, {device.platform} {device.device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
 
 
 def make_model(cfg: Config) -> Model:

@@ -27,8 +27,8 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict[str, float], switches: dict[float, str],
-          across: str = "step") -> Image.Image:
-    """Loss against `across`. series: {name: (steps, losses, whether to mark the points)}; levels: horizontal lines, such
+          across: str = "step", up: str = "loss (of captions: nats a word)") -> Image.Image:
+    """`up`, such as loss, against `across`. series: {name: (steps, losses, whether to mark the points)}; levels: horizontal lines, such
     as the floor; switches: vertical lines, where a stage starts."""
     W, H, left, right, top, bottom = 900, 520, 60, 20, 40, 40
     xs = [x for s in series.values() for x in s[0]] or [1]
@@ -49,7 +49,7 @@ def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict
     for tick in np.linspace(0, x1, 6):
         pen.text((at(tick, 0)[0], H - bottom + 8), f"{tick:,.0f}", fill=GRAY, font=font, anchor="ma")
     pen.text((W - right, H - 4), across, fill=GRAY, font=font, anchor="rb")
-    pen.text((8, 12), "loss (of captions: nats a word)", fill=GRAY, font=font)
+    pen.text((8, 12), up, fill=GRAY, font=font)
     for x, text in switches.items():
         pen.line((*at(x, y0), *at(x, y1)), fill=GRAY)
         pen.text((at(x, y1)[0] + 4, top - 2), text, fill=GRAY, font=font)

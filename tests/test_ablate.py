@@ -1,0 +1,103 @@
+"""The ablations: each cell is the run that its name says, what is stopped goes on, and the tables are what the figures say."""
+import dataclasses
+import json
+
+import pytest
+
+import bench
+import bench_ablate
+import config
+from bench_ablate import CELLS, COSTS, TABLES, load, markdown, rewritten, settings
+from config import ConfigError
+
+PRICES = {cell: {"seconds": 100.0 if cell == "base" else 200.0, "GFLOPs": 1.5, "MiB": 70.0} for cell in CELLS}
+
+
+def figures(value):
+    return {column: value for table in TABLES.values() for column in table.columns if column not in (*COSTS, "images")} | {"images": 81280}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_cell_is_a_run_that_its_command_line_makes(cell):
+    cfg = dataclasses.replace(settings(cell, PRICES), seed=2, out="x")
+    config.check(cfg)
+    assert config.parse(bench_ablate.flags(cfg)) == (cfg, False)
+    toy, plan = config.stages(bench_ablate.TOY), config.stages(cfg)
+    images = sum(s.steps * s.batch for s in plan)
+    if cell.endswith("-time"):  # its steps cost twice the base's
+        assert [s.steps for s in plan] == [s.steps // 2 for s in toy]
+    else:
+        assert images == sum(s.steps * s.batch for s in toy)
+
+
+def test_every_table_has_the_method_itself_and_known_cells():
+    for table in TABLES.values():
+        assert "base" in table.rows and set(table.rows) <= set(CELLS)
+    assert set().union(*(table.rows for table in TABLES.values())) == set(CELLS)
+
+
+def test_a_table_gives_mean_and_spread_and_says_what_is_missing():
+    found = {"costs": PRICES, "cells": {"base": {"0": figures(0.5), "1": figures(0.6), "2": figures(0.7)}, "clip": {"0": figures(0.25)}}}
+    lines = markdown(found, "objectives").splitlines()
+    base, clip, cappa = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("OpenVision 2", "CLIP", "CapPa"))
+    assert "| 60.0 ± 10.0 |" in base and base.endswith("| 100 |")
+    assert "| 25.0 |" in clip and clip.endswith("| 200 |")
+    assert "| – | –" in cappa and lines[-1] == "Seeds: 0 to 3."
+
+
+def test_the_committed_tables_are_those_of_the_committed_figures():
+    with open(bench_ablate.TEXT, encoding="utf-8") as f:
+        text = f.read()
+    assert rewritten(text, load()) == text
+    other = load()
+    other["cells"].setdefault("base", {})["0"] = figures(0.123)
+    assert rewritten(text, other) != text
+    with pytest.raises(ConfigError, match="lacks the mark"):
+        rewritten(text.replace("<!-- keep -->", ""), load())
+
+
+def test_what_is_stopped_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
+    for name in ("RESULTS", "TEXT", "PLOT"):
+        monkeypatch.setattr(bench_ablate, name, str(tmp_path / f"{name}.png"))
+    monkeypatch.setattr(bench_ablate.load, "__defaults__", (str(tmp_path / "RESULTS.png"),))
+    monkeypatch.setattr(bench_ablate.store, "__defaults__", (str(tmp_path / "RESULTS.png"),))
+    (tmp_path / "TEXT.png").write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in TABLES))
+    done = []
+
+    def cell(name, seed, folder, costs):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append((name, seed))
+        return figures(0.5)
+    monkeypatch.setattr(bench_ablate, "train_and_read", cell)
+    monkeypatch.setattr(bench_ablate, "measure_costs", lambda cells: {c: PRICES[c] for c in cells})
+    ask = ["keep", "captions"], 2, str(tmp_path / "runs"), False
+    with pytest.raises(KeyboardInterrupt):
+        bench_ablate.rows(*ask)
+    assert len(json.loads((tmp_path / "RESULTS.png").read_text())["cells"]) == 5 and "| 50.0 |" in (tmp_path / "TEXT.png").read_text()
+    first, done[:] = list(done), []
+    for _ in range(9):
+        try:
+            bench_ablate.rows(*ask)
+            break
+        except KeyboardInterrupt:
+            first, done[:] = first + done, []
+    rows = first + done
+    wanted = {*TABLES["keep"].rows, *TABLES["captions"].rows, *bench_ablate.BASELINES}
+    assert len(rows) == len(set(rows)) == 2 * len(wanted) and {name for name, _ in rows} == wanted
+    shown = bench_ablate.rows(["keep"], 2, "nowhere", True)
+    assert [r["seeds"] for r in shown] == [2] * len(shown)
+
+
+def test_damaged_figures_and_unknown_tables_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ConfigError, match="mend it, or move it away"):
+        load(str(tmp_path / "x.json"))
+    with pytest.raises(SystemExit):
+        bench.main(["ablate", "keeps"])
+    assert "unknown table 'keeps'" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_says_where_its_words_are(tmp_path):
+    with pytest.raises(ConfigError, match=r"status 1 .*no data.*log has its words"):
+        bench_ablate.train(dataclasses.replace(bench_ablate.TOY, data="nothing/here", out=str(tmp_path / "r")), str(tmp_path / "r.log"))
