@@ -10,33 +10,51 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 import checkpoint
 import decoder
 import tokenizer
-from config import models, stages
+from config import Config, models, stages
 from features import newest, pixels
 from masking import keep
 from sources import BadSample
-from vit import init, vit
+from vit import ViTConfig, init, vit
+
+
+class Captioner(NamedTuple):
+    """Encoder and decoder of a run, as its checkpoint has them."""
+    params: dict                     # {"encoder": ..., "decoder": ...}
+    encoder: ViTConfig
+    decoder: decoder.DecoderConfig
+    tokenizer: tokenizer.Tokenizer
+    settings: Config
+    resolution: int
+
+
+def load(path: str) -> Captioner:
+    """From a run's folder (its last checkpoint) or a checkpoint. CheckpointError if it cannot be read, or has no decoder."""
+    settings, arrays, meta = newest(path)
+    if settings.objective != "openvision2":
+        raise checkpoint.CheckpointError(f"{path} is a run of --objective {settings.objective}: captions are told by runs of openvision2")
+    encoder_cfg, decoder_cfg = models(settings, settings.vocab_size)
+    if not any(name.startswith("params/decoder/") for name in arrays):
+        raise checkpoint.CheckpointError(f"{path} has no caption decoder")
+    like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
+    params = jax.device_put(checkpoint.restore(arrays, like, path, under="params"))
+    try:
+        tok = tokenizer.restore(meta["vocabulary"])
+    except ValueError as problem:
+        raise checkpoint.CheckpointError(f"{path}: {problem}") from None
+    return Captioner(params, encoder_cfg, decoder_cfg, tok, settings, next(s.resolution for s in stages(settings) if meta["step"] <= s.end))
 
 
 def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., str]:
     """caption(picture, seed=0, sample=0, top_p=0.0) -> text, from a run's last checkpoint. keep_ratio 0 is the run's;
     top_p 0 is greedy. CheckpointError if there is no run to be read."""
-    settings, arrays, meta = newest(folder)
-    if settings.objective != "openvision2":
-        raise checkpoint.CheckpointError(f"{folder} is a run of --objective {settings.objective}: captions are told by runs of openvision2")
-    encoder_cfg, decoder_cfg = models(settings, settings.vocab_size)
-    like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
-    params = jax.device_put(checkpoint.restore(arrays, like, folder, under="params"))
-    try:
-        tok = tokenizer.restore(meta["vocabulary"])
-    except ValueError as problem:
-        raise checkpoint.CheckpointError(f"{folder}: {problem}") from None
-    resolution = next(s.resolution for s in stages(settings) if meta["step"] <= s.end)
+    params, encoder_cfg, decoder_cfg, tok, settings, resolution = load(folder)
 
     @functools.partial(jax.jit, static_argnames="top_p")
     def write(params, images, key, top_p):

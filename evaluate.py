@@ -7,12 +7,16 @@ means a held-out loss clearly below the floor.
 
 Letters: B images, K kept patches, T text positions.
 
-    python evaluate.py RUN        measures the last checkpoint of a run again, on its held-out pictures
+    python evaluate.py RUN                                    measures the last checkpoint of a run again, on its held-out pictures
+    python evaluate.py ENCODER probe knn zeroshot pictures    what can be read from its features (probe.py), said (zeroshot.py) and seen (look.py)
 """
+import argparse
+import dataclasses
 import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +25,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import baselines
+import caption
+import checkpoint
+import convert
 import data
+import features
+import labels
+import probe
+import run
 import sources
-from config import Config
+import tokenizer
+import vqa
+import zeroshot
+from config import Config, ConfigError, check, model, stages
 from decoder import caption_loss, generate, target_count
 from devices import Place, remember_programs
+from look import draw
 from masking import keep
 from vit import vit
 
@@ -152,28 +167,162 @@ def grades(held: HeldOut, params: Any) -> dict[str, float]:
     return {names.get(name, f"{name}_accuracy"): share for name, share in shares.items()}
 
 
-if __name__ == "__main__":
-    import sys
+# ------------------------------------------------------------------------------------------------------- the command line
+def captions(path: str, changes: dict[str, Any]) -> dict[str, float]:
+    """Losses and grades of a run's last checkpoint, or of the one that is named, on its held-out pictures; or, by changes of its settings,
+    on others, whose floor is then that of shuffled pictures."""
+    cfg, arrays, meta = features.newest(path)
+    cfg, place = dataclasses.replace(cfg, **changes), Place()
+    check(cfg, place.total)
+    networks = model(cfg)
+    params = place.copies(checkpoint.restore(arrays, jax.eval_shape(lambda: run.init(cfg, networks)), path, under="params"))
+    _, source = run.open_data(cfg)
+    if not changes and source.fingerprint() != meta["data"]["held-out data"]:
+        raise ConfigError(f"the held-out data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "
+                          "name what to measure on with --data and --val")
+    reader = data.Reader(source, tokenizer.restore(meta["vocabulary"]), cfg.text_length, cfg.seed, None, cfg.workers, cfg.alt)
+    stage = next(s for s in stages(cfg) if meta["step"] <= s.end)
+    held = HeldOut(cfg, reader, stage.resolution, stage.batch, networks, place)
+    losses, blind = held.losses(params), held.blind()
+    floor = blind if blind is not None else losses["shuffled_loss"] if changes else meta["best_shuffled"]
+    return losses | {"floor_loss": floor} | (grades(held, params) if isinstance(source, sources.Scenes) and held.tells else {})
 
-    import checkpoint
-    from config import ConfigError, check
-    from run import Run, init
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python evaluate.py RUN, a folder that train.py made")
-    remember_programs()
+
+def open_encoder(path: str, resolution: int) -> tuple[features.Encoder, dict[str, Any]]:
+    """The encoder of a run, a checkpoint, an .npz, or of what convert.py exported; and the settings of the run that it is from, if that is known."""
+    if path.endswith((".safetensors", ".bin")) or (os.path.isdir(path) and any(n.endswith((".safetensors", ".bin")) for n in os.listdir(path))):
+        params, cfg, found, _ = convert.recognise(convert.load_arrays(path), 0)
+        return features.Encoder(params, cfg, resolution or found), {}
+    params, cfg, meta = features.read(path)
+    return features.Encoder(params, dataclasses.replace(cfg, dtype="float32", remat="none"), resolution or meta["resolution"]), meta.get("config", {})
+
+
+class Asked:
+    """What a command line asks: encoder, decoder and pictures, each opened when it is first wanted, and once."""
+
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+        self.changes = {name: getattr(given, name) for name in ("data", "val", "caption") if getattr(given, name) is not None}
+        if "data" in self.changes:
+            self.changes.setdefault("val", "")
+        if given.count:
+            self.changes["val_count"] = given.count
+
+    @functools.cached_property
+    def opened(self) -> tuple[features.Encoder, dict]:
+        return open_encoder(self.given.encoder, self.given.resolution)
+
+    @property
+    def encoder(self) -> features.Encoder:
+        return self.opened[0]
+
+    @functools.cached_property
+    def settings(self) -> Config:
+        known = {f.name for f in dataclasses.fields(Config)}
+        settings = dataclasses.replace(Config(**{k: v for k, v in self.opened[1].items() if k in known}), **self.changes)
+        if not settings.data:
+            raise ConfigError(f"--data is missing: {self.given.encoder} does not say what it was trained on")
+        return settings
+
+    @functools.cached_property
+    def captioner(self) -> Any:
+        return caption.load(self.given.encoder)
+
+    @functools.cached_property
+    def pictures(self) -> tuple[labels.Pictures | None, labels.Pictures]:
+        """Training pictures, if a probe is asked for, and held-out ones."""
+        given, settings = self.given, self.settings
+        trains = bool({"probe", "knn"} & set(given.measures))
+        many = (1000 if settings.data == "scenes" else 2000) if trains else 200 if "zeroshot" in given.measures else 12
+        asked = given.label or (() if trains or settings.data == "scenes" else (settings.caption,))
+        return labels.open_pictures(settings, asked, 1 << 30 if given.names == "all" else given.count or many, trains)
+
+
+def probes(readers: tuple[str, ...]) -> Callable[[Asked], dict]:
+    return lambda asked: probe.measure(asked.encoder, *asked.pictures, readers, seed=asked.given.seed)
+
+
+def zero_shot(asked: Asked) -> dict[str, Any]:
+    captioner, (_, held) = asked.captioner, asked.pictures
+    rows = np.sort(sources.some(len(held), asked.given.count or 200))
+    sentences, truth = zeroshot.classes(held, rows, asked.given.names, asked.given.template)
+    known = truth >= 0
+    return zeroshot.measure(captioner, held.features(asked.encoder).tokens[rows[known]], sentences, truth[known], seed=asked.given.seed)
+
+
+def pictures(asked: Asked) -> dict[str, str]:
+    path, (_, held) = asked.given.encoder, asked.pictures
+    folder = asked.given.out or (path if os.path.isdir(path) else os.path.dirname(path) or ".")
     try:
-        with open(os.path.join(sys.argv[1], "config.json"), encoding="utf-8") as f:
-            cfg = Config(**(json.load(f) | {"out": sys.argv[1]}))
-        run = Run(cfg, Place(), write=False)
-        check(cfg, run.place.total)
-        if run.arrays is None:
-            raise checkpoint.CheckpointError(f"{sys.argv[1]} has no checkpoint yet")
-        stage = next(s for s in run.plan if run.step <= s.end)
-        held = HeldOut(cfg, run.val_reader, stage.resolution, stage.batch, run.model, run.place)
-        params = run.place.copies(checkpoint.restore(run.arrays, jax.eval_shape(lambda: init(cfg, run.model)), under="params"))
-        floor = {"floor_loss": run.state["best_shuffled"] if held.blind() is None else held.blind()}
-        print(json.dumps(held.losses(params) | floor | (grades(held, params) if isinstance(run.val_source, sources.Scenes) else {}), indent=1))
-    except (OSError, TypeError, json.JSONDecodeError) as problem:
-        sys.exit(f"error: {sys.argv[1]} is not the folder of a run ({problem})")
-    except (ConfigError, sources.DataError, checkpoint.CheckpointError) as problem:
-        sys.exit(f"error: {problem}")
+        captioner = asked.captioner
+    except checkpoint.CheckpointError as problem:
+        print(f"words.png is left out: {problem}")
+        captioner = None
+    return {os.path.basename(p): p for p in draw(asked.encoder, held.pixels(asked.encoder.resolution)[:12], folder, captioner)}
+
+
+MEASURES: dict[str, tuple[Callable[[Asked], dict], str]] = {
+    "caption": (lambda asked: captions(asked.given.encoder, asked.changes), "held-out loss, floor and graded captions of a run (if nothing is named)"),
+    "probe": (probes(("pooled", "attended")), "linear and attention-pooled probe of the features, beside a random encoder and raw pixels"),
+    "knn": (probes(("neighbours",)), "nearest neighbours by features, likewise"),
+    "zeroshot": (zero_shot, "classes told by the likelihood of their sentences; needs a run"),
+    "vqa": (lambda asked: vqa.table(asked.encoder, asked.given.seed), "questions about scenes, answered by a small language model that reads the features"),
+    "pictures": (pictures, "pca.png, attention.png and, of a run, words.png"),
+}
+
+
+def show(name: str, found: dict[str, Any]) -> str:
+    """Rows as a table of percentages, or as json what has none."""
+    if not all(isinstance(row, dict) for row in found.values()):
+        return json.dumps(found if name == "caption" else {name: found}, indent=1)
+    columns = list(next(iter(found.values())))
+    lines = [f"{name + ', % right':20}" + "".join(f"{c:>{max(len(c), 5) + 2}}" for c in columns)]
+    return "\n".join(lines + [f"{row:20}" + "".join(f"{100 * cells[c]:{max(len(c), 5) + 2}.1f}" for c in columns) for row, cells in found.items()])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="evaluate.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description="Does it see?\n\nmeasures:\n" + "\n".join(f"  {name:10} {text}" for name, (_, text) in MEASURES.items()))
+    parser.add_argument("encoder", metavar="ENCODER", help="a run's folder, a checkpoint, an encoder's .npz, or what convert.py exported")
+    parser.add_argument("measures", nargs="*", metavar="MEASURE", help="any of the above (default: caption)")
+    parser.add_argument("--data", help="pictures to train probes on: scenes, a folder or tars (default: those of the run)")
+    parser.add_argument("--val", help="held-out pictures (default: those of the run, or, if --data is given, a part of that)")
+    parser.add_argument("--caption", help="where captions are: txt, or a field of KEY.json (default: as in the run)")
+    parser.add_argument("--label", type=lambda text: tuple(text.split(",")), default=(), metavar="FIELD,...",
+                        help="the classes: fields of KEY.json, such as caption,group, or txt (default: all that scenes have)")
+    parser.add_argument("--names", metavar="FILE", help="for zeroshot: the classes, one a line; or all, for every label of the held-out pictures "
+                                                        "(default: the labels of the pictures that are measured)")
+    parser.add_argument("--template", default="{}", help="for zeroshot: the sentence of a class, with {} for its name (default: {})")
+    parser.add_argument("--count", type=int, default=0, help="held-out pictures at most; probes train on four times as many "
+                                                             "(default: 1,000 scenes or 2,000 others; 200 for zeroshot)")
+    parser.add_argument("--resolution", type=int, default=0, help="pixels a side, for all but caption (default: what it was trained at last)")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--out", metavar="FOLDER", help="where pictures go (default: the run's folder)")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures there")
+    given = parser.parse_intermixed_args(argv)
+    if unknown := [name for name in given.measures if name not in MEASURES]:
+        parser.error(f"unknown measure {unknown[0]!r}: take any of {', '.join(MEASURES)}")
+    if given.count < 0 or given.count == 1 or given.resolution < 0 or given.seed < 0:
+        parser.error("--count takes two or more, --resolution and --seed no negative numbers")
+    if "{}" not in given.template:
+        parser.error("--template needs {} where the name goes")
+    remember_programs()
+    asked, found = Asked(given), {}
+    try:
+        for name in given.measures or ["caption"]:
+            found[name] = MEASURES[name][0](asked)
+            print(show(name, found[name]), flush=True)
+        if given.json:
+            checkpoint.write(given.json, lambda f: f.write(json.dumps(found, indent=1).encode()))
+        return 0
+    except (ConfigError, sources.DataError, sources.BadSample, checkpoint.CheckpointError, convert.ConvertError, convert.LayoutError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+    except ValueError as problem:
+        print(f"error: {given.encoder}: {problem}", file=sys.stderr)
+    except OSError as problem:
+        print(f"error: {problem.filename or given.encoder}: {problem.strerror or problem}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

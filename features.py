@@ -33,10 +33,11 @@ class Features(NamedTuple):
 
 
 def newest(folder: str) -> tuple[Config, dict[str, np.ndarray], dict]:
-    """A run's settings, and the arrays and meta of its last checkpoint. CheckpointError if there is none to be read."""
-    found = checkpoint.latest(folder)
+    """A run's settings, and the arrays and meta of its last checkpoint, or of the one that is named. CheckpointError if there is none to be read."""
+    found = checkpoint.latest(folder) if not os.path.isfile(folder) else (folder, *checkpoint.load(folder))
     if found is None:
-        raise checkpoint.CheckpointError(f"{folder} has no checkpoint: name the folder of a run that train.py has saved")
+        raise checkpoint.CheckpointError(f"{folder} has no checkpoint: name the folder of a run that train.py has saved"
+                                         if os.path.isdir(folder) else f"{folder} does not exist")
     path, arrays, meta = found
     try:
         return Config(**meta["config"]), arrays, meta
@@ -45,10 +46,10 @@ def newest(folder: str) -> tuple[Config, dict[str, np.ndarray], dict]:
 
 
 def read(path: str) -> tuple[dict, vit.ViTConfig, dict]:
-    """(parameters, config, meta) of an encoder's .npz, or of the last state of a run's folder. meta holds at least
+    """(parameters, config, meta) of an encoder's .npz, of a checkpoint, or of the last state of a run's folder. meta holds at least
     "resolution", in pixels. CheckpointError says what is wrong with the file."""
     under, origin = "", path
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "encoder.npz")):
+    if not os.path.exists(os.path.join(path, "encoder.npz")) if os.path.isdir(path) else "step" in checkpoint.describe(path)[1]:
         settings, arrays, meta = newest(path)
         cfg, under = models(settings, settings.vocab_size)[0], "params/encoder"
         resolution = next(s.resolution for s in stages(settings) if meta["step"] <= s.end)

@@ -81,41 +81,41 @@ def scene_pictures(seed: int, split: str, count: int) -> Pictures:
     return Pictures(source, indices, {name: np.array([t[name] for t in told]) for name in SCENE_LABELS})
 
 
-def file_pictures(fields: dict[str, Any], count: int) -> Pictures:
-    """`count` samples at most of sources that differ in the caption field alone: {field: source}, whose captions are the labels."""
-    first, source = next(iter(fields.items()))
-    for name, other in fields.items():
-        if len(other) != len(source):
-            raise DataError(f"--label {name}: {len(other)} pictures have it, and {len(source)} have {first}: ask for them one at a time")
-    indices, told = [], {name: [] for name in fields}
+def file_pictures(source: Any, labels: Sequence[str], count: int) -> Pictures:
+    """`count` samples at most whose picture and labels can be read; a label is "txt" or a field of the json that the source reads."""
+    indices, told, why = [], {name: [] for name in labels}, ""
     for i in np.sort(sources.some(len(source), count)).tolist():
         try:
-            found = {name: other.caption(i).strip() for name, other in fields.items()}
+            found = {name: source.caption(i, name).strip() for name in labels}
             data.to_pixels(source.picture(i), RAW)
-        except BadSample:
+        except BadSample as problem:
+            why = why or f"; {source.name(i)}: {problem}".replace("--alt", "--label")
             continue
         indices.append(i)
         for name, text in found.items():
             told[name].append([text])
     if len(indices) < 2:
-        raise DataError(f"fewer than two pictures can be used that have the labels {', '.join(fields)}: name fields of KEY.json with --label")
+        raise DataError(f"fewer than two pictures have the labels {', '.join(labels)}{why}")
     return Pictures(source, indices, {name: np.array(texts) for name, texts in told.items()})
 
 
-def open_pictures(settings: Any, labels: Sequence[str], count: int) -> tuple[Pictures, Pictures]:
-    """(training, held-out) pictures of a run's settings with labels: count held-out ones at most, and four times as many to train on.
-    DataError says what is wrong with data or labels."""
+def open_pictures(settings: Any, labels: Sequence[str], count: int, train: bool = True) -> tuple[Pictures | None, Pictures]:
+    """(training, held-out) pictures of a run's settings with labels: count held-out ones at most, and four times as many to train on;
+    None for those without `train`. DataError says what is wrong with data or labels."""
     import run
-    settings = dataclasses.replace(settings, val_count=count)
+    settings = dataclasses.replace(settings, val_count=count, alt="")
     if settings.data == "scenes" and settings.val in ("", "scenes"):
         if unknown := set(labels) - set(SCENE_LABELS):
             raise DataError(f"--label {', '.join(sorted(unknown))}: scenes have {', '.join(SCENE_LABELS)}")
-        pair = scene_pictures(settings.seed, "train", 4 * count), scene_pictures(settings.seed, "val", count)
-        return tuple(pick(p, labels) for p in pair) if labels else pair
+        count = min(count, UNSEEN // 4)
+        pair = scene_pictures(settings.seed, "train", 4 * count) if train else None, scene_pictures(settings.seed, "val", count)
+        return tuple(pick(p, labels) if p else p for p in pair) if labels else pair
     if not labels:
-        raise DataError(f"--label is missing: which fields of {settings.data}'s KEY.json are the classes, such as --label caption")
-    opened = {name: run.open_data(dataclasses.replace(settings, caption=name)) for name in labels}
-    return tuple(file_pictures({name: both[part] for name, both in opened.items()}, many) for part, many in ((0, 4 * count), (1, count)))
+        raise DataError(f"--label is missing: which fields of the KEY.json in {settings.data} are the classes, such as --label caption")
+    if "txt" in labels and len(labels) > 1:
+        raise DataError("--label txt is the KEY.txt, the others are fields of the KEY.json: ask for them one at a time")
+    both = run.open_data(dataclasses.replace(settings, caption=labels[0]))
+    return file_pictures(both[0], labels, 4 * count) if train else None, file_pictures(both[1], labels, count)
 
 
 def pick(pictures: Pictures, labels: Sequence[str]) -> Pictures:

@@ -1,0 +1,99 @@
+"""Zero-shot classification by caption likelihood, as CapPa does: which class's sentence does the decoder find likeliest?
+
+No classifier is trained: the score of a class is log p(sentence | picture), summed over the sentence's words and its end. Common
+sentences are likely whatever the picture; "prior subtracted" takes off log p(sentence), p being the mean over the measured
+pictures. The decoder was trained on a random share of the patches, so it is given such draws here too, and their
+log-probabilities are averaged.
+
+Letters: P pictures, N patches, K kept patches, S sentences, T text positions, D width, H heads, L layers.
+"""
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import decoder
+import scenes
+import sources
+from caption import Captioner
+from labels import Pictures
+from layers import layer_norm, linear
+from masking import keep
+from sources import DataError
+from vit import block, stack
+
+DRAWS = 4    # of kept patches, for each picture
+PIECE = 256  # sentences that are scored at once: their logits are what takes memory
+
+
+def classes(pictures: Pictures, rows: np.ndarray, names: str | None, template: str) -> tuple[list[str], np.ndarray]:
+    """(sentences (S,), which of them is true of each of the pictures `rows`, or -1). names: a file with one a line, "all" for every label of
+    `pictures`, None for the labels of `rows`. The classes of scenes are their captions in one wording: only what is there tells
+    them apart. DataError if there are fewer than two."""
+    if isinstance(pictures.source, sources.Scenes):
+        told = [scenes.caption(pictures.source.record(i) | {"wording": 0}) for i in pictures.indices]
+    else:
+        told = next(iter(pictures.labels.values()))[:, 0].tolist()
+    if names and names != "all":
+        with open(names, encoding="utf-8") as f:
+            kinds = list(dict.fromkeys(line.strip() for line in f if line.strip()))
+    else:
+        kinds = list(dict.fromkeys(told if names else [told[i] for i in rows]))
+    if len(kinds) < 2:
+        raise DataError(f"there is nothing to tell apart: {len(kinds)} class in {names or 'the held-out pictures'}")
+    number = {kind.lower(): n for n, kind in enumerate(kinds)}
+    truth = np.array([number.get(told[i].lower(), -1) for i in rows])
+    if (truth < 0).all():
+        raise DataError(f"{names} has none of the labels of the held-out pictures, such as {told[0]!r}: name their field with --label")
+    return [template.replace("{}", kind) for kind in kinds], truth
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def score(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: decoder.DecoderConfig) -> jax.Array:
+    """log p(sentence | picture), (P,S) fp32, for image_tokens (P,K,E) and text (S,T): minus decoder.caption_loss of each pair. The decoder
+    reads a picture's tokens once; their keys and values serve all sentences."""
+    K, (S, T) = image_tokens.shape[1], text.shape
+    words, targets = decoder.words(params, text[:, :-1], cfg), text[:, 1:]
+    see = decoder.visible(K, K + T - 1, cfg.prefix)
+    prefix = linear(image_tokens.astype(cfg.dtype), params["project"])
+    _, cache = stack(prefix, params["blocks"], cfg, wanted=("keys", "values"), mask=see[:K, :K], exact_gelu=False)     # (L,P,K,H,Dh)
+
+    def one(keys_and_values: tuple) -> jax.Array:                                                # (L,K,H,Dh) each
+        def body(x, layer):
+            w, *known = layer
+            room = [jnp.broadcast_to(jnp.pad(a, ((0, T - 1), (0, 0), (0, 0))), (S, K + T - 1, *a.shape[1:])) for a in known]
+            return block(x, w, cfg.heads, mask=see[K:], exact_gelu=False, cache=(*room, K))[0], None
+        x, _ = jax.lax.scan(body, words, (params["blocks"], *keys_and_values))
+        scores = jax.nn.log_softmax(linear(layer_norm(x, params["norm"]), params["head"]).astype(jnp.float32))
+        said = jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]
+        return jnp.where(targets != decoder.PAD, said, 0).sum(-1)
+    return jax.lax.map(one, tuple(a.swapaxes(0, 1) for a in (cache["keys"], cache["values"])))
+
+
+def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """log p(sentence | picture) (P,S) for the encoder's tokens (P,N,E), averaged over draws of kept patches; draws 0: all patches, once."""
+    text = np.stack([captioner.tokenizer.encode(s, captioner.settings.text_length) for s in sentences])
+    text = text[:, :-(-int((text != 0).sum(1).max()) // 8) * 8]                  # few lengths are compiled
+    filled = np.pad(text, ((0, -len(text) % min(PIECE, 1 << (len(text) - 1).bit_length())), (0, 0)))
+    total = np.zeros((len(tokens), len(filled)))
+    for draw in range(max(draws, 1)):
+        kept = tokens
+        if draws:
+            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(jax.random.key(seed), draw)))(np.arange(len(tokens)))
+            kept, _ = keep(keys, jnp.asarray(tokens), captioner.settings.keep_ratio, captioner.settings.shuffle)
+        pieces = [score(captioner.params["decoder"], kept, filled[n:n + PIECE], captioner.decoder) for n in range(0, len(filled), PIECE)]
+        total += np.concatenate(pieces, 1) / max(draws, 1)
+    return total[:, :len(text)]
+
+
+def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str], truth: np.ndarray, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+    """Shares of pictures whose own sentence, truth (P,), comes first and among the first five: tokens (P,N,E) as the captioner's encoder gives them."""
+    scores = likelihood(captioner, tokens, sentences, draws, seed)
+    prior = jax.nn.logsumexp(scores, axis=0) - np.log(len(scores))
+    found: dict[str, Any] = {"pictures": len(scores), "names": len(sentences), "chance": 1 / len(sentences)}
+    for name, points in (("likelihood", scores), ("prior subtracted", scores - np.asarray(prior))):
+        place = (points > np.take_along_axis(points, truth[:, None], 1)).sum(1)
+        found |= {name: float((place == 0).mean()), f"{name}, first five": float((place < 5).mean())}
+    return found
