@@ -1,0 +1,251 @@
+"""What is read from frozen features, said without a classifier, and drawn: against planted answers and independent formulas."""
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import caption
+import checkpoint
+import decoder
+import evaluate
+import labels
+import look
+import probe
+import scenes
+import sources
+import tokenizer
+import train
+import vit
+import zeroshot
+from config import Config
+from features import Encoder
+
+SIZES = (3, 2)
+CFG = vit.ViTConfig(2, 32, 2, 64, 8)
+
+
+def planted(n: int, width: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features and two tasks that a line tells: (n,D), (n,2)."""
+    x = np.random.default_rng(seed).normal(size=(n, width)).astype(np.float32)
+    return x, np.stack([x[:, :3].argmax(1), (x[:, 3] > 0).astype(int)], 1).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(vit.init(jax.random.key(0), CFG), CFG, 16)
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    texts = [scenes.caption(scenes.record(0, "train", i)) for i in range(60)]
+    tok = tokenizer.build(texts, 150)
+    cfg = decoder.DecoderConfig(2, 32, 2, 64, 150, CFG.width)
+    params = {"encoder": vit.init(jax.random.key(0), CFG), "decoder": decoder.init(jax.random.key(1), cfg)}
+    return caption.Captioner(params, CFG, cfg, tok, Config(text_length=40, keep_ratio=0.5), 16)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main(["--stages", "resolution=16 steps=2 batch=8 lr=1e-3 warmup=1", "--val-count", "12", "--out", str(folder)]) == 0
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- probes
+def test_probe_finds_what_is_there_and_nothing_where_nothing_is():
+    (x, y), (z, truth) = planted(600), planted(300, seed=1)
+    assert ((probe.linear(x, z, y, SIZES, len(x)) == truth).mean(0) > 0.93).all()
+    shuffled = np.random.default_rng(2).permutation(y)
+    assert (np.abs((probe.linear(x, z, shuffled, SIZES, len(x)) == truth).mean(0) - (1 / 3, 1 / 2)) < 0.12).all()
+
+
+def test_fit_ends_where_the_slope_of_the_loss_is_zero():
+    """By differences of the loss as numpy writes it; one task has labels for half of the rows alone."""
+    x, y = planted(200, 5)
+    y[::2, 1] = -1
+    x, _ = probe.rotate(*probe.standard(x, x))
+    l2 = np.array([0.03, 0.1])
+    w = np.asarray(probe.fit(x, probe.targets(y, SIZES), l2, probe.owners(SIZES), steps=400), np.float64)
+
+    def loss(w):
+        total = 0.0
+        for t, (a, b) in enumerate(probe.parts(SIZES)):
+            rows = y[:, t] >= 0
+            scores = x[rows].astype(np.float64) @ w[:, a:b]
+            total += (np.log(np.exp(scores).sum(1)) - scores[np.arange(rows.sum()), y[rows, t]]).mean() + l2[t] / 2 * (w[:-1, a:b] ** 2).sum()
+        return total
+    for i, j in np.ndindex(w.shape):
+        step = np.zeros_like(w)
+        step[i, j] = 1e-4
+        assert abs(loss(w + step) - loss(w - step)) / 2e-4 < 1e-4
+
+
+def test_attended_probe_reads_the_token_that_tells():
+    """The answer stands in a patch that a mark points out; the mean of the tokens hardly holds it."""
+    rng = np.random.default_rng(0)
+
+    def tokens(n):
+        x, place, y = rng.normal(size=(n, 9, 10)).astype(np.float32), rng.integers(9, size=n), rng.integers(2, size=n)
+        x[:, :, 0] = 0
+        x[np.arange(n), place, 0], x[np.arange(n), place, 1] = 3, 2 * y - 1
+        return x, y[:, None].astype(np.int32)
+    (x, y), (z, truth) = tokens(1500), tokens(400)
+    assert (probe.attended(x, z, y, (2,), len(x)) == truth).mean() > 0.9
+    assert (probe.linear(x.mean(1), z.mean(1), y, (2,), len(x)) == truth).mean() < 0.8
+
+
+def test_mixing_answers_is_answering_the_mixture():
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in (("query", (6, 2)), ("kernel", (6, 5)), ("bias", (5,)))}
+    x, found = rng.normal(size=(4, 7, 6)).astype(np.float32), []
+    for t, (a, b) in enumerate(probe.parts(SIZES)):
+        looks = np.exp(x @ params["query"][:, t] / np.sqrt(6))
+        mixed = ((looks / looks.sum(1, keepdims=True))[..., None] * x).sum(1)
+        found.append(mixed @ params["kernel"][:, a:b] + params["bias"][a:b])
+    np.testing.assert_allclose(probe.read(params, x, probe.owners(SIZES)), np.concatenate(found, 1), atol=1e-5)
+
+
+def test_neighbours_are_those_of_brute_force():
+    rng = np.random.default_rng(0)
+    x, z, y = rng.normal(size=(40, 6)), rng.normal(size=(15, 6)), np.arange(40)[:, None]  # one picture a class
+    found = probe.neighbours(x, z, y, (40,))
+    for row, answer in zip((z - x.mean(0)) / x.std(0), found[:, 0]):
+        cosines = [row @ b / np.linalg.norm(row) / np.linalg.norm(b) for b in (x - x.mean(0)) / x.std(0)]
+        assert answer == int(np.argmax(cosines))
+    (x, y), (z, truth) = planted(800, 5), planted(200, 5, seed=1)
+    assert (probe.neighbours(x, z, y, SIZES) == truth).mean() > 0.75
+
+
+def test_votes_are_counted():
+    similar, y = np.array([[0.9, 0.88, 0.87, 0.1]]), np.array([0, 1, 1, 2])
+    assert probe.vote(similar, y, 3, 1)[0] == 0 and probe.vote(similar, y, 3, 3)[0] == 1
+
+
+def test_measure_has_rows_for_readers_and_baselines(encoder):
+    pictures = labels.scene_pictures(0, "train", 48), labels.scene_pictures(0, "val", 24)
+    found = probe.measure(encoder, *pictures, ("pooled", "neighbours"))
+    assert set(found) == {"pooled", "neighbours", "random pooled", "random neighbours", "pixels linear", "pixels neighbours", "commonest"}
+    assert all(set(row) == set(labels.SCENE_LABELS) for row in found.values())
+    assert found == probe.measure(encoder, *pictures, ("pooled", "neighbours"))
+    assert set(probe.measure(encoder, *pictures, ("neighbours",), baselines=False)) == {"neighbours"}
+    assert len(pictures[1].seen) <= 3 and encoder in pictures[1].seen
+
+
+def test_scene_labels_say_what_the_record_says():
+    found = labels.scene_pictures(3, "val", 20)
+    for n in range(20):
+        record = scenes.record(3, "val", n)
+        assert [p for p, told in zip(scenes.PLACES, found.labels["place"][n]) if told == "taken"] == [o["place"] for o in record["objects"]]
+        assert [c for c in found.labels["colour"][n] if c] == [o["colour"] for o in record["objects"]]
+        assert found.labels["word"][n, 0] == (record["word"] or "")
+
+
+# ------------------------------------------------------------------------------------------------------------ zero-shot
+@pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
+def test_score_is_minus_the_caption_loss(captioner, prefix):
+    cfg = dataclasses.replace(captioner.decoder, prefix=prefix)
+    tokens = np.random.default_rng(0).normal(size=(3, 4, CFG.width)).astype(np.float32)
+    text = np.stack([captioner.tokenizer.encode(scenes.caption(scenes.record(0, "val", i)), 40) for i in range(5)])
+    found = np.asarray(zeroshot.score(captioner.params["decoder"], tokens, text, cfg))
+    for p in range(3):
+        wanted = -decoder.caption_loss(captioner.params["decoder"], np.repeat(tokens[p:p + 1], 5, 0), text, cfg)
+        np.testing.assert_allclose(found[p], wanted, rtol=2e-5)
+
+
+def test_likelihood_does_not_depend_on_the_sentences_beside(captioner):
+    tokens = np.random.default_rng(0).normal(size=(2, 4, CFG.width)).astype(np.float32)
+    sentences = [scenes.caption(scenes.record(0, "val", i)) for i in range(3)]
+    together = zeroshot.likelihood(captioner, tokens, sentences)
+    np.testing.assert_allclose(together[:, 1:2], zeroshot.likelihood(captioner, tokens, sentences[1:2]), rtol=2e-5)
+    found = zeroshot.measure(captioner, tokens, sentences, together.argmax(1))
+    assert found["likelihood"] == 1 and found["names"] == 3 and found["pictures"] == 2
+
+
+def test_classes_come_from_labels_or_a_file(tmp_path):
+    held = labels.Pictures(None, range(4), {"name": np.array([["Cat"], ["dog"], ["cow"], ["dog"]])})
+    sentences, truth = zeroshot.classes(held, np.array([1, 2, 3]), None, "a {}.")
+    assert sentences == ["a dog.", "a cow."] and truth.tolist() == [0, 1, 0]
+    assert zeroshot.classes(held, np.array([1]), "all", "{}")[0] == ["Cat", "dog", "cow"]
+    (tmp_path / "names").write_text("cat\ndog\n\n")
+    sentences, truth = zeroshot.classes(held, np.arange(4), str(tmp_path / "names"), "{}")
+    assert sentences == ["cat", "dog"] and truth.tolist() == [0, 1, -1, 1]
+    (tmp_path / "names").write_text("car\nbus\n")
+    with pytest.raises(sources.DataError, match="none of the labels"):
+        zeroshot.classes(held, np.arange(4), str(tmp_path / "names"), "{}")
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+def test_attention_rows_sum_to_one(encoder, captioner):
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    looks = look.patch_attention(encoder, images)
+    assert looks.shape == (2, 2, 4, 4)
+    np.testing.assert_allclose(looks.sum(-1), 1, atol=1e-5)
+    text, maps, share = look.word_attention(captioner, encoder(images).tokens)
+    assert text.shape == (2, 40) and maps.shape == (2, 39, 4) and (share > 0).all() and (share < 1).all()
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+
+
+def test_colours_follow_the_strongest_directions():
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    along = rng.normal(size=(2, 50, 8)) * (9, 5, 3, *[0.01] * 5)
+    found = look.colours(along @ axes.T)
+    assert found.shape == (2, 50, 3) and found.min() == 0 and found.max() == 1
+    for i in range(3):
+        assert abs(np.corrcoef(found[..., i].ravel(), along[..., i].ravel())[0, 1]) > 0.9
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+def test_one_command_measures_and_draws(run, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert evaluate.main([str(run), "caption", "knn", "zeroshot", "pictures", "--count", "12", "--out", str(tmp_path), "--json", str(figures)]) == 0
+    found = json.load(open(figures))
+    assert set(found) == {"caption", "knn", "zeroshot", "pictures"} and found["zeroshot"]["names"] == 12
+    assert set(found["knn"]["neighbours"]) == set(labels.SCENE_LABELS) and "% right" in capsys.readouterr().out
+    for name in ("pca.png", "attention.png", "words.png"):
+        assert min(Image.open(tmp_path / name).size) > 100
+
+
+def test_other_held_out_pictures_and_one_checkpoint(run, tmp_path, capsys):
+    for i in range(6):
+        Image.new("RGB", (20, 20), (40 * i, 0, 90)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.json").write_text(json.dumps({"caption": f"big red {('circle', 'star')[i % 2]}"}))
+    at = [str(run / "step-00000002.npz"), "--val", str(tmp_path), "--caption", "caption"]
+    assert evaluate.main(at) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"val_loss", "shuffled_loss", "floor_loss"} and found["floor_loss"] == found["shuffled_loss"]
+    assert evaluate.main([*at, "zeroshot"]) == 0
+    assert json.loads(capsys.readouterr().out)["zeroshot"]["names"] == 2
+    assert evaluate.main([str(run / "encoder.npz"), "knn", "--data", str(tmp_path), "--val", str(tmp_path), "--label", "caption"]) == 0
+    assert "neighbours" in capsys.readouterr().out
+
+
+def test_mistakes_get_a_sentence(run, tmp_path, capsys):
+    damaged, alone = tmp_path / "damaged", str(run / "encoder.npz")
+    damaged.mkdir()
+    (damaged / "step-00000002.npz").write_bytes((run / "step-00000002.npz").read_bytes()[:5000])
+    arrays, meta = checkpoint.load(str(run / "step-00000002.npz"))
+    other = tmp_path / "step-00000003.npz"
+    checkpoint.save(str(other), arrays, meta | {"config": meta["config"] | {"encoder": "Ti/8"}})
+    (tmp_path / "foreign.npz").write_bytes(b"PK nothing of ours")
+    (tmp_path / "model.bin").write_bytes(b"nothing of theirs")
+    (tmp_path / "names").write_text("one\n")
+    for argv, said in (([str(damaged)], "is damaged"), ([str(other)], "does not fit this model"), ([str(other), "knn"], "does not fit this model"),
+                       ([str(tmp_path / "foreign.npz"), "knn"], "damaged or no checkpoint"), ([str(tmp_path / "model.bin"), "knn"], "model.bin"),
+                       ([str(tmp_path / "none")], "none"), ([str(tmp_path)], "no checkpoint"), ([alone], "no checkpoint of a run"),
+                       ([alone, "zeroshot", "--count", "4"], "no checkpoint of a run"), ([str(run), "knn", "--label", "age"], "scenes have"),
+                       ([str(run), "zeroshot", "--names", str(tmp_path / "names")], "nothing to tell apart"),
+                       ([str(run), "zeroshot", "--names", str(tmp_path / "no")], "No such file"), ([str(run), "knn", "--resolution", "4"], "patch size"),
+                       ([str(run), "--data", str(tmp_path / "none")], "is no data")):
+        assert evaluate.main(argv) == 1, argv
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and said in err and err.count("\n") == 1, (argv, err)
+    for argv in ([str(run), "taste"], [str(run), "--count", "-1"], [str(run), "zeroshot", "--template", "x"]):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(argv)
+        assert end.value.code == 2
+    assert os.listdir(damaged) == ["step-00000002.npz"]
