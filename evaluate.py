@@ -289,7 +289,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--val", help="held-out pictures (default: those of the run, or, if --data is given, a part of that)")
     parser.add_argument("--caption", help="where captions are: txt, or a field of KEY.json (default: as in the run)")
     parser.add_argument("--label", type=lambda text: tuple(text.split(",")), default=(), metavar="FIELD,...",
-                        help="the classes: fields of KEY.json, such as caption,group, or txt (default: all that scenes have)")
+                        help="the classes: fields of KEY.json, such as caption,category, or txt (default: all that scenes have)")
     parser.add_argument("--names", metavar="FILE", help="for zeroshot: the classes, one a line; or all, for every label of the held-out pictures "
                                                         "(default: the labels of the pictures that are measured)")
     parser.add_argument("--template", default="{}", help="for zeroshot: the sentence of a class, with {} for its name (default: {})")

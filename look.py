@@ -114,7 +114,7 @@ def draw(encoder: Encoder, images: np.ndarray, folder: str, captioner: Captioner
         chosen = int(patches.std(1).argmax())
         y, x = (int(i * P * SIDE / R) for i in divmod(chosen, G))
         frame = functools.partial(ImageDraw.ImageDraw.rectangle, xy=(x, y, x + P * SIDE // R - 1, y + P * SIDE // R - 1), outline=FRAME, width=3)
-        row = [(picture(pixels), "the framed patch looks at"), *((spotlight(pixels, layer[chosen], covered), f"layer {n + 1}") for n, layer in enumerate(mine))]
+        row = [(picture(pixels), "the framed patch"), *((spotlight(pixels, layer[chosen], covered), f"layer {n + 1}") for n, layer in enumerate(mine))]
         for tile, _ in row:
             frame(ImageDraw.Draw(tile))
         rows.append(row if len(row) <= 8 else [row[0], *row[-7:]])                               # the last layers of a deep encoder
