@@ -40,6 +40,7 @@ def newest(folder: str) -> tuple[Config, dict[str, np.ndarray], dict]:
                                          if os.path.isdir(folder) else f"{folder} does not exist")
     path, arrays, meta = found
     try:
+        _ = meta["step"]  # which an encoder alone has not
         return Config(**meta["config"]), arrays, meta
     except (TypeError, LookupError):
         raise checkpoint.CheckpointError(f"{path} is no checkpoint of a run of this version") from None
