@@ -151,7 +151,7 @@ def row(cfg: Config, resolution: int, batch: int, topology: str, found: dict | s
 def rows(cfg: Config, resolution: int, batch: int, topology: str, search: bool) -> list[dict]:
     """The table: one row, or with `search` a row for each batch that was tried and the largest that fits."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("memory needs the TPU compiler: pip install -e '.[tpu]'")
+        raise ConfigError("memory needs the TPU compiler: pip install -e '.[plan]'")
     jax.config.update("jax_platforms", "cpu")  # with the TPU library installed this process too would look for TPUs
     tried: dict[int, dict] = {}
     with tqdm(desc="compiling", unit="plan", leave=False, disable=not sys.stderr.isatty()) as bar:

@@ -163,7 +163,7 @@ def test_what_cannot_be_read_gives_a_usage_line(argv, capsys):
     assert end.value.code == 2 and "usage: bench.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("argv", "needs"), [(["step", "--peer", "torch"], "'.[bench]'"), (["data"], "'.[bench]'"), (["memory", "l14"], "'.[tpu]'")])
+@pytest.mark.parametrize(("argv", "needs"), [(["step", "--peer", "torch"], "'.[bench]'"), (["data"], "'.[bench]'"), (["memory", "l14"], "'.[plan]'")])
 def test_a_missing_extra_is_named(argv, needs, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main(argv) == 1
