@@ -18,6 +18,7 @@ import checkpoint
 import decoder
 import tokenizer
 from config import Config, models, stages
+from devices import remember_programs
 from features import newest, pixels
 from masking import keep
 from sources import BadSample
@@ -105,4 +106,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    remember_programs()
     sys.exit(main(sys.argv[1:]))

@@ -22,6 +22,7 @@ import checkpoint
 import data
 import vit
 from config import Config, models, stages
+from devices import remember_programs
 from sources import BadSample
 
 PICTURE = str | os.PathLike | Image.Image | np.ndarray
@@ -136,6 +137,7 @@ if __name__ == "__main__":
     import sys
     if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
         sys.exit("usage: python features.py ENCODER IMAGE..., where ENCODER is a run's folder or an encoder's .npz")
+    remember_programs()
     try:
         found: Any = load_encoder(sys.argv[1])(sys.argv[2:])
     except (checkpoint.CheckpointError, BadSample, ValueError) as problem:
