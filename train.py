@@ -25,7 +25,7 @@ import sources
 import vit
 import zero
 from config import Config, ConfigError, Stage, check, describe, parse
-from devices import ENDED, Place, PlaceError, join, leave, remember_programs
+from devices import ENDED, Place, PlaceError, join, keep_memory, leave, remember_programs
 from features import read
 from interrupt import Interrupt, Interrupted
 from masking import keep
@@ -228,5 +228,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     remember_programs()
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""What a process asks of the machine before jax starts: memory that stays with it."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+import devices
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+AGAIN = """
+import resource, sys, numpy as np, devices
+devices.glob.glob = lambda pattern: [path for path in sys.argv[1:] if pattern.startswith(path)]
+devices.keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(100_000_000, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def faults(*accelerators: str, prefix: tuple = ()) -> int:
+    """Pages that a process maps anew for 100 MB which it had before, and freed."""
+    done = subprocess.run([*prefix, sys.executable, "-c", AGAIN, *accelerators], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_memory_stays_with_the_process():
+    assert faults() < 100
+
+
+@pytest.mark.parametrize("path", ["/dev/nvidia", "/dev/accel", "/dev/vfio/", "/dev/kfd"])
+def test_beside_an_accelerator_the_system_manages_memory(path):
+    assert faults(path) > 40
+
+
+def test_without_mallopt_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())
+    devices.keep_memory()
