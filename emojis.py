@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 import checkpoint
+from devices import keep_memory, remember_programs
 
 VERSION, VENDORS, SHARD = "16.0.0", ("google", "twitter"), 1000
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
@@ -182,4 +183,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
+    remember_programs()
     sys.exit(main(sys.argv[1:]))
