@@ -1,0 +1,329 @@
+"""The systems that the method is compared with: their losses by closed formulas, who may see whom, and a run of each."""
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_model import matmul_flops, shaken
+from test_train import ROOT
+
+import baselines
+import caption
+import config
+import decoder
+import features
+import masking
+import run
+import train
+import vit
+
+B, T, V, SIDE = 4, 10, 40, 24  # 9 patches
+ENC = vit.ViTConfig(layers=2, width=32, heads=2, mlp=48, patch=8)
+DEC = decoder.DecoderConfig(layers=2, width=24, heads=2, mlp=40, vocab=V, image_width=32)
+NAMES = tuple(baselines.OBJECTIVES)
+
+
+def captions(seed: int) -> np.ndarray:
+    text = np.random.default_rng(seed).integers(3, V, (B, T)).astype(np.int32)
+    text[:, 0] = decoder.BOS
+    for row, end in zip(text, (T - 1, 6, 3, 4)):
+        row[end], row[end + 1:] = decoder.EOS, decoder.PAD
+    return text
+
+
+def batch() -> dict[str, np.ndarray]:
+    return {"images": np.random.default_rng(0).integers(0, 256, (B, SIDE, SIDE, 3), np.uint8), "text": captions(1), "alt": captions(2)}
+
+
+KEYS = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(1), n))(np.arange(B))
+
+
+def model(name: str, cls: bool = False) -> config.Model:
+    return config.Model(dataclasses.replace(ENC, cls=cls), DEC, 1.0, name, T)
+
+
+def parameters(of: config.Model) -> dict:
+    declared = {"encoder": vit.weights(of.encoder)} | baselines.weights(of)
+    return shaken(vit.initialise(jax.random.key(0), declared))
+
+
+def sums(name: str, found: dict, devices: int = 1, **how) -> tuple[float, float]:
+    """(loss, count) of the whole batch, over pretend devices."""
+    of = model(name)
+    cut = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (found, KEYS))
+    loss = jax.vmap(lambda params, b, k: baselines.OBJECTIVES[name](params, b, k, of, **how), (None, 0, 0), axis_name="devices")
+    return tuple(float(x.sum()) for x in loss(parameters(of), *cut))
+
+
+# -------------------------------------------------------------------------------------------------------------- formulas
+def crossed(scores: np.ndarray) -> float:
+    """The mean of both directions' cross-entropies, by optax."""
+    right = np.arange(len(scores))
+    return float(sum(optax.softmax_cross_entropy_with_integer_labels(s, right).mean() for s in (scores, scores.T)) / 2)
+
+
+def test_contrast_is_clips_loss_on_any_number_of_devices():
+    rng = np.random.default_rng(0)
+    image, text = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in rng.standard_normal((2, 8, 5)).astype(np.float32))
+    real = np.array([True] * 3 + [False] + [True] * 3 + [False])
+    wanted = crossed(7.0 * (image @ text.T)[real][:, real])
+    for devices in (1, 2, 8):
+        cut = [a.reshape(devices, -1, *a.shape[1:]) for a in (image, text, real)]
+        found = jax.vmap(lambda a, b, r: baselines.contrast(a, b, r, 7.0), axis_name="devices")(*cut).reshape(-1)
+        assert float(found.sum()) / 6 == pytest.approx(wanted, rel=1e-5) and (found[~real] == 0).all()
+
+
+def test_temperature_starts_at_clips_and_can_leave_its_bound():
+    at = lambda log: baselines.sharpness({"pair": {"temperature": {"log": log}}})  # noqa: E731
+    assert float(at(0.0)) == pytest.approx(1 / 0.07) and float(at(5.0)) == pytest.approx(100)
+    assert float(jax.grad(at)(5.0)) == pytest.approx(100)  # it would be 0 behind a plain bound
+
+
+def test_pixel_targets_are_maes():
+    found = np.asarray(baselines.pixel_targets(batch()["images"], 8))
+    pixels = (batch()["images"] / 255 - vit.MEAN) / vit.STD
+    one = pixels[1, 8:16, 16:24].reshape(-1)  # second row, third column
+    np.testing.assert_allclose(found[1, 5], (one - one.mean()) / np.sqrt(one.var(ddof=1) + 1e-6), atol=1e-5)
+    flat = baselines.pixel_targets(np.full((1, 8, 8, 3), 90, np.uint8), 8)
+    assert np.isfinite(flat).all()
+
+
+def test_openvision_is_the_sum_of_its_terms():
+    found, of = batch(), model("openvision")
+    params = parameters(of)
+    encoded = vit.vit(params["encoder"], found["images"], ENC)
+    image = baselines.unit(encoded["pooled"] @ params["pair"]["image"]["kernel"])
+    scale, pairs = baselines.sharpness(params), []
+    for words in (found["alt"], found["text"]):
+        _, feature = baselines.read(params["text"], words, DEC)
+        pairs.append(crossed(scale * image @ baselines.unit(feature).T))
+    web, _ = baselines.read(params["text"], found["alt"], DEC)
+    prefix = jnp.concatenate([encoded["tokens"], web @ params["web"]["kernel"]], axis=1)
+    scores = decoder.logits(params["decoder"], prefix, found["text"][:, :-1], dataclasses.replace(DEC, prefix="bidirectional"))
+    targets = found["text"][:, 1:]
+    told = optax.softmax_cross_entropy_with_integer_labels(scores, targets)[targets != 0].mean()
+    loss, words = sums("openvision", found)
+    assert words == (targets != 0).sum()
+    assert loss / words == pytest.approx(2 * float(told) + sum(pairs) / 2, rel=1e-5)
+    assert sums("openvision", found, 2)[0] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_aimv2_is_the_mean_over_pictures_of_both_terms(cls):
+    found, of = batch(), model("aimv2", cls)
+    params, N = parameters(of), 9
+    total = 0.0
+    for b, key in enumerate(KEYS):
+        M = int(jax.random.randint(key, (), 1, N))
+        see = np.tril(np.ones((N + cls, N + cls), bool))
+        see[:, :M + cls] = True
+        tokens = vit.vit(params["encoder"], found["images"][b:b + 1], of.encoder, mask=see)["tokens"]
+        text = found["text"][b:b + 1]
+        length = int((text[0] != 0).sum()) - 1
+        told = optax.softmax_cross_entropy_with_integer_labels(decoder.logits(params["decoder"], tokens, text[:, :length], DEC), text[:, 1:length + 1]).mean()
+        hidden = decoder.layer_norm(decoder.sequence(params["decoder"], tokens, text[:, :1], DEC), params["decoder"]["norm"])[0]
+        guess = hidden[M - 1:N - 1] @ params["decoder"]["pixels"]["kernel"] + params["decoder"]["pixels"]["bias"]
+        total += float(told) + 0.4 * float(optax.squared_error(guess, baselines.pixel_targets(found["images"][b:b + 1], 8)[0, M:]).mean())
+    loss, count = jax.jit(baselines.aimv2, static_argnums=3)(params, found, KEYS, of)
+    assert count == B and float(loss) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_that_fill_up_a_batch_do_not_count(name):
+    found = batch()
+    found["text"][-1] = found["alt"][-1] = 0
+    other = found | {"images": found["images"].copy()}
+    other["images"][-1] = 255 - other["images"][-1]
+    loss, count = sums(name, found)
+    assert sums(name, other) == pytest.approx((loss, count), rel=1e-6)
+    assert count == (3 if name in ("clip", "aimv2") else (found["text"][:, 1:] != 0).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------- who sees whom
+def test_a_captions_feature_knows_every_word_and_no_padding():
+    params, text = parameters(model("clip"))["text"], captions(1)
+    feature = baselines.read(params, text, DEC)[1]
+    np.testing.assert_allclose(baselines.read(params, text[1:2, :7], DEC)[1], feature[1:2], atol=1e-5)
+    for place in range(1, 6):
+        other = text.copy()
+        other[1, place] = 3 + (other[1, place] - 2) % (V - 3)
+        assert np.abs(baselines.read(params, other, DEC)[1][1] - feature[1]).max() > 1e-4
+
+
+def test_cappa_sees_no_later_word_and_in_parallel_none():
+    params, rng = parameters(model("cappa"))["decoder"], np.random.default_rng(0)
+    memory = rng.standard_normal((1, 9, 32), np.float32)
+    text, causal = captions(1)[:1], decoder.visible(0, T, "causal")
+    hidden = baselines.cross_features(params, memory, text, causal, DEC)
+    for place in range(1, T):
+        other = text.copy()
+        other[0, place] = 3 + (other[0, place] - 2) % (V - 3)
+        changed = np.abs(baselines.cross_features(params, memory, other, causal, DEC) - hidden).max(-1)[0] > 1e-5
+        assert not changed[:place].any() and changed[place]
+    assert (np.abs(baselines.cross_features(params, memory + 1, text, causal, DEC) - hidden).max(-1) > 1e-5).all()
+    masks = np.full((1, T), V)
+    at_once = baselines.cross_features(params, memory, masks, np.ones((T, T), bool), DEC)
+    assert np.abs(at_once[0, 1:] - at_once[0, :-1]).max(-1).min() > 1e-4  # its places are told apart
+
+
+def test_the_share_of_cappa_that_is_parallel_reads_no_word():
+    """With all in parallel, the loss of a target does not depend on the other words: it is additive over the caption."""
+    found = batch()
+    found["text"][:, 1:-1], found["text"][:, -1] = 5, decoder.EOS
+    one, two = found["text"].copy(), found["text"].copy()
+    one[:, 3], two[:, 6] = 9, 11
+    both = np.where(two == 11, 11, one)
+    texts = found["text"], one, two, both
+    loss = {n: [sums("cappa", found | {"text": t}, parallel=share)[0] for t in texts] for n, share in (("at once", 1.0), ("by word", 0.0))}
+    assert loss["at once"][3] - loss["at once"][2] == pytest.approx(loss["at once"][1] - loss["at once"][0], abs=1e-3)
+    assert abs(loss["by word"][3] - loss["by word"][2] - loss["by word"][1] + loss["by word"][0]) > 1e-2
+
+
+def test_cappa_draws_three_quarters_by_picture():
+    keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(0), n))(np.arange(4000))
+    assert float((jax.vmap(jax.random.uniform)(keys) < baselines.PARALLEL).mean()) == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize("cls", [0, 1])
+@pytest.mark.parametrize("prefix", [1, 5, 8])
+def test_aimv2s_encoder_sees_the_prefix_and_what_is_before(prefix, cls):
+    cfg = dataclasses.replace(ENC, cls=bool(cls))
+    params, images = shaken(vit.init(jax.random.key(0), cfg)), batch()["images"][:1]
+    mask = baselines.prefix_mask(jnp.array([prefix + cls]), 9 + cls)
+    see = lambda pixels: vit.vit(params, pixels, cfg, mask=mask)["tokens"][0]  # noqa: E731
+    plain = see(images)
+    for patch in range(9):
+        other, (y, x) = images.copy(), divmod(patch, 3)
+        other[:, 8 * y:8 * y + 8, 8 * x:8 * x + 8] ^= 255
+        changed = np.abs(see(other) - plain).max(-1) > 1e-5
+        assert changed.tolist() == [patch < prefix or i >= patch for i in range(9)]
+
+
+def test_what_is_told_is_what_the_model_would_say_next():
+    """Greedy captions, read back: each word is the likeliest after those before it."""
+    for name in baselines.TELL:
+        of, found = model(name), batch()
+        params = parameters(of)
+        text = np.asarray(baselines.TELL[name](params, found, of))
+        assert text.shape == (B, T) and (text[:, 0] == decoder.BOS).all()
+        if name == "cappa":
+            hidden = baselines.cross_features(params["decoder"], baselines.cappa_memory(params, found["images"], of), text,
+                                              decoder.visible(0, T, "causal"), DEC)
+            scores = hidden @ params["decoder"]["head"]["kernel"]
+        else:
+            tokens = vit.vit(params["encoder"], found["images"], ENC)["tokens"]
+            if name == "openvision":
+                tokens = baselines.openvision_prefix(params, tokens, baselines.read(params["text"], found["alt"], DEC)[0])
+            scores = decoder.logits(params["decoder"], tokens, text, (baselines.both_ways if name == "openvision" else baselines.one_way)(DEC))
+        going = np.cumsum(text == decoder.EOS, axis=-1)[:, :-1] == 0
+        assert (np.asarray(scores.argmax(-1))[:, :-1] == text[:, 1:])[going].all() and (text[:, 1:][~going] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------- sizes and floors
+@pytest.mark.parametrize("name", ("openvision2", *NAMES))
+def test_flops_are_those_of_the_program(name):
+    of = config.Model(ENC, DEC, 0.5, name, T)
+    loss = train.OBJECTIVES[name]
+    counted = matmul_flops(jax.vmap(lambda p, b, k: loss(p, b, k, of), (None, 0, 0), axis_name="devices"),
+                           parameters(of), *jax.tree.map(lambda x: x[None], (batch(), KEYS)))
+    scores = {"clip": 1, "openvision": 2}.get(name, 0) * 4 * B * DEC.width
+    assert counted / B == pytest.approx(sum(baselines.flops(of, SIDE, T).values()) + scores, rel=1e-6)
+
+
+def test_the_method_starts_from_the_numbers_it_always_did():
+    cfg = config.PRESETS["toy"]
+    of = config.model(cfg)
+    assert of == config.Model(*config.models(cfg, 192), 0.35, "openvision2", 28)
+    params, key = run.init(cfg, of), jax.random.key(0)
+    wanted = {"encoder": vit.init(jax.random.fold_in(key, 0), of.encoder), "decoder": decoder.init(jax.random.fold_in(key, 1), of.decoder)}
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, wanted))
+
+
+def test_floors():
+    surprise, words = np.array([4.0, 12.0]), np.array([4, 8])
+    at = lambda name, **how: baselines.floor(name, [3, 1], surprise, words, lambda: np.full((2, 9, 4), 0.5))  # noqa: E731
+    pair = 3 * math.log(3) / 4  # the last, alone in its batch, cannot be mistaken
+    assert at("clip") == pytest.approx(pair) and at("cappa") == at("openvision2") == pytest.approx(16 / 12)
+    assert at("openvision") == pytest.approx(2 * 16 / 12 + pair) and at("aimv2") == pytest.approx(1.25 + 0.4 * 0.25)
+    assert baselines.floor("aimv2", [3, 1], None, None, lambda: np.zeros(1)) is None
+
+
+def test_all_patches_are_used_by_all_but_the_method():
+    assert [baselines.kept(config.Model(ENC, DEC, 0.35, name, T), 100) for name in ("openvision2", *NAMES)] == [masking.kept_count(100, 0.35)] + [100] * 4
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+DEVICES = """
+import sys, jax, numpy as np, optax, config, decoder, test_baselines as t, train
+from devices import Place
+out = {}
+for name in t.NAMES:
+    model, sgd = t.model(name), optax.sgd(0.05)
+    start = t.parameters(model)
+    batch = {k: np.concatenate([v, v[::-1]]) if k != "images" else np.concatenate([v, 255 - v]) for k, v in t.batch().items()} | {"row": np.arange(8)}
+    runs = (("one", 1, 1, False), ("two", 2, 1, True), ("eight", 8, 1, False)) + ((("pieces", 1, 4, False),) if name in ("cappa", "aimv2") else ())
+    for what, count, accum, shard in runs:
+        place = Place(count)
+        step = train.make_step(model, sgd, 0, accum, place.local, shard)
+        params, _, metrics = step(place.copies(start), place.copies(sgd.init(start)), place.put(batch))
+        out[f"{name} {what} loss"] = place.get(metrics["loss"])
+        for i, (x, y) in enumerate(zip(jax.tree.leaves(params), jax.tree.leaves(start))):
+            out[f"{name} {what} {i}"] = (np.asarray(y) - np.asarray(x)[0]) / 0.05  # with plain SGD the change is the gradient
+np.savez(sys.argv[1], **out)
+"""
+
+
+def test_devices_slices_and_pieces_change_no_number(tmp_path, cache):
+    env = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    done = subprocess.run([sys.executable, "-c", DEVICES, str(tmp_path / "out.npz")], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = np.load(tmp_path / "out.npz")
+    for name in NAMES:
+        ones = [k.split()[-1] for k in out.files if k.startswith(f"{name} one ")]
+        assert len(ones) > 25
+        for what in ("two", "eight", *(("pieces",) if name in ("cappa", "aimv2") else ())):
+            for key in ones:
+                a, b = out[f"{name} {what} {key}"], out[f"{name} one {key}"]
+                assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-5, (name, what, key)
+
+
+# ----------------------------------------------------------------------------------------------------------------- a run
+TINY = ["--stages", "resolution=16 steps=2 batch=8 lr=1e-3 warmup=1", "--val-count", "12", "--log-every", "1", "--alt", "web"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_of_each(name, tmp_path, capsys):
+    folder = tmp_path / name
+    assert train.main([*TINY, "--objective", name, "--out", str(folder)]) == 0
+    summary = json.load(open(folder / "summary.json"))
+    assert np.isfinite(summary["val_loss"]) and summary["floor_loss"] > 0
+    assert ("object_accuracy" in summary) == (name in baselines.TELL)
+    assert (folder / "samples.png").exists() and (folder / "curve.png").exists()
+    capsys.readouterr()
+    assert train.main([*TINY, "--objective", name, "--out", str(folder)]) == 0 and "is finished" in capsys.readouterr().out
+    assert features.load_encoder(str(folder))([np.zeros((16, 16, 3), np.uint8)]).tokens.shape == (1, 4, 96)
+    assert caption.main([str(folder), "x.png"]) == 1 and f"--objective {name}" in capsys.readouterr().err
+    assert train.main([*TINY, "--objective", "openvision2", "--out", str(folder)]) == 1 and f"was '{name}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--objective", "clip", "--accum", "2"], "--accum 2 would part: leave it at 1"),
+    (["--objective", "openvision", "--alt", "web", "--accum", "2"], "--accum 2 would part: leave it at 1"),
+    (["--objective", "openvision"], "name its field with --alt"),
+    (["--objective", "aimv2", "--stages", "resolution=8 steps=2 batch=8 lr=1e-3"], "needs a resolution of 16 or more")])
+def test_what_cannot_be_is_refused(argv, said, capsys):
+    assert train.main([*argv, "--dry-run"]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cost_is_told_by_part(name, capsys):
+    assert train.main(["l14", "--objective", name, "--alt", "org_caption", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "encoder 302.9 M" in told and ("text 110.3 M" in told) == (name in ("clip", "openvision")) and "256 kept" in told
