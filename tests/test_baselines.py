@@ -45,7 +45,7 @@ KEYS = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(1), n))(np.arange(B)
 
 
 def model(name: str, cls: bool = False) -> config.Model:
-    return config.Model(dataclasses.replace(ENC, cls=cls), DEC, 1.0, name, T)
+    return config.Model(dataclasses.replace(ENC, cls=cls), DEC, 1.0, name, length=T)
 
 
 def parameters(of: config.Model) -> dict:
@@ -228,7 +228,7 @@ def test_what_is_told_is_what_the_model_would_say_next():
 # ------------------------------------------------------------------------------------------------------- sizes and floors
 @pytest.mark.parametrize("name", ("openvision2", *NAMES))
 def test_flops_are_those_of_the_program(name):
-    of = config.Model(ENC, DEC, 0.5, name, T)
+    of = config.Model(ENC, DEC, 0.5, name, length=T)
     loss = train.OBJECTIVES[name]
     counted = matmul_flops(jax.vmap(lambda p, b, k: loss(p, b, k, of), (None, 0, 0), axis_name="devices"),
                            parameters(of), *jax.tree.map(lambda x: x[None], (batch(), KEYS)))
@@ -239,7 +239,7 @@ def test_flops_are_those_of_the_program(name):
 def test_the_method_starts_from_the_numbers_it_always_did():
     cfg = config.PRESETS["toy"]
     of = config.model(cfg)
-    assert of == config.Model(*config.models(cfg, 192), 0.35, "openvision2", 28)
+    assert of == config.Model(*config.models(cfg, 192), 0.35, length=28)
     params, key = run.init(cfg, of), jax.random.key(0)
     wanted = {"encoder": vit.init(jax.random.fold_in(key, 0), of.encoder), "decoder": decoder.init(jax.random.fold_in(key, 1), of.decoder)}
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, wanted))
@@ -255,7 +255,7 @@ def test_floors():
 
 
 def test_all_patches_are_used_by_all_but_the_method():
-    assert [baselines.kept(config.Model(ENC, DEC, 0.35, name, T), 100) for name in ("openvision2", *NAMES)] == [masking.kept_count(100, 0.35)] + [100] * 4
+    assert [baselines.kept(config.Model(ENC, DEC, 0.35, name), 100) for name in ("openvision2", *NAMES)] == [masking.kept_count(100, 0.35)] + [100] * 4
 
 
 # -------------------------------------------------------------------------------------------------------------- devices

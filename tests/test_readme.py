@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 BLOCKS = "\n".join(re.sub(r"<<'END'.*?^END$", "", b, flags=re.S | re.M) for b in re.findall(r"```sh\n(.*?)```", README, re.S))
 COMMANDS = [line.partition("#")[0].strip(" &") for line in BLOCKS.splitlines() if line.partition("#")[0].strip()]
-SHOWS = re.findall(r"\| `python ((?:vit|masking|decoder|scenes|tokenizer|sources|data|devices|zero|layouts)\.py[^`]*)`", README)
+SHOWS = re.findall(r"\| `python ((?:vit|masking|decoder|scenes|tokenizer|sources|data|devices|zero|layouts|baselines)\.py[^`]*)`", README)
 
 
 def test_commands_are_of_known_kinds():
@@ -38,7 +38,7 @@ def test_training_commands_are_understood(command, capsys):
 
 
 def test_files_show_their_concept_by_themselves(tmp_path):
-    assert len(SHOWS) == 10
+    assert len(SHOWS) == 11
     for name in os.listdir(ROOT):
         if name.endswith(".py"):
             shutil.copy(os.path.join(ROOT, name), tmp_path)
