@@ -222,8 +222,8 @@ def aimv2(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.A
     hidden = layer_norm(hidden, params["decoder"]["norm"])                                                    # (B,N+T-1,D)
     guesses = linear(hidden[:, :N - 1], params["decoder"]["pixels"]).astype(jnp.float32)                      # of patches 1 to N-1
     wrong = jnp.square(guesses - targets[:, 1:]).mean(-1)
-    hidden_ones = jnp.arange(1, N) >= prefix[:, None]                                                         # (B,N-1): not in the prefix
-    picture = jnp.where(hidden_ones, wrong, 0).sum(-1) / hidden_ones.sum(-1)
+    behind = jnp.arange(1, N) >= prefix[:, None]                                                              # (B,N-1)
+    picture = jnp.where(behind, wrong, 0).sum(-1) / behind.sum(-1)
     words = decoder.target_count(text)
     caption = decoder.word_loss(params["decoder"], hidden[:, N:], text[:, 1:], model.decoder) / jnp.maximum(words, 1)
     return jnp.where(words > 0, caption + ALPHA * picture, 0).sum(), (words > 0).sum()

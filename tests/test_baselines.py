@@ -57,7 +57,7 @@ def sums(name: str, found: dict, devices: int = 1, **how) -> tuple[float, float]
     """(loss, count) of the whole batch, over pretend devices."""
     of = model(name)
     cut = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (found, KEYS))
-    loss = jax.vmap(lambda params, b, k: baselines.OBJECTIVES[name](params, b, k, of, **how), (None, 0, 0), axis_name="devices")
+    loss = jax.jit(jax.vmap(lambda params, b, k: baselines.OBJECTIVES[name](params, b, k, of, **how), (None, 0, 0), axis_name="devices"))
     return tuple(float(x.sum()) for x in loss(parameters(of), *cut))
 
 
