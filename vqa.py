@@ -26,7 +26,7 @@ import decoder
 import scenes
 import tokenizer
 import vit
-from devices import remember_programs
+from devices import keep_memory, remember_programs
 from features import Encoder, Features, load_encoder
 from layers import layer_norm, linear
 from questions import KINDS, blind, exam, records, summary
@@ -193,5 +193,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     remember_programs()
     sys.exit(main(sys.argv[1:]))
