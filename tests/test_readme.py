@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 BLOCKS = "\n".join(re.sub(r"<<'END'.*?^END$", "", b, flags=re.S | re.M) for b in re.findall(r"```sh\n(.*?)```", README, re.S))
 COMMANDS = [line.partition("#")[0].strip(" &") for line in BLOCKS.splitlines() if line.partition("#")[0].strip()]
-SHOWS = re.findall(r"\| `python ((?:vit|masking|decoder|scenes|tokenizer|sources|data|devices|zero|layouts|baselines)\.py[^`]*)`", README)
+SHOWS = re.findall(r"\| `python ((?:vit|masking|decoder|scenes|tokenizer|sources|data|devices|zero|layouts|baselines|questions|labels)\.py[^`]*)`", README)
 
 
 def test_commands_are_of_known_kinds():
@@ -38,7 +38,7 @@ def test_training_commands_are_understood(command, capsys):
 
 
 def test_files_show_their_concept_by_themselves(tmp_path):
-    assert len(SHOWS) == 11
+    assert len(SHOWS) == 13
     for name in os.listdir(ROOT):
         if name.endswith(".py"):
             shutil.copy(os.path.join(ROOT, name), tmp_path)
@@ -70,5 +70,7 @@ def test_encoder_snippet_runs(tmp_path):
 def test_tour_names_every_file_and_every_file_exists():
     tour = set(re.findall(r"^\| `(\w+\.py)`", README, re.M))
     assert tour == {n for n in os.listdir(ROOT) if n.endswith(".py")}
+    with open(os.path.join(ROOT, "pyproject.toml"), encoding="utf-8") as f:
+        assert tour == {f"{name}.py" for name in re.findall(r'"(\w+)"', re.search(r"py-modules = \[(.*)\]", f.read())[1])}
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert os.path.exists(os.path.join(ROOT, picture))
