@@ -25,7 +25,7 @@ import plots
 import probe
 import vqa
 from config import PRESETS, Config, ConfigError
-from features import Encoder, load_encoder
+from features import Encoder, load_encoder, random_encoder, raw_pixels
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RESULTS, TEXT, PLOT = (os.path.join(HERE, *x) for x in (("results", "ablations.json"), ("RESULTS.md",), ("docs", "ablations.png")))
@@ -152,7 +152,7 @@ def train_and_read(cell: str, seed: int, folder: str, costs: dict) -> dict[str, 
     """Figures of one cell and seed, from its run (made or finished first, if need be) and from reading its encoder."""
     if cell in BASELINES:  # of the base's shape
         like = load_encoder(os.path.join(folder, f"base-{seed}"))
-        return read(vqa.raw_pixels(like) if cell == "pixels" else vqa.random_encoder(like, seed), seed)
+        return read(raw_pixels(like) if cell == "pixels" else random_encoder(like, seed), seed)
     out = os.path.join(folder, f"{cell}-{seed}")
     if not os.path.exists(os.path.join(out, "summary.json")):
         train(dataclasses.replace(settings(cell, costs), seed=seed, out=out), f"{out}.log")

@@ -176,7 +176,7 @@ def captions(path: str, changes: dict[str, Any]) -> dict[str, float]:
     check(cfg, place.total)
     networks = model(cfg)
     params = place.copies(checkpoint.restore(arrays, jax.eval_shape(lambda: run.init(cfg, networks)), path, under="params"))
-    _, source = run.open_data(cfg)
+    source = run.open_held_out(cfg)
     if not changes and source.fingerprint() != meta["data"]["held-out data"]:
         raise ConfigError(f"the held-out data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "
                           "name what to measure on with --data and --val")
@@ -220,7 +220,7 @@ class Asked:
     def settings(self) -> Config:
         known = {f.name for f in dataclasses.fields(Config)}
         settings = dataclasses.replace(Config(**{k: v for k, v in self.opened[1].items() if k in known}), **self.changes)
-        if not settings.data:
+        if not (settings.data or settings.val):
             raise ConfigError(f"--data is missing: {self.given.encoder} does not say what it was trained on")
         return settings
 
@@ -234,7 +234,7 @@ class Asked:
         given, settings = self.given, self.settings
         trains = bool({"probe", "knn"} & set(given.measures))
         many = (1000 if settings.data == "scenes" else 2000) if trains else 200 if "zeroshot" in given.measures else 12
-        asked = given.label or (() if trains or settings.data == "scenes" else (settings.caption,))
+        asked = given.label or (() if trains or (settings.val or settings.data) == "scenes" else (settings.caption,))
         return labels.open_pictures(settings, asked, 1 << 30 if given.names == "all" else given.count or many, trains)
 
 
@@ -263,8 +263,8 @@ def pictures(asked: Asked) -> dict[str, str]:
 
 MEASURES: dict[str, tuple[Callable[[Asked], dict], str]] = {
     "caption": (lambda asked: captions(asked.given.encoder, asked.changes), "held-out loss, floor and graded captions of a run (if nothing is named)"),
-    "probe": (probes(("pooled", "attended")), "linear and attention-pooled probe of the features, beside a random encoder and raw pixels"),
-    "knn": (probes(("neighbours",)), "nearest neighbours by features, likewise"),
+    "probe": (probes(("pooled", "grid", "attended")), "linear and attention-pooled probes of the features, beside a random encoder and raw pixels"),
+    "knn": (probes(("neighbours", "whitened")), "nearest neighbours by features, likewise"),
     "zeroshot": (zero_shot, "classes told by the likelihood of their sentences; needs a run"),
     "vqa": (lambda asked: vqa.table(asked.encoder, asked.given.seed), "questions about scenes, answered by a small language model that reads the features"),
     "pictures": (pictures, "pca.png, attention.png and, of a run, words.png"),
@@ -275,9 +275,9 @@ def show(name: str, found: dict[str, Any]) -> str:
     """Rows as a table of percentages, or as json what has none."""
     if not all(isinstance(row, dict) for row in found.values()):
         return json.dumps(found if name == "caption" else {name: found}, indent=1)
-    columns = list(next(iter(found.values())))
-    lines = [f"{name + ', % right':20}" + "".join(f"{c:>{max(len(c), 5) + 2}}" for c in columns)]
-    return "\n".join(lines + [f"{row:20}" + "".join(f"{100 * cells[c]:{max(len(c), 5) + 2}.1f}" for c in columns) for row, cells in found.items()])
+    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    rows = {f"{name}, % right": {c: c for c in columns}} | {row: {c: f"{100 * share:.1f}" for c, share in cells.items()} for row, cells in found.items()}
+    return "\n".join(f"{row:20}" + "".join(f"{cells.get(c, '–'):>{max(len(c), 5) + 2}}" for c in columns) for row, cells in rows.items())
 
 
 def main(argv: list[str]) -> int:

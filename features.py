@@ -7,6 +7,7 @@ Letters: B images, R pixels a side, N patches, D width.
 
     python features.py ENCODER IMAGE...         writes features.npz
 """
+import copy
 import functools
 import os
 from collections.abc import Sequence
@@ -124,6 +125,25 @@ class Encoder:
         if not found:
             raise BadSample("there is no picture")
         return Features(*map(np.concatenate, zip(*found)))
+
+
+@functools.lru_cache(4)
+def random_encoder(like: Encoder, seed: int) -> Encoder:
+    """The same encoder as it is before training, and its compiled program: what trained features must beat."""
+    made = copy.copy(like)
+    made.params = jax.device_put(vit.init(jax.random.key(seed), like.cfg))
+    return made
+
+
+def raw_pixels(like: Encoder) -> Encoder:
+    """Tokens that are the pixels of the patches, of the same grid: likewise."""
+    made = Encoder({}, like.cfg, like.resolution)
+
+    def run(_: dict, images: jax.Array) -> Features:
+        patches = vit.patchify(vit.normalise(images), like.cfg.patch)
+        return Features(patches, patches.mean(1))
+    made.run = jax.jit(run)
+    return made
 
 
 def load_encoder(path: str, resolution: int = 0, dtype: str = "float32") -> Encoder:

@@ -35,14 +35,17 @@ class Pictures:
         self.source, self.indices, self.copies, self.augment = source, list(indices), copies, augment
         self.labels = {name: np.concatenate([found] * copies) for name, found in labels.items()}
         self.known: dict[int, np.ndarray] = {}
+        self.copied: dict[tuple, Pictures] = {}
         self.seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self.indices) * self.copies
 
     def again(self, copies: int, augment: data.Augment) -> "Pictures":
-        """The same pictures, and copies - 1 augmented ones of each."""
-        return Pictures(self.source, self.indices, self.labels, copies, augment)
+        """The same pictures, and copies - 1 augmented ones of each; the same at every call."""
+        if (copies, augment) not in self.copied:
+            self.copied[copies, augment] = Pictures(self.source, self.indices, self.labels, copies, augment)
+        return self.copied[copies, augment]
 
     def pixels(self, resolution: int) -> np.ndarray:
         """(n,R,R,3) uint8, as held-out pictures are prepared: the whole, resized. Each picture is drawn once, at RAW pixels too."""
@@ -103,8 +106,8 @@ def open_pictures(settings: Any, labels: Sequence[str], count: int, train: bool 
     """(training, held-out) pictures of a run's settings with labels: count held-out ones at most, and four times as many to train on;
     None for those without `train`. DataError says what is wrong with data or labels."""
     import run
-    settings = dataclasses.replace(settings, val_count=count, alt="")
-    if settings.data == "scenes" and settings.val in ("", "scenes"):
+    where = {settings.data, settings.val or settings.data} if train else {settings.val or settings.data}
+    if where == {"scenes"}:
         if unknown := set(labels) - set(SCENE_LABELS):
             raise DataError(f"--label {', '.join(sorted(unknown))}: scenes have {', '.join(SCENE_LABELS)}")
         count = min(count, UNSEEN // 4)
@@ -114,8 +117,11 @@ def open_pictures(settings: Any, labels: Sequence[str], count: int, train: bool 
         raise DataError(f"--label is missing: which fields of the KEY.json in {settings.data} are the classes, such as --label caption")
     if "txt" in labels and len(labels) > 1:
         raise DataError("--label txt is the KEY.txt, the others are fields of the KEY.json: ask for them one at a time")
-    both = run.open_data(dataclasses.replace(settings, caption=labels[0]))
-    return file_pictures(both[0], labels, 4 * count) if train else None, file_pictures(both[1], labels, count)
+    settings = dataclasses.replace(settings, val_count=count, alt="", caption=labels[0])
+    if not train:
+        return None, file_pictures(run.open_held_out(settings), labels, count)
+    both = run.open_data(settings)
+    return file_pictures(both[0], labels, 4 * count), file_pictures(both[1], labels, count)
 
 
 def pick(pictures: Pictures, labels: Sequence[str]) -> Pictures:

@@ -1,16 +1,21 @@
 """What can be read from frozen features: a linear probe, an attention-pooled probe, and the nearest neighbours.
 
 The encoder stays as it is; only a reader is trained on its output, for each label: multinomial logistic regression on
-the pooled feature ("pooled"); the same on the patch tokens, mixed as one learned query a label wants ("attended"); the
-nearest training pictures by cosine ("neighbours"). What a reader finds may have been there without learning: so beside stand
-the same readers of an encoder with random parameters, and of the raw pixels (24 x 24, RGB), and the commonest label.
+the pooled feature ("pooled"), on all patch tokens side by side, each in its place ("grid"), and on the patch tokens mixed as one
+learned query a label wants ("attended"); the nearest training pictures by cosine of the pooled feature ("neighbours").
+What a reader finds may have been there without learning: so beside stand the same readers of an encoder with random parameters
+("random") and of the raw pixels (24 x 24, RGB), which know their place as "grid" does, and the commonest label.
+
+Where a label has one picture a class, as the names of emoji, no regression can learn from it how pictures of a class differ. What
+can be had is how augmented copies of a picture differ: features are whitened by that covariance, and the nearest class mean by
+cosine answers. That is Fisher's linear discriminant (1936), a linear classifier in closed form; speech calls it within-class
+covariance normalisation (Hatch, Kajarekar and Stolcke, 2006). Linear readers do it for such labels, "whitened" are the nearest
+neighbours by "grid" so treated, for all labels, and the raw pixels are treated alike.
 
 Letters: n pictures, N patches, D width, T tasks (a label in one place of a scene is one), C classes of all tasks side by side.
 """
-import copy
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +23,15 @@ import numpy as np
 import optax
 
 import data
-import vit
+from features import Encoder, random_encoder
 from labels import RAW, Pictures
 
 L2 = (1e-3, 1e-2, 1e-1, 1.0)  # strengths to choose from
 NEIGHBOURS = (1, 3, 5, 10, 20)      # likewise
-LEADING = 512                       # directions of a feature that are read: the pixels have 1,728
-COPIES = 5                          # of a training picture, if it is the only one of its class; see `tasks`
+LEADING = 512                       # directions of a feature that are regressed on: the pixels have 1,728
+WIDEST = 2048                       # features; wider ones are narrowed
+COPIES, SHRINK = 5, 0.2             # of a training picture that is the only one of its class, and of their covariance towards a multiple of one
+COPY = data.Augment(crop=0.6, jitter=0.3, gray=0.1)
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -98,18 +105,19 @@ def answers(scores: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     return np.stack([scores[:, a:b].argmax(-1) for a, b in parts(sizes)], 1)
 
 
-def split(y: np.ndarray, sizes: tuple[int, ...], pictures: int, seed: int) -> np.ndarray:
-    """(n,T) bool, True for what chooses strengths instead of training: a fifth of the pictures; of a task with less than two pictures a class
-    the last copy of each. n is a multiple of `pictures`, whose copies follow one another."""
-    drawn = np.random.default_rng((seed, 6)).random(pictures) < 0.2
-    by_picture = np.tile(drawn, len(y) // pictures)[:, None]
-    by_copy = (np.arange(len(y)) >= len(y) - pictures)[:, None] & (len(y) > pictures)
-    return np.where(np.array([lonely(y[:pictures, t], size) for t, size in enumerate(sizes)]), by_copy, by_picture)
+def split(y: np.ndarray, pictures: int, seed: int) -> np.ndarray:
+    """(n,1) bool, True for what chooses strengths instead of training: a fifth of the pictures, whose copies follow one another."""
+    return np.tile(np.random.default_rng((seed, 6)).random(pictures) < 0.2, len(y) // pictures)[:, None]
 
 
-def lonely(y: np.ndarray, size: int) -> bool:
-    """Whether a task's classes have less than two training pictures each, by the mean."""
-    return bool((y >= 0).sum() < 2 * size)
+def lonely(y: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """(T,) bool: of which tasks the classes have less than two of the training pictures (n,T) each, by the mean."""
+    return (y >= 0).sum(0) < 2 * np.array(sizes)
+
+
+def some_tasks(y: np.ndarray, sizes: tuple[int, ...], wanted: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Classes (n,T) and sizes of the wanted tasks (T,) bool alone."""
+    return y[:, wanted], tuple(np.array(sizes)[wanted].tolist())
 
 
 # -------------------------------------------------------------------------------------------------------------- linear
@@ -138,18 +146,38 @@ def fit(x: jax.Array, target: jax.Array, l2: jax.Array, mine: jax.Array, steps: 
     return jax.lax.scan(step, (zero, zero, jnp.zeros(len(l2))), None, steps)[0][0]
 
 
+def narrow(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+    """Features (n,D) as they are, or, if they are very wide, within the WIDEST directions that hold about the most of the training ones: the
+    range of a random sketch (Halko, Martinsson and Tropp, 2011)."""
+    if train.shape[1] > WIDEST:
+        sketch = np.random.default_rng(0).standard_normal((train.shape[1], WIDEST), np.float32)
+        basis, _ = np.linalg.qr(train.T @ (train @ sketch))
+        return [x @ basis for x in (train, *others)]
+    return [train, *others]
+
+
 def rotate(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features along their principal directions, the leading ones, and a column of ones. The regression is the same in any rotation."""
+    train, test = narrow(train, test)
     values, directions = np.linalg.eigh(train.T @ train / len(train))
     leading = directions[:, ::-1][:, :min(LEADING, int((values > 1e-7 * values.max()).sum()))]
     return tuple(np.concatenate([x @ leading, np.ones((len(x), 1), np.float32)], 1) for x in (train, test))
 
 
 def linear(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], pictures: int, seed: int = 0) -> np.ndarray:
-    """Features (n,D), (m,D) and classes (n,T) to answers (m,T). Each task's l2 is the one that answers a part of the training
-    pictures best."""
+    """Features (n,D), (m,D) and classes (n,T) to answers (m,T): by Fisher's discriminant for lonely tasks, by regression for the others. Each
+    one's l2 is that which answers a part of the training pictures best. Copies of the `pictures` follow one another."""
+    few, found = lonely(y[:pictures], sizes), np.zeros((len(test), len(sizes)), np.int32)
+    if few.any():
+        found[:, few] = nearest(*whiten(train, test, pictures), *some_tasks(y[:pictures], sizes, few))
+    if not few.all():
+        found[:, ~few] = regress(train, test, *some_tasks(y, sizes, ~few), pictures, seed)
+    return found
+
+
+def regress(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], pictures: int, seed: int) -> np.ndarray:
     x, z = rotate(*standard(train, test))
-    held = split(y, sizes, pictures, seed)
+    held = split(y, pictures, seed)
     some, rest, mine = targets(np.where(held, -1, y), sizes), targets(np.where(held, y, -1), sizes), owners(sizes)
     losses = [cross_entropy(x @ fit(x, some, np.full(len(sizes), l2, np.float32), mine), rest, mine) for l2 in L2]
     best = np.array(L2, np.float32)[np.argmin(losses, 0)]
@@ -169,7 +197,7 @@ def read(params: dict, x: jax.Array, mine: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("rounds", "steps", "batch", "rate"))
 def fit_attended(x: jax.Array, some: jax.Array, rest: jax.Array, mine: jax.Array, key: jax.Array, rounds: int = 12, steps: int = 50,
-                 batch: int = 256, rate: float = 3e-3) -> dict:
+                 batch: int = 256, rate: float = 1e-2) -> dict:
     """{"query" (D,T), "kernel" (D,C), "bias" (C,)} by AdamW on x (n,N,D) and the targets `some` (n,C). After each round the targets `rest`
     are tried, and each task keeps its best round: the early end is what keeps it from learning by heart."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(rate, rounds * steps), weight_decay=1e-2)
@@ -205,7 +233,7 @@ def scores_of(params: dict, x: jax.Array, mine: jax.Array) -> jax.Array:
 def attended(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], pictures: int, seed: int = 0) -> np.ndarray:
     """Tokens (n,N,D), (m,N,D) and classes (n,T) to answers (m,T)."""
     x, z = standard(train, test)
-    held, mine = split(y, sizes, pictures, seed), owners(sizes)
+    held, mine = split(y, pictures, seed), owners(sizes)
     params = fit_attended(x, targets(np.where(held, -1, y), sizes), targets(np.where(held, y, -1), sizes), mine, jax.random.key(seed))
     return answers(np.asarray(scores_of(params, z, mine)), sizes)
 
@@ -221,58 +249,85 @@ def vote(similar: np.ndarray, y: np.ndarray, size: int, k: int) -> np.ndarray:
     return votes.argmax(1)
 
 
-def neighbours(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Features (n,D), (m,D) and classes (n,T) to answers (m,T). Each task's k is the best for 500 training pictures among the others; 1 where
-    each class has one picture."""
-    x, z = (a / (np.linalg.norm(a, axis=1, keepdims=True) + 1e-9) for a in standard(train, test))
+def nearest(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Features (n,D), (m,D) and classes (n,T) to answers (m,T) of the nearest by cosine. Each task's k is the best for 500 training pictures
+    among the others; 1 for lonely ones."""
+    x, z = (a / (np.linalg.norm(a, axis=1, keepdims=True) + 1e-9) for a in (train, test))
     drawn = np.random.default_rng((seed, 7)).choice(len(x), min(500, len(x)), replace=False)
     among = x[drawn] @ x.T
     among[np.arange(len(drawn)), drawn] = -2                # not itself
-    similar, found = z @ x.T, []
+    similar, few, found = z @ x.T, lonely(y, sizes), []
     for t, size in enumerate(sizes):
         has = np.flatnonzero(y[:, t] >= 0)
         asked = np.flatnonzero(y[drawn, t] >= 0)
-        k = 1 if lonely(y[:, t], size) or not len(asked) else max(
+        k = 1 if few[t] or not len(asked) else max(
             NEIGHBOURS, key=lambda k, t=t, has=has, asked=asked, size=size: (vote(among[np.ix_(asked, has)], y[has, t], size, k) == y[drawn[asked], t]).mean())
         found.append(vote(similar[:, has], y[has, t], size, k))
     return np.stack(found, 1)
 
 
+def neighbours(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """The nearest by features of mean 0 and deviation 1."""
+    return nearest(*standard(train, test), y, sizes, seed)
+
+
+def whiten(train: np.ndarray, test: np.ndarray, pictures: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of COPIES of the pictures (n,D), which follow one another, and (m,D), to the mean of each picture's copies (pictures,D), and (m,D),
+    both whitened: turned and stretched so that copies of a picture differ alike in all directions."""
+    train, test = narrow(train, test)
+    copies = (train - train.mean(0)).reshape(-1, pictures, train.shape[1])
+    mean = copies.mean(0)
+    spread = (copies - mean).reshape(len(train), -1)
+    covariance = spread.T @ spread / len(train)
+    values, directions = np.linalg.eigh((1 - SHRINK) * covariance + SHRINK * np.trace(covariance) / len(covariance) * np.eye(len(covariance)))
+    stretch = (directions / np.sqrt(values)).astype(np.float32)
+    return mean @ stretch, (test - train.mean(0)) @ stretch
+
+
+def euclid(train: np.ndarray, test: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Features (n,D), (m,D) and classes (n,T) to those of the one nearest picture by plain distance (m,T)."""
+    return y[(np.square(train).sum(1) - 2 * test @ train.T).argmin(1)]
+
+
 # ------------------------------------------------------------------------------------------------------------- measure
-def untrained(encoder: Any, seed: int) -> Any:
-    """The same encoder, and its compiled program, with random parameters."""
-    found = copy.copy(encoder)
-    found.params = vit.init(jax.random.key(seed + 1), encoder.cfg)
-    return found
-
-
-def measure(encoder: Any, train: Pictures, test: Pictures, readers: tuple[str, ...] = ("pooled", "attended", "neighbours"), baselines: bool = True,
-            seed: int = 0) -> dict[str, dict[str, float]]:
-    """{row: {label: share of right answers}} for features.Encoder on labelled pictures. Rows are the readers, and with baselines those of
-    "random" and "pixels", and "commonest". A held-out picture whose label no training picture has is not asked about."""
+def measure(encoder: Encoder, train: Pictures, test: Pictures, readers: tuple[str, ...] = ("pooled", "grid", "attended", "neighbours", "whitened"),
+            baselines: bool = True, seed: int = 0) -> dict[str, dict[str, float]]:
+    """{row: {label: share of right answers}} on labelled pictures. Rows are the readers, and with baselines those of "random" and "pixels",
+    and "commonest". "whitened" is there if a label has about one picture a class, and "attended" does not read such a label. A held-out
+    picture whose label no training picture has is not asked about."""
     names, sizes, y, truth = tasks(train.labels, test.labels)
-    more, y_more = train, y
-    if {"pooled", "attended"} & set(readers) and any(lonely(y[:, t], size) for t, size in enumerate(sizes)):
-        more = train.again(COPIES, data.Augment(crop=0.6, jitter=0.2))
-        y_more = np.tile(y, (COPIES, 1))
-    found = {}
+    n, few, found = len(train), lonely(y, sizes), {}
+    readers = tuple(r for r in readers if (r != "whitened" or few.any()) and (r != "attended" or not few.all()))
+    if few.any():
+        train = train.again(COPIES, COPY)                    # whose first n are the pictures as they are
+    y_all = np.tile(y, (len(train) // n, 1))
 
-    def note(row: str, said: np.ndarray) -> None:
-        found[row] = shares(names, said == truth, truth)
-    for title, model in (("", encoder), *((("random ", untrained(encoder, seed)),) if baselines else ())):
+    def note(row: str, said: np.ndarray, some: slice | np.ndarray = slice(None)) -> None:
+        found[row] = shares(np.array(names)[some].tolist(), said == truth[:, some], truth[:, some])
+
+    def flat(x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(x), -1)
+    for title, model in (("", encoder), *((("random ", random_encoder(encoder, seed)),) if baselines else ())):
+        x, z = train.features(model), test.features(model)
         if "pooled" in readers:
-            note(title + "pooled", linear(more.features(model).pooled, test.features(model).pooled, y_more, sizes, len(train), seed))
+            note(title + "pooled", linear(x.pooled, z.pooled, y_all, sizes, n, seed))
+        if "grid" in readers:
+            note(title + "grid", linear(flat(x.tokens), flat(z.tokens), y_all, sizes, n, seed))
         if "attended" in readers:
-            note(title + "attended", attended(more.features(model).tokens, test.features(model).tokens, y_more, sizes, len(train), seed))
+            note(title + "attended", attended(x.tokens, z.tokens, *some_tasks(y_all, sizes, ~few), n, seed), ~few)
         if "neighbours" in readers:
-            note(title + "neighbours", neighbours(train.features(model).pooled, test.features(model).pooled, y, sizes, seed))
+            note(title + "neighbours", neighbours(x.pooled[:n], z.pooled, y, sizes, seed))
+        if "whitened" in readers:
+            note(title + "whitened", nearest(*whiten(flat(x.tokens), flat(z.tokens), n), y, sizes, seed))
     if baselines:
-        def raw(pictures):
-            return pictures.pixels(RAW).reshape(len(pictures), -1).astype(np.float32)
-        if {"pooled", "attended"} & set(readers):
-            note("pixels linear", linear(raw(more), raw(test), y_more, sizes, len(train), seed))
+        x, z = (flat(pictures.pixels(RAW)).astype(np.float32) for pictures in (train, test))
+        if {"pooled", "grid", "attended"} & set(readers):
+            note("pixels linear", linear(x, z, y_all, sizes, n, seed))
         if "neighbours" in readers:
-            note("pixels neighbours", neighbours(raw(train), raw(test), y, sizes, seed))
+            note("pixels neighbours", neighbours(x[:n], z, y, sizes, seed))
+            note("pixels nearest", euclid(x[:n], z, y))
+        if "whitened" in readers:
+            note("pixels whitened", nearest(*whiten(x, z, n), y, sizes, seed))
         commonest = [np.bincount(y[y[:, t] >= 0, t]).argmax() for t in range(len(sizes))]
         note("commonest", np.broadcast_to(commonest, truth.shape))
     return found

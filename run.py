@@ -56,6 +56,11 @@ def open_data(cfg: Config) -> tuple[Any, Any]:
     return sources.hold_out(source, cfg.val_count)
 
 
+def open_held_out(cfg: Config) -> Any:
+    """The held-out source; where it lies elsewhere, the training data need not be there, nor have the same captions."""
+    return open_data(dataclasses.replace(cfg, data=cfg.val or cfg.data))[1]
+
+
 def open_tokenizer(cfg: Config, source: Any) -> tokenizer.Tokenizer:
     """The one that --vocab names, or one built from the training captions (of 100,000 samples at most)."""
     if cfg.vocab:

@@ -27,7 +27,7 @@ import scenes
 import tokenizer
 import vit
 from devices import keep_memory, remember_programs
-from features import Encoder, Features, load_encoder
+from features import Encoder, load_encoder, random_encoder, raw_pixels
 from layers import layer_norm, linear
 from questions import KINDS, blind, exam, records, summary
 
@@ -45,22 +45,6 @@ def pictures(seed: int, split: str, count: int, resolution: int) -> np.ndarray:
 def tokens(encoder: Encoder, images: np.ndarray, batch: int = 256) -> np.ndarray:
     """(B,N,E) fp32 of images (B,R,R,3)."""
     return np.concatenate([np.asarray(encoder.run(encoder.params, images[i:i + batch]).tokens, np.float32) for i in range(0, len(images), batch)])
-
-
-def raw_pixels(like: Encoder) -> Encoder:
-    """Tokens that are the pixels of the patches, of the same grid."""
-    made = Encoder({}, like.cfg, like.resolution)
-
-    def run(_: dict, images: jax.Array) -> Features:
-        patches = vit.patchify(vit.normalise(images), like.cfg.patch)
-        return Features(patches, patches.mean(1))
-    made.run = jax.jit(run)
-    return made
-
-
-def random_encoder(like: Encoder, seed: int) -> Encoder:
-    """The same encoder, as it is before training."""
-    return Encoder(vit.init(jax.random.key(seed), like.cfg), like.cfg, like.resolution)
 
 
 # --------------------------------------------------------------------------------------------------------------- reader

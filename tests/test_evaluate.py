@@ -116,8 +116,29 @@ def test_neighbours_are_those_of_brute_force():
     for row, answer in zip((z - x.mean(0)) / x.std(0), found[:, 0]):
         cosines = [row @ b / np.linalg.norm(row) / np.linalg.norm(b) for b in (x - x.mean(0)) / x.std(0)]
         assert answer == int(np.argmax(cosines))
+    assert probe.euclid(x, z, y).tolist() == [[int(np.argmin([np.linalg.norm(row - b) for b in x]))] for row in z]
     (x, y), (z, truth) = planted(800, 5), planted(200, 5, seed=1)
     assert (probe.neighbours(x, z, y, SIZES) == truth).mean() > 0.75
+
+
+def test_one_picture_a_class_is_told_by_what_its_copies_share():
+    """Half of the directions are loud, and say nothing of the picture."""
+    rng = np.random.default_rng(0)
+    own, turn, y = rng.normal(size=(60, 8)), np.linalg.qr(rng.normal(size=(16, 16)))[0], np.arange(60)[:, None]
+    train, test = (np.concatenate([np.concatenate([own, 3 * rng.normal(size=(60, 8))], 1) @ turn for _ in range(n)]) for n in (5, 1))
+    assert (probe.linear(train, test, np.tile(y, (5, 1)), (60,), 60) == y).mean() > 0.9
+    assert (probe.neighbours(train[:60], test, y, (60,)) == y).mean() < 0.6
+    white, _ = probe.whiten(train, test, 60)
+    assert white.shape == (60, 16)
+
+
+def test_narrow_features_lie_as_the_wide_ones(monkeypatch):
+    monkeypatch.setattr(probe, "WIDEST", 32)
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(100, 20)) @ rng.normal(size=(20, 200))).astype(np.float32)
+    train, test = probe.narrow(x[:80], x[80:])
+    assert train.shape == (80, 32)
+    np.testing.assert_allclose(test @ train.T, x[80:] @ x[:80].T, atol=0.01)
 
 
 def test_votes_are_counted():
@@ -128,7 +149,7 @@ def test_votes_are_counted():
 def test_measure_has_rows_for_readers_and_baselines(encoder):
     pictures = labels.scene_pictures(0, "train", 48), labels.scene_pictures(0, "val", 24)
     found = probe.measure(encoder, *pictures, ("pooled", "neighbours"))
-    assert set(found) == {"pooled", "neighbours", "random pooled", "random neighbours", "pixels linear", "pixels neighbours", "commonest"}
+    assert set(found) == {"pooled", "neighbours", "random pooled", "random neighbours", "pixels linear", "pixels neighbours", "pixels nearest", "commonest"}
     assert all(set(row) == set(labels.SCENE_LABELS) for row in found.values())
     assert found == probe.measure(encoder, *pictures, ("pooled", "neighbours"))
     assert set(probe.measure(encoder, *pictures, ("neighbours",), baselines=False)) == {"neighbours"}
@@ -214,20 +235,23 @@ def test_one_command_measures_and_draws(run, tmp_path, capsys):
 def test_other_held_out_pictures_and_one_checkpoint(run, tmp_path, capsys):
     for i in range(6):
         Image.new("RGB", (20, 20), (40 * i, 0, 90)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.json").write_text(json.dumps({"caption": f"big red {('circle', 'star')[i % 2]}"}))
+        (tmp_path / f"{i}.json").write_text(json.dumps({"caption": f"big red {('circle', 'star')[i % 2]}", "name": f"thing {i}"}))
     at = [str(run / "step-00000002.npz"), "--val", str(tmp_path), "--caption", "caption"]
     assert evaluate.main(at) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"val_loss", "shuffled_loss", "floor_loss"} and found["floor_loss"] == found["shuffled_loss"]
     assert evaluate.main([*at, "zeroshot"]) == 0
     assert json.loads(capsys.readouterr().out)["zeroshot"]["names"] == 2
-    assert evaluate.main([str(run / "encoder.npz"), "knn", "--data", str(tmp_path), "--val", str(tmp_path), "--label", "caption"]) == 0
-    assert "neighbours" in capsys.readouterr().out
+    files, figures = ["--data", str(tmp_path), "--val", str(tmp_path)], tmp_path / "figures"
+    assert evaluate.main([str(run / "encoder.npz"), "knn", *files, "--label", "caption,name", "--json", str(figures)]) == 0
+    found = json.load(open(figures))["knn"]
+    assert {"neighbours", "whitened", "random whitened", "pixels whitened", "pixels nearest"} < set(found)
+    assert found["pixels nearest"] == {"caption": 1, "name": 1} and found["commonest"]["name"] == 1 / 6
 
 
 def test_mistakes_get_a_sentence(run, tmp_path, capsys):
-    damaged, alone = tmp_path / "damaged", str(run / "encoder.npz")
-    damaged.mkdir()
+    damaged, empty, alone = tmp_path / "damaged", tmp_path / "empty", str(run / "encoder.npz")
+    damaged.mkdir(), empty.mkdir()
     (damaged / "step-00000002.npz").write_bytes((run / "step-00000002.npz").read_bytes()[:5000])
     arrays, meta = checkpoint.load(str(run / "step-00000002.npz"))
     other = tmp_path / "step-00000003.npz"
@@ -237,7 +261,7 @@ def test_mistakes_get_a_sentence(run, tmp_path, capsys):
     (tmp_path / "names").write_text("one\n")
     for argv, said in (([str(damaged)], "is damaged"), ([str(other)], "does not fit this model"), ([str(other), "knn"], "does not fit this model"),
                        ([str(tmp_path / "foreign.npz"), "knn"], "damaged or no checkpoint"), ([str(tmp_path / "model.bin"), "knn"], "model.bin"),
-                       ([str(tmp_path / "none")], "none"), ([str(tmp_path)], "no checkpoint"), ([alone], "no checkpoint of a run"),
+                       ([str(tmp_path / "none")], "none"), ([str(empty)], "no checkpoint"), ([alone], "no checkpoint of a run"),
                        ([alone, "zeroshot", "--count", "4"], "no checkpoint of a run"), ([str(run), "knn", "--label", "age"], "scenes have"),
                        ([str(run), "zeroshot", "--names", str(tmp_path / "names")], "nothing to tell apart"),
                        ([str(run), "zeroshot", "--names", str(tmp_path / "no")], "No such file"), ([str(run), "knn", "--resolution", "4"], "patch size"),

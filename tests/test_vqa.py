@@ -193,9 +193,9 @@ def test_the_command_measures_and_writes(encoder, tmp_path, capsys, monkeypatch)
 def test_pixels_and_random_weights_are_read_on_the_same_grid(encoder):
     loaded = features.load_encoder(encoder)
     images = vqa.pictures(0, "val", 3, 16)
-    assert vqa.tokens(loaded, images).shape == vqa.tokens(vqa.random_encoder(loaded, 1), images).shape == (3, 4, 96)
+    assert vqa.tokens(loaded, images).shape == vqa.tokens(features.random_encoder(loaded, 1), images).shape == (3, 4, 96)
     assert np.allclose(vqa.tokens(loaded, images, batch=2), vqa.tokens(loaded, images), atol=1e-5)
-    pixels = vqa.tokens(vqa.raw_pixels(loaded), images)
+    pixels = vqa.tokens(features.raw_pixels(loaded), images)
     assert np.allclose(pixels[1, 3], np.asarray(vit.normalise(images[1, 8:, 8:])).ravel(), atol=1e-6)
 
 
