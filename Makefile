@@ -39,4 +39,4 @@ $(VENV)/parity: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .compiled .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-parity parity.log runs .compiled .pytest_cache .ruff_cache *.egg-info
