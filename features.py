@@ -109,7 +109,9 @@ class Encoder:
         self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def pixels(self, images: PICTURE | Sequence[PICTURE]) -> np.ndarray:
-        """One picture or several to (B,R,R,3) uint8."""
+        """One picture or several to (B,R,R,3) uint8, which such pixels already are."""
+        if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (self.resolution, self.resolution, 3):
+            return images
         return np.stack(list(self.pool.map(functools.partial(pixels, resolution=self.resolution), several(images))))
 
     def __call__(self, images: PICTURE | Sequence[PICTURE], batch: int = 32) -> Features:

@@ -29,7 +29,7 @@ from labels import RAW, Pictures
 L2 = (1e-3, 1e-2, 1e-1, 1.0)  # strengths to choose from
 NEIGHBOURS = (1, 3, 5, 10, 20)      # likewise
 LEADING = 512                       # directions of a feature that are regressed on: the pixels have 1,728
-WIDEST = 2048                       # features; wider ones are narrowed
+WIDEST = 1024                       # features; wider ones are narrowed
 COPIES, SHRINK = 5, 0.2             # of a training picture that is the only one of its class, and of their covariance towards a multiple of one
 COPY = data.Augment(crop=0.6, jitter=0.3, gray=0.1)
 
@@ -146,19 +146,19 @@ def fit(x: jax.Array, target: jax.Array, l2: jax.Array, mine: jax.Array, steps: 
     return jax.lax.scan(step, (zero, zero, jnp.zeros(len(l2))), None, steps)[0][0]
 
 
-def narrow(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """Features (n,D) as they are, or, if they are very wide, within the WIDEST directions that hold about the most of the training ones: the
-    range of a random sketch (Halko, Martinsson and Tropp, 2011)."""
-    if train.shape[1] > WIDEST:
-        sketch = np.random.default_rng(0).standard_normal((train.shape[1], WIDEST), np.float32)
-        basis, _ = np.linalg.qr(train.T @ (train @ sketch))
-        return [x @ basis for x in (train, *others)]
-    return [train, *others]
+def wide(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (n,N,D), (m,N,D) or pixels to features (n,N*D), (m,N*D); or, where there would be very many, to those along the WIDEST directions that
+    hold about the most of the training ones: the range of a random sketch (Halko, Martinsson and Tropp, 2011)."""
+    train, test = (x.reshape(len(x), -1).astype(np.float32) for x in (train, test))
+    if train.shape[1] <= WIDEST:
+        return train, test
+    sketch = np.random.default_rng(0).standard_normal((train.shape[1], WIDEST), np.float32)
+    basis, _ = np.linalg.qr(train.T @ (train @ sketch))
+    return train @ basis, test @ basis
 
 
 def rotate(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features along their principal directions, the leading ones, and a column of ones. The regression is the same in any rotation."""
-    train, test = narrow(train, test)
     values, directions = np.linalg.eigh(train.T @ train / len(train))
     leading = directions[:, ::-1][:, :min(LEADING, int((values > 1e-7 * values.max()).sum()))]
     return tuple(np.concatenate([x @ leading, np.ones((len(x), 1), np.float32)], 1) for x in (train, test))
@@ -274,13 +274,12 @@ def neighbours(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[
 def whiten(train: np.ndarray, test: np.ndarray, pictures: int) -> tuple[np.ndarray, np.ndarray]:
     """Features of COPIES of the pictures (n,D), which follow one another, and (m,D), to the mean of each picture's copies (pictures,D), and (m,D),
     both whitened: turned and stretched so that copies of a picture differ alike in all directions."""
-    train, test = narrow(train, test)
     copies = (train - train.mean(0)).reshape(-1, pictures, train.shape[1])
     mean = copies.mean(0)
     spread = (copies - mean).reshape(len(train), -1)
     covariance = spread.T @ spread / len(train)
-    values, directions = np.linalg.eigh((1 - SHRINK) * covariance + SHRINK * np.trace(covariance) / len(covariance) * np.eye(len(covariance)))
-    stretch = (directions / np.sqrt(values)).astype(np.float32)
+    values, directions = np.linalg.eigh((1 - SHRINK) * covariance + SHRINK * np.trace(covariance) / len(covariance) * np.eye(len(covariance), dtype=np.float32))
+    stretch = directions / np.sqrt(values)
     return mean @ stretch, (test - train.mean(0)) @ stretch
 
 
@@ -304,28 +303,27 @@ def measure(encoder: Encoder, train: Pictures, test: Pictures, readers: tuple[st
 
     def note(row: str, said: np.ndarray, some: slice | np.ndarray = slice(None)) -> None:
         found[row] = shares(np.array(names)[some].tolist(), said == truth[:, some], truth[:, some])
-
-    def flat(x: np.ndarray) -> np.ndarray:
-        return x.reshape(len(x), -1)
     for title, model in (("", encoder), *((("random ", random_encoder(encoder, seed)),) if baselines else ())):
         x, z = train.features(model), test.features(model)
+        grid = wide(x.tokens, z.tokens) if {"grid", "whitened"} & set(readers) else ()
         if "pooled" in readers:
             note(title + "pooled", linear(x.pooled, z.pooled, y_all, sizes, n, seed))
         if "grid" in readers:
-            note(title + "grid", linear(flat(x.tokens), flat(z.tokens), y_all, sizes, n, seed))
+            note(title + "grid", linear(*grid, y_all, sizes, n, seed))
         if "attended" in readers:
             note(title + "attended", attended(x.tokens, z.tokens, *some_tasks(y_all, sizes, ~few), n, seed), ~few)
         if "neighbours" in readers:
             note(title + "neighbours", neighbours(x.pooled[:n], z.pooled, y, sizes, seed))
         if "whitened" in readers:
-            note(title + "whitened", nearest(*whiten(flat(x.tokens), flat(z.tokens), n), y, sizes, seed))
+            note(title + "whitened", nearest(*whiten(*grid, n), y, sizes, seed))
     if baselines:
-        x, z = (flat(pictures.pixels(RAW)).astype(np.float32) for pictures in (train, test))
+        plain = [pictures.pixels(RAW).reshape(len(pictures), -1).astype(np.float32) for pictures in (train, test)]
+        x, z = wide(*plain)
         if {"pooled", "grid", "attended"} & set(readers):
             note("pixels linear", linear(x, z, y_all, sizes, n, seed))
         if "neighbours" in readers:
-            note("pixels neighbours", neighbours(x[:n], z, y, sizes, seed))
-            note("pixels nearest", euclid(x[:n], z, y))
+            note("pixels neighbours", neighbours(plain[0][:n], plain[1], y, sizes, seed))
+            note("pixels nearest", euclid(plain[0][:n], plain[1], y))
         if "whitened" in readers:
             note("pixels whitened", nearest(*whiten(x, z, n), y, sizes, seed))
         commonest = [np.bincount(y[y[:, t] >= 0, t]).argmax() for t in range(len(sizes))]

@@ -132,11 +132,11 @@ def test_one_picture_a_class_is_told_by_what_its_copies_share():
     assert white.shape == (60, 16)
 
 
-def test_narrow_features_lie_as_the_wide_ones(monkeypatch):
+def test_narrowed_features_lie_as_the_wide_ones(monkeypatch):
     monkeypatch.setattr(probe, "WIDEST", 32)
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(100, 20)) @ rng.normal(size=(20, 200))).astype(np.float32)
-    train, test = probe.narrow(x[:80], x[80:])
+    train, test = probe.wide(x[:80].reshape(80, 10, 20), x[80:].reshape(20, 10, 20))
     assert train.shape == (80, 32)
     np.testing.assert_allclose(test @ train.T, x[80:] @ x[:80].T, atol=0.01)
 
