@@ -94,6 +94,7 @@ def shift(scores: jax.Array, mine: jax.Array) -> tuple[jax.Array, jax.Array]:
     return below, jnp.log(jnp.exp(below) @ mine + 1e-30)
 
 
+@jax.jit
 def cross_entropy(scores: jax.Array, target: jax.Array, mine: jax.Array) -> jax.Array:
     """scores and target (n,C), mine (C,T) to the loss of each task, summed over the rows that have a label: (T,)."""
     below, log_sum = shift(scores, mine)
