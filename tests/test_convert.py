@@ -186,8 +186,10 @@ def test_an_encoder_is_read_from_run_and_file_alike(run, tmp_path):
     assert same(a[0], b[0]) and a[1] == b[1] and a[2]["resolution"] == b[2]["resolution"] == 24
     with pytest.raises(ValueError, match="5 is below the patch size 8"):
         features.load_encoder(run, resolution=5)
+    assert same(features.read(checkpoint.steps(run)[0][1])[0], a[0])
+    checkpoint.save(str(tmp_path / "other.npz"), a[0], {"of": "something else"})
     with pytest.raises(checkpoint.CheckpointError, match="is no encoder"):
-        features.read(checkpoint.steps(run)[0][1])
+        features.read(str(tmp_path / "other.npz"))
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
