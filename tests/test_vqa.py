@@ -126,18 +126,18 @@ EXAMS = tuple(some_kinds(e, "colour", "size", "word", "presence") for e in (ASKE
 
 
 def test_it_learns_from_features_that_hold_the_answers():
-    shares, floor = vqa.learn((told(SCENES), told(HELD)), EXAMS, steps=300), questions.blind(*EXAMS)
+    shares, floor = vqa.learn((told(SCENES), told(HELD)), EXAMS, steps=300, batch=12), questions.blind(*EXAMS)
     assert shares["all"] > floor["all"] + 0.2 and shares["colour"] > 2 * floor["colour"] and shares["word"] > 2 * floor["word"], shares
 
 
 def test_without_features_it_does_no_better_than_blind():
-    shares, floor = vqa.learn(tuple(0 * told(x) for x in (SCENES, HELD)), EXAMS, steps=60), questions.blind(*EXAMS)
+    shares, floor = vqa.learn(tuple(0 * told(x) for x in (SCENES, HELD)), EXAMS, steps=60, batch=12), questions.blind(*EXAMS)
     assert all(shares[k] < floor[k] + 0.08 for k in shares), (shares, floor)
 
 
 def test_it_follows_from_the_seed():
     seen, exams = (told(SCENES[:200]), told(HELD[:100])), tuple(e[:n] for e, n in zip(EXAMS, (200, 100)))
-    first, again, other = (vqa.learn(seen, exams, seed, steps=20) for seed in (0, 0, 1))
+    first, again, other = (vqa.learn(seen, exams, seed, steps=8, batch=12) for seed in (0, 0, 1))
     assert first == again != other
 
 
