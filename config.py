@@ -201,11 +201,12 @@ def check(cfg: Config, devices: int = 1) -> None:
                               f"(--accum): make it a multiple of {devices * cfg.accum}")
 
 
-def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """A flag for each field of Config, or for those named. What is not given is not set."""
+def add_flags(parser: argparse.ArgumentParser, *names: str, recipe: Config = Config()) -> None:
+    """A flag for each field of Config, or for those named, whose help says what the recipe has. What is not given is not set."""
     for f in dataclasses.fields(Config):
         if not names or f.name in names:
-            shown = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'by the recipe' if f.name in ('stages', 'data') else 'none'})"
+            value = getattr(recipe, f.name)
+            shown = f.metadata["help"] + ("" if f.name == "out" else f" (default: {'none' if value == '' else value})")
             kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
             parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown.replace("%", "%%"), **kind)
 
@@ -216,7 +217,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description="Train a vision encoder from captions alone. Without arguments: the toy, in minutes on a CPU.")
     parser.add_argument("recipe", nargs="?", default="toy", metavar="{" + ",".join(PRESETS) + "}", help="the settings that flags change (default: toy)")
-    add_flags(parser)
+    add_flags(parser, recipe=PRESETS[next((word for word in argv if word in PRESETS), "toy")])
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and end")
     found, unknown = parser.parse_known_args(argv)
     given = vars(found)

@@ -151,6 +151,7 @@ def export_encoder(path: str, to: str, out: str, resolution: int = 0) -> list[st
         if kind == "siglip":
             solid = {f"vision_model.{name}": x for name, x in solid.items()}
         numpy.save_file(solid, target + ".part", metadata={"format": "pt"})
+        os.chmod(target + ".part", 0o644)  # to be shared, as the files beside it
         os.replace(target + ".part", target)
     for name, text in texts.items():
         checkpoint.write(os.path.join(out, name), lambda f, text=text: f.write(text.encode()))

@@ -118,9 +118,12 @@ def open_pictures(settings: Any, labels: Sequence[str], count: int, train: bool 
     if "txt" in labels and len(labels) > 1:
         raise DataError("--label txt is the KEY.txt, the others are fields of the KEY.json: ask for them one at a time")
     settings = dataclasses.replace(settings, val_count=count, alt="", caption=labels[0])
-    if not train:
-        return None, file_pictures(run.open_held_out(settings), labels, count)
-    both = run.open_data(settings)
+    try:
+        if not train:
+            return None, file_pictures(run.open_held_out(settings), labels, count)
+        both = run.open_data(settings)
+    except DataError as problem:
+        raise DataError(str(problem).replace("--caption", "--label")) from None
     return file_pictures(both[0], labels, 4 * count), file_pictures(both[1], labels, count)
 
 

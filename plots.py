@@ -33,8 +33,8 @@ def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict
     W, H, left, right, top, bottom = 900, 520, 60, 20, 40, 40
     xs = [x for s in series.values() for x in s[0]] or [1]
     ys = sorted(y for y in [y for s in series.values() for y in s[1]] + list(levels.values()) if math.isfinite(y)) or [0, 1]
-    x1 = max(xs)
-    y0, y1 = max(0, ys[0] - 0.05 * (ys[-1] - ys[0])), max(ys[int(0.98 * (len(ys) - 1))], *levels.values(), ys[0] + 1e-6) * 1.05
+    x1, marked = max(xs), [y for _, found, dots in series.values() if dots for y in found if math.isfinite(y)]
+    y0, y1 = max(0, ys[0] - 0.05 * (ys[-1] - ys[0])), max(ys[int(0.98 * (len(ys) - 1))], *marked, *levels.values(), ys[0] + 1e-6) * 1.05
     font, image = ImageFont.load_default(14), Image.new("RGB", (W, H), "white")
     pen = ImageDraw.Draw(image)
 
