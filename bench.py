@@ -83,7 +83,7 @@ def flops(args: argparse.Namespace) -> list[dict]:
         cells += [(PRESETS["l14"], 224, 208.9), (so400m, 378, 1017.7), (dataclasses.replace(so400m, decoder="H"), 378, 1017.7)]
     table = []
     for cfg, resolution, paper in cells:
-        model = bench_step.make_model(cfg)
+        model = config.model(cfg)
         n = (resolution // model.encoder.patch) ** 2
         parts = baselines.flops(model, resolution, cfg.text_length)
         table.append({"encoder": cfg.encoder, "decoder": cfg.decoder, "px": resolution, "patches": n, "kept": baselines.kept(model, n), "text": cfg.text_length,
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)
     except OSError as problem:
-        print(f"error: --json {problem.filename}: {problem.strerror}", file=sys.stderr)
+        print(f"error: {problem.filename or 'output'}: {problem.strerror}", file=sys.stderr)
     return 1
 
 

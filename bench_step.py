@@ -23,7 +23,7 @@ import decoder
 import masking
 import train
 from config import Config, ConfigError
-from run import Model, init
+from run import init
 
 # The paper's Table 5: hours of L/14 to 224 px. Method, curriculum, mask, hours.
 TABLE5 = (("neither (CapPa)", False, False, 217), ("mask", False, True, 190), ("CLIPA", True, False, 67), ("both", True, True, 55))
@@ -34,10 +34,6 @@ def machine() -> str:
     """What was measured on, in words."""
     device = jax.local_devices()[0]
     return f"{platform.machine()}, {os.cpu_count()} cores, {device.platform} {device.device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
-
-
-def make_model(cfg: Config) -> Model:
-    return config.model(cfg)
 
 
 def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray]:
@@ -52,14 +48,14 @@ def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray
 
 def model_flops(cfg: Config, resolution: int) -> float:
     """Of one image through one training step: the backward pass costs twice the forward. What remat computes again does not count."""
-    return 3 * sum(baselines.flops(make_model(cfg), resolution, cfg.text_length).values())
+    return 3 * sum(baselines.flops(config.model(cfg), resolution, cfg.text_length).values())
 
 
 class Ours:
     """train.make_step on one device, called again and again on one batch. `state` may be that of another such step."""
 
     def __init__(self, cfg: Config, resolution: int, batch: int, state: list | None = None):
-        model = make_model(cfg)
+        model = config.model(cfg)
         optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
         if state is None:
             params = jax.jit(lambda: init(cfg, model))()
@@ -91,7 +87,7 @@ class Torch:
         import torch
         sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "parity"))
         import reference
-        self.torch, model, data = torch, make_model(cfg), make_batch(cfg, resolution, batch)
+        self.torch, model, data = torch, config.model(cfg), make_batch(cfg, resolution, batch)
         device = self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         tree = reference.from_jax(params, device)
         for part in tree.values():

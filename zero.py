@@ -48,9 +48,9 @@ def norm(tree: Any, shapes: Any) -> jax.Array:
 if __name__ == "__main__":
     import checkpoint
     import config
-    from run import Model, init
+    from run import init
     cfg, n = config.PRESETS["toy"], jax.device_count()
-    shapes = jax.eval_shape(lambda: init(cfg, Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)))
+    shapes = jax.eval_shape(lambda: init(cfg, config.model(cfg)))
     held = 0
     for name, leaf in checkpoint.flatten(shapes).items():
         at = axis(leaf.shape, n)

@@ -10,6 +10,7 @@ import pytest
 import bench
 import bench_memory
 import bench_step
+import config
 import train
 from config import Config
 
@@ -19,7 +20,7 @@ SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=512, text_length=2
 
 def counted(cfg: Config, backward: bool) -> float:
     """FLOPs an image by XLA's own count, which sees every layer of an unrolled model."""
-    model, batch = bench_step.make_model(cfg), bench_step.make_batch(cfg, 48, 4)
+    model, batch = config.model(cfg), bench_step.make_batch(cfg, 48, 4)
     params = jax.eval_shape(lambda: bench_step.init(cfg, model))
     run = jax.value_and_grad(train.method, has_aux=True) if backward else train.method
     keys = jax.random.split(jax.random.key(0), 4)
