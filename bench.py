@@ -153,7 +153,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--batch", type=positive, default=128, help="samples a timed round (default: 128)")
     sub.add_argument("--repeats", type=positive, default=7, help="timed rounds of each; the median counts (default: 7)")
     sub.add_argument("--alone", action="store_true", help="leave the other library out")
-    sub = command(ablate, "the paper's ablations on the toy, trained and read: some 4 minutes a cell and seed on 2 cores; what is stopped goes on")
+    sub = command(ablate, "the paper's ablations on the toy, trained and read: some 3 minutes a cell and seed on 2 cores; what is stopped goes on")
     sub.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(bench_ablate.TABLES)} (default: all)")
     sub.add_argument("--seeds", type=positive, default=3, help="of each cell (default: 3)")
     sub.add_argument("--folder", default="runs/ablate", help="where the runs lie (default: runs/ablate)")

@@ -113,6 +113,7 @@ class Run:
         self.reader = data.Reader(self.source, self.tok, cfg.text_length, cfg.seed, augment, cfg.workers, cfg.alt)
         self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers, cfg.alt)
         if self.write:
+            os.makedirs(self.cfg.out, exist_ok=True)
             rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.step else []
             if self.state["unmeasured"]:  # the evaluation at the checkpoint's step is made again
                 rows = [r for r in rows if r["step"] < self.step or "val_loss" not in r]
@@ -142,12 +143,15 @@ class Run:
         if self.write:
             if self.cfg.tensorboard:
                 watch.check_tensorboard()
+            new = not os.path.exists(self.cfg.out)
             try:
                 os.makedirs(self.cfg.out, exist_ok=True)
                 for left in glob.glob(os.path.join(glob.escape(self.cfg.out), "*.part")):  # of a save that was killed
                     os.remove(left)
                 checkpoint.write(self.path("probe"), lambda f: f.write(b"x"))
                 os.remove(self.path("probe"))
+                if new:  # a start that fails on its data leaves no empty folder
+                    os.rmdir(self.cfg.out)
             except OSError as problem:
                 raise ConfigError(f"--out {self.cfg.out} cannot be written to ({problem.strerror}): name a folder of yours") from None
 
@@ -226,7 +230,7 @@ class Run:
         self.floor = self.held.blind()
         self.bar = tqdm(total=stage.steps * stage.batch, initial=(self.step - stage.start) * stage.batch, unit=" images", unit_scale=True,
                         desc=f"stage {stage.number} of {len(self.plan)}, {stage.resolution} px", disable=not self.place.first, mininterval=0.5,
-                        dynamic_ncols=True)
+                        dynamic_ncols=True, postfix="compiling")
         self.clock, self.waited, self.shows = time.time(), 0.0, {}
 
     def note(self, step: int, lr: float, metrics: dict[str, Any], votes: Any, bad: dict[int, str]) -> int:
@@ -238,6 +242,7 @@ class Run:
                        f"what {cfg.out} has saved is from before")
         self.state["window"].append(loss)
         self.state["step"] = step
+        self.bar.set_postfix(self.shows, refresh=False)
         self.bar.update(stage.batch)
         images = stage.first_image + (step - stage.start) * stage.batch
         if found:
@@ -254,7 +259,6 @@ class Run:
             self.state["train_seconds"] += took
             self.state["train_images"] += rows
         self.shows |= {"loss": f"{mean:.3f}"} | ({"bad": self.state["bad_samples"]} if self.state["bad_samples"] else {})
-        self.bar.set_postfix(self.shows)
         self.state["window"], self.clock, self.waited = [], time.time(), 0.0
         return stop
 

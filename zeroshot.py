@@ -75,17 +75,21 @@ def score(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: decoder.D
 def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], draws: int = 0, seed: int = 0) -> np.ndarray:
     """log p(sentence | picture) (P,S) for the encoder's tokens (P,N,E), from all patches, or averaged over draws of kept ones."""
     text = np.stack([captioner.tokenizer.encode(s, captioner.settings.text_length) for s in sentences])
-    text = text[:, :-(-int((text != 0).sum(1).max()) // 8) * 8]                  # few lengths are compiled
-    filled = np.pad(text, ((0, -len(text) % min(PIECE, 1 << (len(text) - 1).bit_length())), (0, 0)))
+    lengths = (text != decoder.PAD).sum(1)
+    order = lengths.argsort(kind="stable")                                       # short ones together, as what is filled up is computed too
+    filled = text[np.concatenate([order, order[-1:].repeat(-len(text) % min(PIECE, 1 << (len(text) - 1).bit_length()))])]
     total = np.zeros((len(tokens), len(filled)))
     for draw in range(max(draws, 1)):
         kept = tokens
         if draws:
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(jax.random.key(seed), draw)))(np.arange(len(tokens)))
             kept, _ = keep(keys, jnp.asarray(tokens), captioner.settings.keep_ratio, captioner.settings.shuffle)
-        pieces = [score(captioner.params["decoder"], kept, filled[n:n + PIECE], captioner.decoder) for n in range(0, len(filled), PIECE)]
+        pieces = [score(captioner.params["decoder"], kept, piece[:, :-(-int((piece != decoder.PAD).sum(1).max()) // 4) * 4], captioner.decoder)
+                  for piece in (filled[n:n + PIECE] for n in range(0, len(filled), PIECE))]      # few lengths are compiled
         total += np.concatenate(pieces, 1) / max(draws, 1)
-    return total[:, :len(text)]
+    found = np.empty((len(tokens), len(text)))
+    found[:, order] = total[:, :len(text)]
+    return found
 
 
 def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str], truth: np.ndarray, draws: int = 0, seed: int = 0) -> dict[str, Any]:
