@@ -30,6 +30,7 @@ L2 = (1e-3, 1e-2, 1e-1, 1.0)  # strengths to choose from
 NEIGHBOURS = (1, 3, 5, 10, 20)      # likewise
 WIDEST = 2048                       # features; wider ones are narrowed. The raw pixels, 1,728, are not
 COPIES, SHRINK = 16, 0.2            # of a training picture that is the only one of its class, and of their covariance towards a multiple of one
+REGRESSED = 4                       # of those copies are used where a label has many pictures a class: more take long and tell little
 COPY = data.Augment(crop=0.6, jitter=0.3, gray=0.1)
 
 
@@ -172,7 +173,8 @@ def linear(train: np.ndarray, test: np.ndarray, y: np.ndarray, sizes: tuple[int,
     if few.any():
         found[:, few] = nearest(*whiten(train, test, pictures), *some_tasks(y[:pictures], sizes, few))
     if not few.all():
-        found[:, ~few] = regress(train, test, *some_tasks(y, sizes, ~few), pictures, seed)
+        some = slice(REGRESSED * pictures)
+        found[:, ~few] = regress(train[some], test, *some_tasks(y[some], sizes, ~few), pictures, seed)
     return found
 
 
@@ -312,7 +314,7 @@ def measure(encoder: Encoder, train: Pictures, test: Pictures, readers: tuple[st
         if "grid" in readers:
             note(title + "grid", linear(*grid, y_all, sizes, n, seed))
         if "attended" in readers:
-            note(title + "attended", attended(x.tokens, z.tokens, *some_tasks(y_all, sizes, ~few), n, seed), ~few)
+            note(title + "attended", attended(x.tokens[:REGRESSED * n], z.tokens, *some_tasks(y_all[:REGRESSED * n], sizes, ~few), n, seed), ~few)
         if "neighbours" in readers:
             note(title + "neighbours", neighbours(x.pooled[:n], z.pooled, y, sizes, seed))
         if "whitened" in readers:
