@@ -168,23 +168,30 @@ def grades(held: HeldOut, params: Any) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------- the command line
-def captions(path: str, changes: dict[str, Any]) -> dict[str, float]:
-    """Losses and grades of a run's last checkpoint, or of the one that is named, on its held-out pictures; or, by changes of its settings,
-    on others, whose floor is then that of shuffled pictures."""
-    cfg, arrays, meta = features.newest(path)
-    cfg, place = dataclasses.replace(cfg, **changes), Place()
+def asked_of(cfg: Config, changes: dict[str, Any], count: int) -> Config:
+    """The run's settings with changes, and `count` held-out pictures (0: as many as the run has). But what the run has held out of its
+    training data stays that, whatever the count: another number would be another draw, nearly all of which the run was trained on."""
+    new = dataclasses.replace(cfg, **changes)
+    return new if not count or (not new.val and new.data == cfg.data != "scenes") else dataclasses.replace(new, val_count=count)
+
+
+def captions(path: str, changes: dict[str, Any], count: int = 0) -> dict[str, float]:
+    """Losses and grades of a run's last checkpoint, or of the one that is named, on its held-out pictures, or `count` of them; or, by changes
+    of its settings, on others. Where no floor is known and they are not the run's very pictures, it is their own shuffled loss."""
+    own, arrays, meta = features.newest(path)
+    cfg, place = asked_of(own, changes, count), Place()
     check(cfg, place.total)
     networks = model(cfg)
     params = place.copies(checkpoint.restore(arrays, jax.eval_shape(lambda: run.init(cfg, networks)), path, under="params"))
     source = run.open_held_out(cfg)
-    if not changes and source.fingerprint() != meta["data"]["held-out data"]:
+    if not changes and cfg == own and source.fingerprint() != meta["data"]["held-out data"]:
         raise ConfigError(f"the held-out data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "
                           "name what to measure on with --data and --val")
     reader = data.Reader(source, tokenizer.restore(meta["vocabulary"]), cfg.text_length, cfg.seed, None, cfg.workers, cfg.alt)
     stage = next(s for s in stages(cfg) if meta["step"] <= s.end)
-    held = HeldOut(cfg, reader, stage.resolution, stage.batch, networks, place)
+    held = HeldOut(dataclasses.replace(cfg, val_count=count or cfg.val_count), reader, stage.resolution, stage.batch, networks, place)
     losses, blind = held.losses(params), held.blind()
-    floor = blind if blind is not None else losses["shuffled_loss"] if changes else meta["best_shuffled"]
+    floor = blind if blind is not None else losses["shuffled_loss"] if changes or count else meta["best_shuffled"]
     return losses | {"floor_loss": floor} | (grades(held, params) if isinstance(source, sources.Scenes) and held.tells else {})
 
 
@@ -205,8 +212,6 @@ class Asked:
         self.changes = {name: getattr(given, name) for name in ("data", "val", "caption") if getattr(given, name) is not None}
         if "data" in self.changes:
             self.changes.setdefault("val", "")
-        if given.count:
-            self.changes["val_count"] = given.count
 
     @functools.cached_property
     def opened(self) -> tuple[features.Encoder, dict]:
@@ -217,12 +222,10 @@ class Asked:
         return self.opened[0]
 
     @functools.cached_property
-    def settings(self) -> Config:
+    def own(self) -> Config:
+        """The settings of the encoder's run, as far as they are known."""
         known = {f.name for f in dataclasses.fields(Config)}
-        settings = dataclasses.replace(Config(**{k: v for k, v in self.opened[1].items() if k in known}), **self.changes)
-        if not (settings.data or settings.val):
-            raise ConfigError(f"--data is missing: {self.given.encoder} does not say what it was trained on")
-        return settings
+        return Config(**{k: v for k, v in self.opened[1].items() if k in known})
 
     @functools.cached_property
     def captioner(self) -> Any:
@@ -231,11 +234,14 @@ class Asked:
     @functools.cached_property
     def pictures(self) -> tuple[labels.Pictures | None, labels.Pictures]:
         """Training pictures, if a probe is asked for, and held-out ones."""
-        given, settings = self.given, self.settings
-        trains = bool({"probe", "knn"} & set(given.measures))
+        given, settings = self.given, asked_of(self.own, self.changes, 0)
+        if not (settings.data or settings.val):
+            raise ConfigError(f"--data is missing: {given.encoder} does not say what it was trained on")
+        trains, drawn = bool({"probe", "knn"} & set(given.measures)), (settings.val or settings.data) == "scenes"
         many = (1000 if settings.data == "scenes" else 2000) if trains else 200 if "zeroshot" in given.measures else 12
-        asked = given.label or (() if trains or (settings.val or settings.data) == "scenes" else (settings.caption,))
-        return labels.open_pictures(settings, asked, 1 << 30 if given.names == "all" else given.count or many, trains)
+        count = 1 << 30 if given.names == "all" and not drawn else given.count or many  # of what is drawn there is no end
+        asked = given.label or (() if trains or drawn else (settings.caption,))
+        return labels.open_pictures(asked_of(self.own, self.changes, count), asked, count, trains)
 
 
 def probes(readers: tuple[str, ...]) -> Callable[[Asked], dict]:
@@ -262,7 +268,8 @@ def pictures(asked: Asked) -> dict[str, str]:
 
 
 MEASURES: dict[str, tuple[Callable[[Asked], dict], str]] = {
-    "caption": (lambda asked: captions(asked.given.encoder, asked.changes), "held-out loss, floor and graded captions of a run (if nothing is named)"),
+    "caption": (lambda asked: captions(asked.given.encoder, asked.changes, asked.given.count),
+                "held-out loss, floor and graded captions of a run (if nothing is named)"),
     "probe": (probes(("pooled", "grid", "attended")), "linear and attention-pooled probes of the features, beside a random encoder and raw pixels"),
     "knn": (probes(("neighbours", "whitened")), "nearest neighbours by features, likewise"),
     "zeroshot": (zero_shot, "classes told by the likelihood of their sentences; needs a run"),

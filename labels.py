@@ -103,8 +103,8 @@ def file_pictures(source: Any, labels: Sequence[str], count: int) -> Pictures:
 
 
 def open_pictures(settings: Any, labels: Sequence[str], count: int, train: bool = True) -> tuple[Pictures | None, Pictures]:
-    """(training, held-out) pictures of a run's settings with labels: count held-out ones at most, and four times as many to train on;
-    None for those without `train`. DataError says what is wrong with data or labels."""
+    """(training, held-out) pictures of a run's settings with labels: count held-out ones at most, of those that the settings hold out, and four
+    times as many to train on; None for those without `train`. DataError says what is wrong with data or labels."""
     import run
     where = {settings.data, settings.val or settings.data} if train else {settings.val or settings.data}
     if where == {"scenes"}:
@@ -117,7 +117,7 @@ def open_pictures(settings: Any, labels: Sequence[str], count: int, train: bool 
         raise DataError(f"--label is missing: which fields of the KEY.json in {settings.data} are the classes, such as --label caption")
     if "txt" in labels and len(labels) > 1:
         raise DataError("--label txt is the KEY.txt, the others are fields of the KEY.json: ask for them one at a time")
-    settings = dataclasses.replace(settings, val_count=count, alt="", caption=labels[0])
+    settings = dataclasses.replace(settings, alt="", caption=labels[0])
     try:
         if not train:
             return None, file_pictures(run.open_held_out(settings), labels, count)
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
         sys.exit("usage: python labels.py WHERE [LABEL,LABEL]")
     try:
-        _, found = open_pictures(Config(data=sys.argv[1]), sys.argv[2].split(",") if len(sys.argv) > 2 else (), 1000)
+        _, found = open_pictures(Config(data=sys.argv[1], val_count=1000), sys.argv[2].split(",") if len(sys.argv) > 2 else (), 1000)
     except DataError as problem:
         sys.exit(f"error: {problem}")
     for name, texts in found.labels.items():

@@ -231,7 +231,8 @@ def test_colours_follow_the_strongest_directions():
 # ----------------------------------------------------------------------------------------------------- the command line
 def test_one_command_measures_and_draws(run, tmp_path, capsys):
     figures = tmp_path / "figures.json"
-    assert evaluate.main([str(run), "caption", "knn", "zeroshot", "pictures", "--count", "8", "--out", str(tmp_path), "--json", str(figures)]) == 0
+    assert evaluate.main([str(run), "caption", "knn", "zeroshot", "pictures", "--count", "8", "--names", "all", "--out", str(tmp_path),
+                          "--json", str(figures)]) == 0
     found = json.load(open(figures))
     assert set(found) == {"caption", "knn", "zeroshot", "pictures"} and found["zeroshot"]["names"] == 8
     assert set(found["knn"]["neighbours"]) == set(labels.SCENE_LABELS) and "% right" in capsys.readouterr().out
@@ -254,6 +255,31 @@ def test_other_held_out_pictures_and_one_checkpoint(run, tmp_path, capsys):
     found = json.load(open(figures))["knn"]
     assert {"neighbours", "whitened", "random whitened", "pixels whitened", "pixels nearest"} < set(found)
     assert found["pixels nearest"] == {"caption": 1, "name": 1} and found["commonest"]["name"] == 1 / 6
+
+
+def test_no_count_brings_in_pictures_that_the_run_was_trained_on(run, tmp_path, monkeypatch):
+    """Of 60, the run has held out 6: whatever is asked for is of these, and probes train on the other 54."""
+    for i in range(60):
+        Image.new("RGB", (20, 20), (4 * i, 0, 90)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.json").write_text(json.dumps({"caption": f"big red {('circle', 'star')[i % 2]} {i}"}))
+    own = dataclasses.replace(PRESETS["toy"], data=str(tmp_path), caption="caption", val_count=6)
+    held = {data.name(i) for data in [evaluate.run.open_held_out(own)] for i in range(6)}
+    assert len(held) == 6
+    for count in (3, 6, 2000):
+        train, test = labels.open_pictures(evaluate.asked_of(own, {}, count), ("caption",), count)
+        assert len(test) == min(count, 6) and len(train) == min(54, 4 * count)
+        assert {test.source.name(i) for i in test.indices} <= held and not {train.source.name(i) for i in train.indices} & held
+    other = evaluate.asked_of(own, {"data": "elsewhere", "val": ""}, 3)
+    assert other.val_count == evaluate.asked_of(own, {"val": "elsewhere"}, 3).val_count == 3
+
+    arrays, meta = checkpoint.load(str(run / "step-00000002.npz"))
+    mine = meta | {"config": meta["config"] | {k: getattr(own, k) for k in ("data", "caption", "val_count")},
+                   "data": {"held-out data": evaluate.run.open_held_out(own).fingerprint()}}
+    checkpoint.save(str(tmp_path / "step-00000002.npz"), arrays, mine)
+    seen, measure = [], evaluate.HeldOut.losses
+    monkeypatch.setattr(evaluate.HeldOut, "losses", lambda self, params: seen.extend(
+        (self.count, self.reader.source.name(i) in held) for i in self.index[:self.count].tolist()) or measure(self, params))
+    assert evaluate.main([str(tmp_path / "step-00000002.npz"), "--count", "3"]) == 0 and seen == [(3, True)] * 3
 
 
 def test_mistakes_get_a_sentence(run, tmp_path, capsys):
