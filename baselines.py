@@ -242,7 +242,8 @@ TELL: dict[str, Callable] = {"openvision": openvision_tell, "cappa": cappa_tell,
 
 def floor(objective: str, batches: list[int], surprise: np.ndarray | None, words: np.ndarray | None, patches: Callable[[], np.ndarray]) -> float | None:
     """The held-out loss of one who sees no picture (nor a web caption), None if that is not known. batches: pictures in each evaluated
-    batch, among which a contrastive loss is; surprise and words (n,): nats and words of each caption; patches(): pixel targets."""
+    batch, among which a contrastive loss is; surprise and words (n,): nats and words of each caption; patches(): pixel targets (n,N,P*P*3),
+    of which the best guess without a picture is their mean: of scenes it takes a sixth off what gray patches cost."""
     guess = sum(n * math.log(n) for n in batches) / sum(batches)
     if objective == "clip":
         return guess
@@ -252,7 +253,7 @@ def floor(objective: str, batches: list[int], surprise: np.ndarray | None, words
     if objective == "openvision":
         return CAPTION * caption + PAIR * guess
     if objective == "aimv2":
-        return float((surprise / words).mean() + ALPHA * np.square(patches()).mean())
+        return float((surprise / words).mean() + ALPHA * np.var(patches(), axis=0).mean())
     return caption
 
 

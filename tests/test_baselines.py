@@ -247,7 +247,7 @@ def test_the_method_starts_from_the_numbers_it_always_did():
 
 def test_floors():
     surprise, words = np.array([4.0, 12.0]), np.array([4, 8])
-    at = lambda name, **how: baselines.floor(name, [3, 1], surprise, words, lambda: np.full((2, 9, 4), 0.5))  # noqa: E731
+    at = lambda name, **how: baselines.floor(name, [3, 1], surprise, words, lambda: np.array([3, 4])[:, None, None] + np.arange(36).reshape(9, 4))  # noqa: E731
     pair = 3 * math.log(3) / 4  # the last, alone in its batch, cannot be mistaken
     assert at("clip") == pytest.approx(pair) and at("cappa") == at("openvision2") == pytest.approx(16 / 12)
     assert at("openvision") == pytest.approx(2 * 16 / 12 + pair) and at("aimv2") == pytest.approx(1.25 + 0.4 * 0.25)
