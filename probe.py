@@ -25,6 +25,7 @@ import optax
 import data
 from features import Encoder, random_encoder
 from labels import RAW, Pictures
+from sources import DataError
 
 L2 = (1e-3, 1e-2, 1e-1, 1.0)  # strengths to choose from
 NEIGHBOURS = (1, 3, 5, 10, 20)      # likewise
@@ -37,18 +38,20 @@ COPY = data.Augment(crop=0.6, jitter=0.3, gray=0.1)
 # --------------------------------------------------------------------------------------------------------------- tasks
 def tasks(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> tuple[list[str], tuple[int, ...], np.ndarray, np.ndarray]:
     """Labels (n,H) of str to (label name of each task, classes of each, training classes (n,T), held-out classes (m,T)); -1 where a
-    picture has no label, or one that no training picture has."""
+    picture has no label, or one that no training picture has. DataError where there is nothing to tell apart."""
     names, sizes, columns = [], [], ([], [])
     for name, told in train.items():
         kinds = sorted(set(told.ravel().tolist()) - {""})
         if len(kinds) < 2:
             continue                                     # there is nothing to tell apart
         number = {kind: i for i, kind in enumerate(kinds)}
-        for head in range(told.shape[1]):
+        for head in np.flatnonzero((told != "").any(0)):  # of few scenes, none may have anything in some place
             names.append(name)
             sizes.append(len(kinds))
             for column, texts in zip(columns, (told, test[name])):
                 column.append([number.get(text, -1) for text in texts[:, head].tolist()])
+    if not names:
+        raise DataError(f"there is nothing to tell apart: all training pictures have the same {' and the same '.join(train)}")
     return names, tuple(sizes), *(np.array(column, np.int32).T for column in columns)
 
 

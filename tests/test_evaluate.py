@@ -163,6 +163,16 @@ def test_measure_has_rows_for_readers_and_baselines(encoder):
     assert len(pictures[1].seen) <= 3 and encoder in pictures[1].seen
 
 
+def test_what_no_training_picture_tells_is_not_asked():
+    """A place that none of them has anything in, and a label that all of them share."""
+    train, test = ({"colour": np.array(texts), "kind": np.array([["x"]] * 3)} for texts in (
+        [["red", ""], ["blue", ""], ["red", ""]], [["blue", "red"], ["green", "red"], ["", "blue"]]))
+    names, sizes, y, truth = probe.tasks(train, test)
+    assert (names, sizes, y.tolist(), truth.tolist()) == (["colour"], (2,), [[1], [0], [1]], [[0], [-1], [-1]])
+    with pytest.raises(sources.DataError, match="all training pictures have the same kind"):
+        probe.tasks({"kind": train["kind"]}, {"kind": test["kind"]})
+
+
 def test_scene_labels_say_what_the_record_says():
     found = labels.scene_pictures(3, "val", 20)
     for n in range(20):
