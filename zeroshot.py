@@ -36,18 +36,23 @@ def classes(pictures: Pictures, rows: np.ndarray, names: str | None, template: s
         told = [scenes.caption(pictures.source.record(i) | {"wording": 0}) for i in pictures.indices]
     else:
         told = next(iter(pictures.labels.values()))[:, 0].tolist()
+    kinds = told if names else [told[i] for i in rows]
     if names and names != "all":
-        with open(names, encoding="utf-8") as f:
-            kinds = list(dict.fromkeys(line.strip() for line in f if line.strip()))
-    else:
-        kinds = list(dict.fromkeys(told if names else [told[i] for i in rows]))
-    if len(kinds) < 2:
-        raise DataError(f"there is nothing to tell apart: {len(kinds)} class in {names or 'the held-out pictures'}")
-    number = {kind.lower(): n for n, kind in enumerate(kinds)}
+        try:
+            with open(names, encoding="utf-8-sig") as f:  # an editor may begin it with a mark
+                kinds = [line.strip() for line in f if line.strip()]
+        except UnicodeDecodeError:
+            raise DataError(f"{names} is not UTF-8 text: give a file with one class a line") from None
+    spelt: dict[str, str] = {}
+    for kind in kinds:
+        spelt.setdefault(kind.lower(), kind)              # "Cat" and "cat" are one class, spelt as it first is
+    if len(spelt) < 2:
+        raise DataError(f"there is nothing to tell apart: {len(spelt)} class in {names or 'the held-out pictures'}")
+    number = {kind: n for n, kind in enumerate(spelt)}
     truth = np.array([number.get(told[i].lower(), -1) for i in rows])
     if (truth < 0).all():
         raise DataError(f"{names} has none of the labels of the held-out pictures, such as {told[0]!r}: name their field with --label")
-    return [template.replace("{}", kind) for kind in kinds], truth
+    return [template.replace("{}", kind) for kind in spelt.values()], truth
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -212,6 +212,12 @@ def test_classes_come_from_labels_or_a_file(tmp_path):
     (tmp_path / "names").write_text("cat\ndog\n\n")
     sentences, truth = zeroshot.classes(held, np.arange(4), str(tmp_path / "names"), "{}")
     assert sentences == ["cat", "dog"] and truth.tolist() == [0, 1, -1, 1]
+    (tmp_path / "names").write_text("Dog\ncat\nCAT\ndog\n")
+    sentences, truth = zeroshot.classes(held, np.arange(4), str(tmp_path / "names"), "{}")
+    assert sentences == ["Dog", "cat"] and truth.tolist() == [1, 0, -1, 0]
+    (tmp_path / "names").write_bytes(b"caf\xe9\nbus\n")
+    with pytest.raises(sources.DataError, match="names is not UTF-8"):
+        zeroshot.classes(held, np.arange(4), str(tmp_path / "names"), "{}")
     (tmp_path / "names").write_text("car\nbus\n")
     with pytest.raises(sources.DataError, match="none of the labels"):
         zeroshot.classes(held, np.arange(4), str(tmp_path / "names"), "{}")
