@@ -202,6 +202,9 @@ def test_likelihood_does_not_depend_on_the_sentences_beside(captioner, draws):
     np.testing.assert_allclose(together[:, 1:2], zeroshot.likelihood(captioner, tokens, sentences[1:2], draws), rtol=2e-5)
     found = zeroshot.measure(captioner, tokens, sentences, together.argmax(1), draws)
     assert found["likelihood"] == 1 and found["names"] == 3 and found["pictures"] == 2
+    twice = [*sentences, *map(str.upper, sentences)]  # of the same words: which of two is not known
+    found = zeroshot.measure(captioner, tokens, twice, together.argmax(1), draws)
+    assert found["likelihood"] == 0 and found["likelihood, first five"] == 1
 
 
 def test_classes_come_from_labels_or_a_file(tmp_path):
