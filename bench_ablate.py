@@ -157,8 +157,7 @@ def train_and_read(cell: str, seed: int, folder: str, costs: dict) -> dict[str, 
         like = load_encoder(os.path.join(folder, f"base-{seed}"))
         return read(raw_pixels(like) if cell == "pixels" else random_encoder(like, seed), seed)
     out = os.path.join(folder, f"{cell}-{seed}")
-    if not os.path.exists(os.path.join(out, "summary.json")):
-        train(dataclasses.replace(settings(cell, costs), seed=seed, out=out), f"{out}.log")
+    train(dataclasses.replace(settings(cell, costs), seed=seed, out=out), f"{out}.log")  # which refuses a folder of other settings, and leaves a finished run
     with open(os.path.join(out, "summary.json"), encoding="utf-8") as f:
         summary = json.load(f)
     told = {"told": summary["object_accuracy"]} if "object_accuracy" in summary else {}
@@ -223,6 +222,7 @@ def rows(names: list[str], seeds: int, folder: str, show: bool) -> list[dict]:
             store(found)
         todo = [(cell, seed) for seed in range(seeds) for cell in dict.fromkeys(["base", *BASELINES, *wanted]) if str(seed) not in found["cells"].get(cell, {})]
         os.makedirs(folder, exist_ok=True)
+        write(found)  # of new costs, or where a former start ended between figures and tables
         for cell, seed in (bar := tqdm(todo, unit="cells", dynamic_ncols=True)):
             bar.set_description(f"{cell}, seed {seed}")
             figures = train_and_read(cell, seed, folder, found["costs"])

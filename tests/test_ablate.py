@@ -85,8 +85,22 @@ def test_what_is_stopped_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     rows = first + done
     wanted = {*TABLES["keep"].rows, *TABLES["captions"].rows, *bench_ablate.BASELINES}
     assert len(rows) == len(set(rows)) == 2 * len(wanted) and {name for name, _ in rows} == wanted
+    (tmp_path / "TEXT.png").write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in TABLES))
+    bench_ablate.rows(*ask)  # nothing is left to do, but the tables are made
+    assert "| 50.0 " in (tmp_path / "TEXT.png").read_text()
     shown = bench_ablate.rows(["keep"], 2, "nowhere", True)
     assert [r["seeds"] for r in shown] == [2] * len(shown)
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_cell(tmp_path, monkeypatch):
+    (tmp_path / "clip-0").mkdir()
+    (tmp_path / "clip-0" / "summary.json").write_text("{}")
+
+    def refuse(cfg, log):
+        raise ConfigError(f"{cfg.out} holds a run with other settings")
+    monkeypatch.setattr(bench_ablate, "train", refuse)
+    with pytest.raises(ConfigError, match="clip-0 holds a run with other settings"):
+        bench_ablate.train_and_read("clip", 0, str(tmp_path), PRICES)
 
 
 def test_damaged_figures_and_unknown_tables_are_one_sentence(tmp_path, capsys):
