@@ -227,14 +227,28 @@ def test_classes_come_from_labels_or_a_file(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
-def test_attention_rows_sum_to_one(encoder, captioner):
-    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+def test_patches_look_as_the_encoder_says():
+    """By picture and layer, mean over heads, of patches among each other alone."""
+    cfg = dataclasses.replace(CFG, cls=True)
+    encoder, images = Encoder(vit.init(jax.random.key(0), cfg), cfg, 16), np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    whole = np.asarray(vit.vit(encoder.params, images, cfg, attention=True)["attention"])       # (L,B,H,1+N,1+N)
     looks = look.patch_attention(encoder, images)
-    assert looks.shape == (2, 2, 4, 4)
-    np.testing.assert_allclose(looks.sum(-1), 1, atol=1e-5)
-    text, maps, share = look.word_attention(captioner, encoder(images).tokens)
-    assert text.shape == (2, 40) and maps.shape == (2, 39, 4) and (share > 0).all() and (share < 1).all()
-    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+    assert looks.shape == (3, 2, 4, 4)
+    for b, layer in np.ndindex(3, 2):
+        among = whole[layer, b].mean(0)[1:, 1:]
+        np.testing.assert_allclose(looks[b, layer], among / among.sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_words_look_at_the_picture_and_the_words_before(encoder, captioner):
+    """With queries and keys of zero each looks at all alike: the word that is t + 1st sees 4 patches and the t + 1 words before it."""
+    images, params = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8), captioner.params["decoder"]
+    blocks = params["blocks"] | {"qkv": jax.tree.map(np.zeros_like, params["blocks"]["qkv"])}
+    alike = captioner._replace(params=captioner.params | {"decoder": params | {"blocks": blocks}})
+    text, maps, share = look.word_attention(alike, encoder(images).tokens)
+    assert text.shape == (2, 40) and maps.shape == (2, 39, 4)
+    np.testing.assert_allclose(share, np.broadcast_to(4 / (4 + np.arange(1, 40)), (2, 39)), rtol=1e-5)
+    np.testing.assert_allclose(maps, 1 / 4, rtol=1e-5)
+    assert np.ptp(look.word_attention(captioner, encoder(images).tokens)[1], axis=-1).min() > 1e-4  # they do tell patches apart
 
 
 def test_colours_follow_the_strongest_directions():
