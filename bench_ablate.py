@@ -32,6 +32,7 @@ RESULTS, TEXT, PLOT = (os.path.join(HERE, *x) for x in (("results", "ablations.j
 # Two thirds of the toy's steps: by then what learns faster is ahead, and what learns slower has not caught up; and the night is short.
 TOY = dataclasses.replace(PRESETS["toy"], stages="resolution=24 steps=250 batch=64 lr=2e-3 warmup=100, resolution=32 steps=550 batch=64 lr=2e-3 warmup=20")
 READER_STEPS = 800  # of the small language model that is asked
+RECIPE = f"{TOY.stages}; a reader of {READER_STEPS} steps"  # figures of another one do not go into the same table
 ONE_STAGE = f"resolution=32 steps={sum(s.steps for s in config.stages(TOY))} batch=64 lr=2e-3 warmup=100"  # as many images, all at 32 px
 RIVALS = {"clip": {"objective": "clip"}, "openvision": {"objective": "openvision", "alt": "web"},
           "cappa": {"objective": "cappa"}, "aimv2": {"objective": "aimv2"}}
@@ -97,11 +98,11 @@ def store(found: dict, path: str = RESULTS) -> None:
 
 
 def settings(cell: str, costs: dict) -> Config:
-    """The run of a cell. One of equal time has its stages' steps scaled by what its step costs, as measured."""
+    """The run of a cell. One of equal time has its stages' steps and warm-ups scaled by what its step costs, as measured."""
     cfg = dataclasses.replace(TOY, eval_every=10**6, **CELLS[cell])
     if cell.endswith("-time"):
         scale = costs["base"]["seconds"] / costs[cell.removesuffix("-time")]["seconds"]
-        cfg = dataclasses.replace(cfg, stages=re.sub(r"steps=(\d+)", lambda m: f"steps={round(int(m[1]) * scale)}", cfg.stages))
+        cfg = dataclasses.replace(cfg, stages=re.sub(r"(steps|warmup)=(\d+)", lambda m: f"{m[1]}={round(int(m[2]) * scale)}", cfg.stages))
     return cfg
 
 
@@ -215,6 +216,8 @@ def rows(names: list[str], seeds: int, folder: str, show: bool) -> list[dict]:
     names = names or list(TABLES)
     found = load()
     if not show:
+        if found.setdefault("recipe", RECIPE) != RECIPE:
+            raise ConfigError(f"{RESULTS} was made by another recipe ({found['recipe']}): move it away, and the runs in {folder}, to start anew")
         wanted = [cell for cell in CELLS if any(cell in TABLES[name].rows for name in names)]
         plain = [cell for cell in CELLS if not cell.endswith("-time")]
         if any(cell not in found["costs"] for cell in plain):

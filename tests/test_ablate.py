@@ -10,7 +10,8 @@ import config
 from bench_ablate import CELLS, COSTS, TABLES, load, markdown, rewritten, settings
 from config import ConfigError
 
-PRICES = {cell: {"seconds": 100.0 if cell == "base" else 200.0, "GFLOPs": 1.5, "MiB": 70.0} for cell in CELLS}
+SECONDS = {"base": 100.0, "openvision": 290.0}
+PRICES = {cell: {"seconds": SECONDS.get(cell, 200.0), "GFLOPs": 1.5, "MiB": 70.0} for cell in CELLS}
 
 
 def figures(value):
@@ -24,8 +25,9 @@ def test_each_cell_is_a_run_that_its_command_line_makes(cell):
     assert config.parse(bench_ablate.flags(cfg)) == (cfg, False)
     toy, plan = config.stages(bench_ablate.TOY), config.stages(cfg)
     images = sum(s.steps * s.batch for s in plan)
-    if cell.endswith("-time"):  # its steps cost twice the base's
-        assert [s.steps for s in plan] == [s.steps // 2 for s in toy]
+    if cell.endswith("-time"):
+        dearer = PRICES[cell.removesuffix("-time")]["seconds"] / PRICES["base"]["seconds"]
+        assert [(s.steps, s.warmup) for s in plan] == [(round(s.steps / dearer), round(s.warmup / dearer)) for s in toy]
     else:
         assert images == sum(s.steps * s.batch for s in toy)
 
@@ -72,6 +74,10 @@ def test_what_is_stopped_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_ablate, "train_and_read", cell)
     monkeypatch.setattr(bench_ablate, "measure_costs", lambda cells: {c: PRICES[c] for c in cells})
     ask = ["keep", "captions"], 2, str(tmp_path / "runs"), False
+    (tmp_path / "RESULTS.png").write_text(json.dumps({"recipe": "a longer night", "costs": {}, "cells": {}}))
+    with pytest.raises(ConfigError, match="another recipe"):
+        bench_ablate.rows(*ask)
+    (tmp_path / "RESULTS.png").unlink()
     with pytest.raises(KeyboardInterrupt):
         bench_ablate.rows(*ask)
     assert len(json.loads((tmp_path / "RESULTS.png").read_text())["cells"]) == 5 and "| 50.0 |" in (tmp_path / "TEXT.png").read_text()
