@@ -7,7 +7,7 @@
     python bench.py data                                                 pictures/s that one core decodes
     python bench.py ablate                                               what each choice does to what can be read (Tables 5, 6, 7), in a night
 
-Each takes a recipe's name (python train.py -h) and flags that change it, prints a table, and writes it with --json FILE.
+The first four take a recipe's name (python train.py -h) and flags that change it; each prints a table, and writes it with --json FILE.
 """
 import argparse
 import dataclasses
@@ -75,7 +75,7 @@ def clipa(args: argparse.Namespace) -> list[dict]:
 
 def flops(args: argparse.Namespace) -> list[dict]:
     """Forward GFLOPs an image, 2 a multiply-add, matmuls alone; without a choice the family, and what the paper's Table 3 has."""
-    if args.recipe or "encoder" in args:
+    if args.recipe or args.resolution or set(MODEL_FLAGS) & set(vars(args)):
         cells = [(*settings(args, number)[:2], None) for number in range(2 if args.recipe and not args.resolution else 1)]
     else:
         cells = [(cfg, stage.resolution, None) for cfg in PRESETS.values() for stage in config.stages(cfg)]
@@ -131,19 +131,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--json", metavar="FILE", help="write the table there too, with the machine and what was asked")
         return sub
 
-    def model(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub.add_argument("recipe", nargs="?", choices=tuple(PRESETS), help="the settings that flags change (default: toy, or plain ones for an --encoder)")
-        config.add_flags(sub, *MODEL_FLAGS)
+    def model(sub: argparse.ArgumentParser, otherwise: str = "toy, or plain ones for an --encoder", unnamed: Config = PRESETS["toy"],
+              batch: str = "images a step (default: the recipe's; out of memory or patience: lower it)") -> argparse.ArgumentParser:
+        """otherwise, unnamed: the settings where the command line names no recipe, in words and as the flags' help shows them."""
+        sub.add_argument("recipe", nargs="?", choices=tuple(PRESETS), help=f"the settings that flags change (default: {otherwise})")
+        named = next((PRESETS[word] for word in argv if word in PRESETS), Config() if "--encoder" in argv else unnamed)
+        config.add_flags(sub, *MODEL_FLAGS, recipe=named)
         sub.add_argument("--resolution", type=positive, help="pixels a side (default: the recipe's)")
-        sub.add_argument("--batch", type=positive, help="images a step (default: the recipe's; out of memory or patience: lower it)")
+        sub.add_argument("--batch", type=positive, help=batch)
         return sub
 
     sub = model(command(step, "time, FLOP/s and memory of a training step, on the first device"))
     sub.add_argument("--peer", choices=("torch", "torch-compile"), help="the same model, weights and batch in PyTorch, in turns with ours")
     sub.add_argument("--repeats", type=positive, default=7, help="timed steps; the median counts (default: 7)")
-    sub = model(command(clipa, "what mask and curriculum save, from measured steps"))
+    sub = model(command(clipa, "what mask and curriculum save, from measured steps"), "plain ones for L/14, or for an --encoder",
+                Config(encoder="L/14", decoder="L"), "images a step at the high resolution, as many pixels at the low one (default: 2)")
     sub.add_argument("--repeats", type=positive, default=2, help="timed steps of each of the four kinds (default: 2)")
-    model(command(flops, "FLOPs an image, forward, by formula"))
+    model(command(flops, "FLOPs an image, forward, by formula"), "every recipe; with flags the toy, or plain ones for an --encoder")
     sub = model(command(memory, "bytes a chip of a training step on a TPU pod, by the TPU compiler, without a TPU"))
     sub.add_argument("--topology", type=pod, default="v4:4x4x2", help="of chips: v4:4x4x2 is a v4-64 (the default); v5e:4x8, v5p:2x2x2, v6e:4x4 …")
     sub.add_argument("--largest", action="store_true", help="find the largest batch that fits, from --batch on; about six compilations")
