@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         return value
     share.__name__, count.__name__ = "share (above 0, at most 1)", "count (1 or more)"  # as argparse calls them
     parser = argparse.ArgumentParser(prog="caption.py", allow_abbrev=False, description="Print captions for any pictures, from a run.")
-    parser.add_argument("run", help="the folder of a run that train.py has saved")
+    parser.add_argument("run", help="the folder of a run that train.py has saved, or a checkpoint of it")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--top-p", type=share, default=0.0, help="draw words from the likeliest that hold this share of the probability (default: greedy)")
     parser.add_argument("--samples", type=count, default=1, help="captions a picture (default: 1)")

@@ -3,8 +3,8 @@
     python train.py -h               every flag, with what to do about it
     python train.py l14 --dry-run    what the paper's L/14 run would be: sizes, tokens, FLOPs, steps
 
-A recipe is a list of stages, each "resolution=84 images=12.8e9 batch=32768 lr=1e-3 warmup=5e7"; the switch from one to
-the next is CLIPA's: long at low resolution, then short at high (paper section 2.1; figures of the released recipe).
+A recipe is a Config with a name. Its stages are the curriculum, each "resolution=84 images=12.8e9 batch=32768 lr=1e-3 warmup=5e7";
+the switch from one to the next is CLIPA's: long at low resolution, then short at high (paper section 2.1; figures of the released recipe).
 """
 import argparse
 import dataclasses
@@ -58,7 +58,7 @@ class Config:
     stages: str = opt("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L warmup=W, in steps or images as the length is; "
                           "stages part by commas")
     data: str = opt("", "training pictures: scenes, a folder of images with .txt captions, or tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
-    val: str = opt("", "held-out pictures, likewise; without it a tenth of --data at most is held out")
+    val: str = opt("", "held-out pictures, likewise; without it a tenth of --data is held out, --val-count samples at most")
     caption: str = opt("txt", "where captions are: txt for KEY.txt, or the name of a field in KEY.json, such as re_caption; of scenes: txt, web or conditioned")
     alt: str = opt("", "a second text of each picture, for the objectives that take one: another field of KEY.json; of scenes: web")
     val_count: int = opt(512, "held-out pictures used in an evaluation")

@@ -159,16 +159,16 @@ def export_encoder(path: str, to: str, out: str, resolution: int = 0) -> list[st
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="convert.py", allow_abbrev=False, description="Encoders in and out.")
+    parser = argparse.ArgumentParser(prog="convert.py", allow_abbrev=False, description="Encoders in and out.", epilog="Each has its own -h.")
     ways = parser.add_subparsers(dest="way", required=True)
     way = ways.add_parser("import", allow_abbrev=False, help="weights in another library's layout become an .npz")
     way.add_argument("file", help="open_clip_pytorch_model.bin, a .safetensors, or a folder with one; OpenVision, or what export wrote")
     way.add_argument("--out", required=True, metavar="DIR_OR_NPZ", help="where the encoder goes")
     way.add_argument("--heads", type=int, default=0, help="attention heads, if the width is of no known size")
     way = ways.add_parser("export", allow_abbrev=False, help="a run's encoder becomes what another library loads")
-    way.add_argument("run", metavar="RUN_OR_NPZ", help="a run's folder, or an encoder's .npz")
-    way.add_argument("--to", required=True, choices=("transformers", "timm", "open_clip", "npz"))
-    way.add_argument("--out", required=True, metavar="DIR")
+    way.add_argument("run", metavar="RUN_OR_NPZ", help="a run's folder, a checkpoint, or an encoder's .npz")
+    way.add_argument("--to", required=True, choices=("transformers", "timm", "open_clip", "npz"), help="the library; open_clip for runs with --cls alone")
+    way.add_argument("--out", required=True, metavar="DIR", help="where weights, configuration and model card go")
     way.add_argument("--resolution", type=int, default=0, help="pixels a side (default: what it was trained at last)")
     given = parser.parse_args(argv)
     try:

@@ -7,8 +7,8 @@ means a held-out loss clearly below the floor.
 
 Letters: B images, K kept patches, T text positions.
 
-    python evaluate.py RUN                                    measures the last checkpoint of a run again, on its held-out pictures
-    python evaluate.py ENCODER probe knn zeroshot pictures    what can be read from its features (probe.py), said (zeroshot.py) and seen (look.py)
+    python evaluate.py RUN                                        measures the last checkpoint of a run again, on its held-out pictures
+    python evaluate.py ENCODER probe knn vqa zeroshot pictures    what can be read from its features (probe.py, vqa.py), said (zeroshot.py) and seen (look.py)
 """
 import argparse
 import dataclasses
@@ -300,8 +300,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--names", metavar="FILE", help="for zeroshot: the classes, one a line; or all, for every label of the held-out pictures "
                                                         "(default: the labels of the pictures that are measured)")
     parser.add_argument("--template", default="{}", help="for zeroshot: the sentence of a class, with {} for its name (default: {})")
-    parser.add_argument("--count", type=int, default=0, help="held-out pictures at most; probes train on four times as many "
-                                                             "(default: 1,000 scenes or 2,000 others; 200 for zeroshot)")
+    parser.add_argument("--count", type=int, default=0, help="held-out pictures at most; probes train on four times as many (default: of probe and knn 1,000 "
+                                                             "scenes or 2,000 others, of zeroshot 200, of pictures 12, of caption as in the run)")
     parser.add_argument("--resolution", type=int, default=0, help="pixels a side, for all but caption (default: what it was trained at last)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     parser.add_argument("--out", metavar="FOLDER", help="where pictures go (default: the run's folder)")

@@ -1,7 +1,7 @@
 """A run's folder and its life: what is read, logged, measured, saved, continued and left at the end.
 
-config.json  vocab.txt (or tokenizer.json)  metrics.jsonl  step-N.npz (the last two)  curve.png  and, at the end, samples.png, summary.json
-and encoder.npz, the product. Training itself is in train.py; this file only watches it.
+config.json  vocab.txt (or tokenizer.json)  metrics.jsonl  step-N.npz (the last two)  curve.png  bad-samples.txt (if there are any)
+and, at the end, samples.png, summary.json and encoder.npz, the product. Training itself is in train.py; this file only watches it.
 """
 import contextlib
 import dataclasses

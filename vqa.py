@@ -154,8 +154,10 @@ def table(encoder: Encoder, seed: int = 0, steps: int = 1500, baselines: bool = 
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="vqa.py", allow_abbrev=False, description="What a small language model can read from a frozen encoder.")
-    parser.add_argument("encoder", help="a run's folder, or an encoder's .npz")
+    parser = argparse.ArgumentParser(prog="vqa.py", allow_abbrev=False, description="What a small language model can read from a frozen encoder: the "
+                                     "share of questions about held-out scenes that it answers right (python questions.py asks some of each kind), "
+                                     "beside what the encoder must beat, and what is had right without the picture.")
+    parser.add_argument("encoder", help="a run's folder, a checkpoint, or an encoder's .npz")
     parser.add_argument("--seed", type=int, default=0, help="of questions, pictures, first weights and order (default: 0)")
     parser.add_argument("--steps", type=int, default=1500, help="training steps; fewer are faster and read less (default: 1500)")
     parser.add_argument("--no-baselines", action="store_true", help="the encoder alone, without raw pixels and a random encoder beside it")

@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its files exist, its figures are those of the committed results."""
+"""The README tells the truth: its commands run, its files exist."""
 import os
 import re
 import shlex
