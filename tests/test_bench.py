@@ -59,6 +59,20 @@ def test_flops_table(tmp_path, capsys):
     assert "So400m/14" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("argv, encoder, length", [("step", "micro/8", 28), ("step --encoder Ti/16", None, 128), ("flops pictures", "micro/8", 48),
+                                                   ("clipa", "L/14", 128), ("memory g14", "g/14", 128)])
+def test_help_has_the_defaults_of_the_settings_that_are_taken(argv, encoder, length, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse([*argv.split(), "-h"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"are cut (default: {length})" in said and (encoder is None or f"a smaller one (default: {encoder})" in said)
+
+
+def test_flops_of_flags_are_the_toys(capsys):
+    assert bench.main(["flops", "--keep-ratio", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["micro/8", "micro", "24", "9", "9"]
+
+
 def test_step(tmp_path, capsys):
     file = tmp_path / "s.json"
     assert bench.main(["step", "--encoder", "micro/8", "--resolution", "16", "--batch", "2", "--vocab-size", "64", "--text-length", "8",
