@@ -60,7 +60,7 @@ class Config:
     data: str = opt("", "training pictures: scenes, a folder of images with .txt captions, or tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
     val: str = opt("", "held-out pictures, likewise; without it a tenth of --data is held out, --val-count samples at most")
     caption: str = opt("txt", "where captions are: txt for KEY.txt, or the name of a field in KEY.json, such as re_caption; of scenes: txt, web or conditioned")
-    alt: str = opt("", "a second text of each picture, for the objectives that take one: another field of KEY.json; of scenes: web")
+    alt: str = opt("", "a second text of each picture, which --objective openvision reads: another field of KEY.json; of scenes: web")
     val_count: int = opt(512, "held-out pictures used in an evaluation")
     text_length: int = opt(128, "text positions: start, words and end; longer captions are cut")
     vocab: str = opt("", "a WordPiece vocab.txt, such as BERT's, or any tokenizer.json; without it a vocab.txt is built from the captions")
