@@ -189,7 +189,7 @@ def markdown(found: dict, name: str) -> str:
     seeds = [len(found["cells"].get(cell, {})) for cell in table.rows]
     lines = [f"| {table.title} | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
     lines += [f"| {title} | " + " | ".join(cell_text(figure(found, cell, c), c) for c in table.columns) + " |" for cell, title in rows.items()]
-    return "\n".join(lines) + f"\n\nSeeds: {min(seeds)}" + (f" to {max(seeds)}" if max(seeds) > min(seeds) else "") + ".\n"
+    return "\n".join(lines) + f"\n\nSeeds a cell: {min(seeds)}" + (f" to {max(seeds)}" if max(seeds) > min(seeds) else "") + ".\n"
 
 
 def rewritten(text: str, found: dict) -> str:
@@ -208,7 +208,7 @@ def draw(found: dict, path: str) -> None:
     lines = {kind: ([100 * share for share, _ in by_share], [100 * statistics.mean(figure(found, cell, kind)) for _, cell in by_share], True)
              for kind in ("all", "word", "count", "shape", "presence", "probe")}
     if by_share:
-        plots.curve(lines, {}, {}, "patch tokens kept (%)", "right (%)").save(path)
+        plots.curve(lines, {}, {}, "patch tokens kept (%)", "right (%)", names_below=True).save(path)
 
 
 def rows(names: list[str], seeds: int, folder: str, show: bool) -> list[dict]:

@@ -27,9 +27,9 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict[str, float], switches: dict[float, str],
-          across: str = "step", up: str = "loss (of captions: nats a word)") -> Image.Image:
+          across: str = "step", up: str = "loss (of captions: nats a word)", names_below: bool = False) -> Image.Image:
     """`up`, such as loss, against `across`. series: {name: (steps, losses, whether to mark the points)}; levels: horizontal lines, such
-    as the floor; switches: vertical lines, where a stage starts."""
+    as the floor; switches: vertical lines, where a stage starts; names_below: for lines that rise, whose names above would lie on them."""
     W, H, left, right, top, bottom = 900, 520, 60, 20, 40, 40
     xs = [x for s in series.values() for x in s[0]] or [1]
     ys = sorted(y for y in [y for s in series.values() for y in s[1]] + list(levels.values()) if math.isfinite(y)) or [0, 1]
@@ -57,12 +57,13 @@ def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict
         for x in range(left, W - right, 12):
             pen.line((x, at(0, y)[1], x + 6, at(0, y)[1]), fill=(200, 30, 30))
         pen.text((W - right - 4, at(0, y)[1] - 3), f"{text} {y:.3f}", fill=(200, 30, 30), font=font, anchor="rb")
+    first_name = H - bottom - 4 - 18 * len(series) if names_below else top + 20
     for n, (name, (x, y, dots)) in enumerate(series.items()):
         ink, points = INKS[n % len(INKS)], [at(a, b) for a, b in zip(x, y) if math.isfinite(b)]
         pen.line(points, fill=ink, width=2)
         for a, b in points if dots else ():
             pen.ellipse((a - 3, b - 3, a + 3, b + 3), fill=ink)
-        pen.text((W - right - 4, top + 20 + 18 * n), name, fill=ink, font=font, anchor="ra")
+        pen.text((W - right - 4, first_name + 18 * n), name, fill=ink, font=font, anchor="ra")
     return image
 
 

@@ -44,7 +44,7 @@ def test_a_table_gives_mean_and_spread_and_says_what_is_missing():
     base, clip, cappa = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("OpenVision 2", "CLIP", "CapPa"))
     assert "| 60.0 ± 10.0 |" in base and base.endswith("| 100 |")
     assert "| 25.0 |" in clip and clip.endswith("| 200 |")
-    assert "| – | –" in cappa and lines[-1] == "Seeds: 0 to 3."
+    assert "| – | –" in cappa and lines[-1] == "Seeds a cell: 0 to 3."
 
 
 def test_the_committed_tables_are_those_of_the_committed_figures():
