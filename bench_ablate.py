@@ -110,11 +110,11 @@ def measure_costs(cells: list[str], repeats: int = 15) -> dict[str, dict[str, fl
     """{cell: {seconds of its whole training by the median step, GFLOPs of a step's image, MiB}}, all cells' steps in turns."""
     costs: dict[str, dict[str, float]] = {}
     stages = {(cell, s.number): s for cell in cells for s in config.stages(settings(cell, {}))}
-    runs = {}
+    runs, place = {}, bench_step.one_machine([settings(cell, {}) for cell, _ in stages], [s.batch for s in stages.values()])
     for cell, number in tqdm(stages, desc="compiling steps", leave=False, disable=not sys.stderr.isatty()):
         s = stages[cell, number]
         runs[cell, number] = bench_step.Ours(dataclasses.replace(settings(cell, {}), stages=f"resolution={s.resolution} steps=9 batch={s.batch} lr=1e-3"),
-                                             s.resolution, s.batch)
+                                             s.resolution, s.batch, place)
     for run in runs.values():
         run()
     for (cell, number), seconds in bench_step.in_turns(runs, repeats, "steps").items():

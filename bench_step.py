@@ -23,6 +23,7 @@ import decoder
 import masking
 import train
 from config import Config, ConfigError
+from devices import Place, pair_up
 from run import init
 
 # The paper's Table 5: hours of L/14 to 224 px. Method, curriculum, mask, hours.
@@ -51,19 +52,26 @@ def model_flops(cfg: Config, resolution: int) -> float:
     return 3 * sum(baselines.flops(config.model(cfg), resolution, cfg.text_length).values())
 
 
-class Ours:
-    """train.make_step on one device, called again and again on one batch. `state` may be that of another such step."""
+def one_machine(cfgs: list[Config], batches: list[int]) -> Place:
+    """What steps are timed on: one accelerator, or the CPU as training would use it."""
+    pair_up(max(sum(config.parameters(cfg).values()) for cfg in cfgs), [batch // cfg.accum for cfg, batch in zip(cfgs, batches)])
+    n = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    return Place(1 if any(batch % (n * cfg.accum) for cfg, batch in zip(cfgs, batches)) else n)
 
-    def __init__(self, cfg: Config, resolution: int, batch: int, state: list | None = None):
-        model = config.model(cfg)
+
+class Ours:
+    """train.make_step, called again and again on one batch. `state` may be that of another such step in the same place."""
+
+    def __init__(self, cfg: Config, resolution: int, batch: int, place: Place, state: list | None = None):
+        model, self.place = config.model(cfg), place
         optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
         if state is None:
             params = jax.jit(lambda: init(cfg, model))()
-            state = [jax.tree.map(lambda x: x[None], part) for part in (params, jax.jit(optimizer.init)(params))]
+            state = [place.copies(part) for part in (params, jax.jit(optimizer.init)(params))]
         self.state = state
-        self.batch = jax.device_put(jax.tree.map(lambda x: x[None], make_batch(cfg, resolution, batch)))
+        self.batch = place.put(make_batch(cfg, resolution, batch))
         asked = time.perf_counter()
-        self.call = train.make_step(model, optimizer, cfg.seed, cfg.accum, jax.local_devices()[:1], clip=cfg.clip).lower(*state, self.batch).compile()
+        self.call = train.make_step(model, optimizer, cfg.seed, cfg.accum, place.pmap, clip=cfg.clip).lower(*state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - asked
 
     def __call__(self) -> float:
@@ -75,7 +83,8 @@ class Ours:
         """Peak bytes: as the device counted them, or where it does not (a CPU), as the compiler planned them."""
         counted = jax.local_devices()[0].memory_stats() or {}
         m = self.call.memory_analysis()
-        return counted.get("peak_bytes_in_use") or m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+        planned = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+        return counted.get("peak_bytes_in_use") or planned * self.place.total
 
 
 class Torch:
@@ -152,14 +161,15 @@ def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: in
         raise ConfigError("--peer needs PyTorch: pip install -e '.[bench]'")
     if peer:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its share of a GPU's memory
-    ours = Ours(cfg, resolution, batch)
+    ours = Ours(cfg, resolution, batch, one_machine([cfg], [batch]))
     runs: dict[str, Any] = {"ours": ours}
     if peer:
         runs[peer] = Torch(cfg, resolution, batch, jax.tree.map(lambda x: np.asarray(x[0]), ours.state[0]), peer == "torch-compile")
     product, work = matmul("float32" if jax.default_backend() == "cpu" else "bfloat16")
     product()
-    losses = {name: [run() for _ in range(3)] for name, run in runs.items()}  # warms up; the third tells of the first true update
-    if peer and not np.allclose(losses["ours"], losses[peer], rtol=TOLERANCE[cfg.dtype], atol=0):
+    losses = {name: [run() for _ in range(5)] for name, run in runs.items()}  # warms up: by then all memory has been touched
+    compared = [each[:3] for each in losses.values()]  # the third tells of the first true update
+    if peer and not np.allclose(*compared, rtol=TOLERANCE[cfg.dtype], atol=0):
         raise ConfigError(f"--peer {peer} does not compute the same: losses {losses}")
     seconds = in_turns({"matmul": product, **runs}, repeats, "steps")
     middle = {name: statistics.median(s) for name, s in seconds.items()}
@@ -169,7 +179,7 @@ def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: in
         done = model_flops(cfg, resolution) * batch / middle[name]
         table.append({"what": name, "images/s": batch / middle[name], "ms": middle[name] * 1e3, "least ms": min(seconds[name]) * 1e3,
                       "GFLOP/s": done / 1e9, "of matmul": f"{done / rate:.0%}", "peak GiB": run.memory() / 2**30,
-                      "compile s": run.compile_seconds, "loss": losses[name][-1]}
+                      "compile s": run.compile_seconds, "loss": losses[name][2]}
                      | ({"speed": middle[peer] / middle[name]} if peer else {}))
     return [*table, {"what": "matmul", "ms": middle["matmul"] * 1e3, "least ms": min(seconds["matmul"]) * 1e3, "GFLOP/s": rate / 1e9, "of matmul": "100%"}]
 
@@ -179,11 +189,11 @@ def table5(low: tuple[Config, int, int, int], high: tuple[Config, int, int, int]
     curriculum all are seen at the high resolution. low, high: (config, resolution, batch, images of the stage)."""
     runs: dict[tuple[bool, bool], Callable] = {}
     flops: dict[tuple[bool, bool], float] = {}
-    state = None
+    state, place = None, one_machine([low[0], high[0]], [low[2], high[2]])
     for is_low, (cfg, resolution, batch, _) in ((True, low), (False, high)):
         for mask in (True, False):
             cfg = cfg if mask else dataclasses.replace(cfg, keep_ratio=1.0)
-            runs[is_low, mask] = run = Ours(cfg, resolution, batch, state)
+            runs[is_low, mask] = run = Ours(cfg, resolution, batch, place, state)
             state = run.state
             run()
             flops[is_low, mask] = model_flops(cfg, resolution)

@@ -91,7 +91,7 @@ class Config:
     shard: bool = opt(False, "cut the optimizer's state over the devices: same update, less memory")
     tensorboard: bool = opt(False, "also write event files for TensorBoard, with the numbers and pictures of metrics.jsonl, curve.png and samples.png")
     profile: bool = opt(False, "trace the steps 10 to 14 of this start, into the folder profile of the run")
-    devices: int = opt(0, "local devices to use; 0 for all")
+    devices: int = opt(0, "local devices to use; 0 for all (a CPU of several cores is two, for small models)")
 
 
 def paper(encoder: str, dec: str, low: int) -> Config:
@@ -170,6 +170,12 @@ def model(cfg: Config) -> Model:
     return Model(*models(cfg, cfg.vocab_size), cfg.keep_ratio, cfg.objective, cfg.shuffle, cfg.text_length)
 
 
+def parameters(cfg: Config) -> dict[str, int]:
+    """How many the encoder has, the decoder, and what else the objective trains."""
+    run = model(cfg)
+    return {name: vit.count(part) for name, part in ({"encoder": vit.weights(run.encoder)} | baselines.weights(run)).items()}
+
+
 def check(cfg: Config, devices: int = 1) -> None:
     """ConfigError for what cannot work, before anything is read or compiled. devices: all that share a batch."""
     try:
@@ -233,10 +239,9 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 def describe(cfg: Config) -> str:
     """What a run is and costs: the resolved config, parameters, and for each stage tokens, FLOPs and steps."""
     run = model(cfg)
-    sizes = {name: vit.count(part) for name, part in ({"encoder": vit.weights(run.encoder)} | baselines.weights(run)).items()}
     # OpenAI's CLIP papers count a ViT's learned position table and output projection too: with those, 304 M for L/14.
     lines = [json.dumps(dataclasses.asdict(cfg), indent=1),
-             "parameters   " + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items())]
+             "parameters   " + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in parameters(cfg).items())]
     T, total, seen, work = cfg.text_length - 1, 0, 0, 0.0
     for s in stages(cfg):
         N = (s.resolution // run.encoder.patch) ** 2

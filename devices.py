@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 import zero
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and the others end too
-
+MANY = 100_000_000  # parameters, of which a CPU holds one copy and not two: 1.6 GB with gradients and AdamW's moments
 
 ENDED = "another process has ended, or cannot be reached: start all of them again, and the run goes on from its last checkpoint"
 
@@ -72,6 +72,18 @@ def keep_memory() -> None:
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them; one arena, for others than the first take no large pieces
     for setting, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)):
         libc.mallopt(setting, value)
+
+
+def pair_up(parameters: int, batches: Sequence[int]) -> None:
+    """Before jax starts: a CPU of several cores shall be two devices, each with half of a batch. Parts of a step do not spread over cores, and
+    two halves fill each other's gaps: the toy's step takes an eighth less time on two cores. Not where a batch cannot be halved, nor for large
+    models, for each device holds all parameters and their optimizer's state; and not where XLA_FLAGS or jax_num_cpu_devices says how many
+    devices a CPU is. Other devices than CPUs stay as they are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = jax.config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if cores > 1 and not told and parameters < MANY and not any(batch % 2 for batch in batches):
+        with contextlib.suppress(RuntimeError):  # jax has started already
+            jax.config.update("jax_num_cpu_devices", 2)
 
 
 def remember_programs() -> None:

@@ -24,8 +24,8 @@ import decoder
 import sources
 import vit
 import zero
-from config import Config, ConfigError, Stage, check, describe, parse
-from devices import ENDED, Place, PlaceError, join, keep_memory, leave, remember_programs
+from config import Config, ConfigError, Stage, check, describe, parameters, parse, stages
+from devices import ENDED, Place, PlaceError, join, keep_memory, leave, pair_up, remember_programs
 from features import read
 from interrupt import Interrupt, Interrupted
 from masking import keep
@@ -121,6 +121,9 @@ def start(cfg: Config, model: Model) -> dict:
 def train(cfg: Config) -> int:
     """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped it."""
     sys.setswitchinterval(0.0005)  # seconds that a thread which makes batches may hold Python while the loop wants it; 0.005 is what it was
+    check(cfg)
+    if not (cfg.devices or cfg.distributed):
+        pair_up(sum(parameters(cfg).values()), [stage.batch // cfg.accum for stage in stages(cfg)])
     join(cfg.distributed)
     try:
         place = Place(cfg.devices)

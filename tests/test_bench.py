@@ -86,7 +86,7 @@ def test_step(tmp_path, capsys):
 
 def test_a_step_learns_its_one_batch():
     """What is timed is training: the loss of the batch falls."""
-    run = bench_step.Ours(dataclasses.replace(SMALL, unroll=1, stages="resolution=16 steps=1000 batch=2 lr=1e-3 warmup=1"), 16, 2)
+    run = bench_step.Ours(dataclasses.replace(SMALL, unroll=1, stages="resolution=16 steps=1000 batch=2 lr=1e-3 warmup=1"), 16, 2, bench_step.Place(1))
     losses = [run() for _ in range(8)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # the warm-up's first rate is 0
     assert losses[-1] < losses[0] - 0.5
@@ -95,7 +95,7 @@ def test_a_step_learns_its_one_batch():
 def test_table5_shares_the_steps_out(monkeypatch):
     """Step times of 1 s at low and 4 s (6 s unmasked) at high resolution, of batches of 2, for 10 and 1 images."""
     class Fake:
-        def __init__(self, cfg, resolution, batch, state):
+        def __init__(self, cfg, resolution, batch, place, state):
             self.state, self.seconds = "state", (1, 1) if resolution == 16 else (4, 6)
             self.took = self.seconds[cfg.keep_ratio == 1]
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import devices
@@ -40,3 +41,28 @@ def test_beside_an_accelerator_the_system_manages_memory(path):
 def test_without_mallopt_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())
     devices.keep_memory()
+
+
+PAIR = "import sys, devices; devices.pair_up(int(sys.argv[1]), [int(b) for b in sys.argv[2:]]); import jax; print(jax.local_device_count())"
+
+
+def found(*argv: int, **env: str) -> int:
+    """Devices of a process that asked for a pair: parameters, then batches."""
+    done = subprocess.run([sys.executable, "-c", PAIR, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_a_cpu_of_several_cores_is_two_devices_where_that_can_be():
+    assert found(1000, 64, 32) == min(2, os.cpu_count())
+    assert found(1000, 64, 25) == found(devices.MANY, 64, 32) == 1
+    assert found(1000, 64, XLA_FLAGS="--xla_force_host_platform_device_count=8") == 8
+    assert found(1000, 64, JAX_NUM_CPU_DEVICES="3") == 3
+
+
+
+def test_once_jax_has_started_its_devices_stay():
+    jax.local_devices()
+    before = jax.local_device_count()
+    devices.pair_up(1000, [64])
+    assert jax.local_device_count() == before
