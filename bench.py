@@ -25,7 +25,6 @@ import bench_step
 import config
 import decoder
 from config import PRESETS, Config, ConfigError
-from devices import keep_memory
 
 MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix", "cls", "text_length", "vocab_size", "mu_dtype", "dtype", "remat", "loss_chunk",
                "unroll", "accum", "shard", "seed")
@@ -203,5 +202,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
     sys.exit(main(sys.argv[1:]))

@@ -23,7 +23,7 @@ import decoder
 import masking
 import train
 from config import Config, ConfigError
-from devices import Place, pair_up
+from devices import Place, spend_memory
 from run import init
 
 # The paper's Table 5: hours of L/14 to 224 px. Method, curriculum, mask, hours.
@@ -54,7 +54,7 @@ def model_flops(cfg: Config, resolution: int) -> float:
 
 def one_machine(cfgs: list[Config], batches: list[int]) -> Place:
     """What steps are timed on: one accelerator, or the CPU as training would use it."""
-    pair_up(max(sum(config.parameters(cfg).values()) for cfg in cfgs), [batch // cfg.accum for cfg, batch in zip(cfgs, batches)])
+    spend_memory(max(sum(config.parameters(cfg).values()) for cfg in cfgs), [batch // cfg.accum for cfg, batch in zip(cfgs, batches)])
     n = jax.local_device_count() if jax.default_backend() == "cpu" else 1
     return Place(1 if any(batch % (n * cfg.accum) for cfg, batch in zip(cfgs, batches)) else n)
 
@@ -66,8 +66,8 @@ class Ours:
         model, self.place = config.model(cfg), place
         optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
         if state is None:
-            params = jax.jit(lambda: init(cfg, model))()
-            state = [place.copies(part) for part in (params, jax.jit(optimizer.init)(params))]
+            params = place.copies(jax.jit(lambda: init(cfg, model))())
+            state = [params, jax.pmap(optimizer.init, "devices", devices=place.pmap)(params)]
         self.state = state
         self.batch = place.put(make_batch(cfg, resolution, batch))
         asked = time.perf_counter()

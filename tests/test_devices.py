@@ -43,7 +43,7 @@ def test_without_mallopt_nothing_is_asked(monkeypatch):
     devices.keep_memory()
 
 
-PAIR = "import sys, devices; devices.pair_up(int(sys.argv[1]), [int(b) for b in sys.argv[2:]]); import jax; print(jax.local_device_count())"
+PAIR = "import sys, devices; devices.spend_memory(int(sys.argv[1]), [int(b) for b in sys.argv[2:]]); import jax; print(jax.local_device_count())"
 
 
 def found(*argv: int, **env: str) -> int:
@@ -64,5 +64,5 @@ def test_a_cpu_of_several_cores_is_two_devices_where_that_can_be():
 def test_once_jax_has_started_its_devices_stay():
     jax.local_devices()
     before = jax.local_device_count()
-    devices.pair_up(1000, [64])
+    devices.pair_up([64])
     assert jax.local_device_count() == before
