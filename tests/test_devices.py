@@ -66,3 +66,14 @@ def test_once_jax_has_started_its_devices_stay():
     before = jax.local_device_count()
     devices.pair_up([64])
     assert jax.local_device_count() == before
+
+
+def test_large_models_spend_no_memory(monkeypatch):
+    called = []
+    monkeypatch.setattr(devices, "keep_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(devices, "pair_up", lambda batches: called.append(batches))
+    devices.spend_memory(devices.MANY, [64])
+    assert not called
+    devices.spend_memory(1000)
+    devices.spend_memory(1000, [64])
+    assert called == ["kept", "kept", [64]]
