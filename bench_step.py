@@ -23,7 +23,7 @@ import decoder
 import masking
 import train
 from config import Config, ConfigError
-from devices import Place, spend_memory
+from devices import Place, hasten
 from run import init
 
 # The paper's Table 5: hours of L/14 to 224 px. Method, curriculum, mask, hours.
@@ -54,7 +54,7 @@ def model_flops(cfg: Config, resolution: int) -> float:
 
 def one_machine(cfgs: list[Config], batches: list[int]) -> Place:
     """What steps are timed on: one accelerator, or the CPU as training would use it."""
-    spend_memory(max(sum(config.parameters(cfg).values()) for cfg in cfgs), [batch // cfg.accum for cfg, batch in zip(cfgs, batches)])
+    hasten(max(sum(config.parameters(cfg).values()) for cfg in cfgs), [batch // cfg.accum for cfg, batch in zip(cfgs, batches)])
     n = jax.local_device_count() if jax.default_backend() == "cpu" else 1
     return Place(1 if any(batch % (n * cfg.accum) for cfg, batch in zip(cfgs, batches)) else n)
 

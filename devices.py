@@ -85,9 +85,12 @@ def pair_up(batches: Sequence[int]) -> None:
             jax.config.update("jax_num_cpu_devices", 2)
 
 
-def spend_memory(parameters: int, batches: Sequence[int] = ()) -> None:
-    """Before jax starts: what makes a step faster on a CPU for up to twice the memory, which a small model can have and a large one cannot.
+def hasten(parameters: int, batches: Sequence[int] = ()) -> None:
+    """Before jax starts: what makes a step faster on a CPU. Vectors of AVX-512's whole width, where there is that (XLA by itself takes half
+    of it, and 5% longer); and for up to twice the memory, which a small model can have and a large one cannot, the two things above.
     batches: those that two devices may share."""
+    if "xla_cpu_prefer_vector_width" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"
     if parameters < MANY:
         keep_memory()
         if batches:

@@ -43,7 +43,7 @@ def test_without_mallopt_nothing_is_asked(monkeypatch):
     devices.keep_memory()
 
 
-PAIR = "import sys, devices; devices.spend_memory(int(sys.argv[1]), [int(b) for b in sys.argv[2:]]); import jax; print(jax.local_device_count())"
+PAIR = "import sys, devices; devices.hasten(int(sys.argv[1]), [int(b) for b in sys.argv[2:]]); import jax; print(jax.local_device_count())"
 
 
 def found(*argv: int, **env: str) -> int:
@@ -69,11 +69,12 @@ def test_once_jax_has_started_its_devices_stay():
 
 
 def test_large_models_spend_no_memory(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
     called = []
     monkeypatch.setattr(devices, "keep_memory", lambda: called.append("kept"))
     monkeypatch.setattr(devices, "pair_up", lambda batches: called.append(batches))
-    devices.spend_memory(devices.MANY, [64])
+    devices.hasten(devices.MANY, [64])
     assert not called
-    devices.spend_memory(1000)
-    devices.spend_memory(1000, [64])
+    devices.hasten(1000)
+    devices.hasten(1000, [64])
     assert called == ["kept", "kept", [64]]
