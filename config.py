@@ -196,6 +196,8 @@ def check(cfg: Config, devices: int = 1) -> None:
                           "leave it at 1")
     if cfg.objective == "openvision" and not cfg.alt:
         raise ConfigError("--objective openvision reads a web caption beside the dense one: name its field with --alt")
+    if cfg.alt and cfg.objective != "openvision":
+        raise ConfigError(f"--alt {cfg.alt} is read by --objective openvision alone: leave it out, or take that")
     for stage in stages(cfg):
         if cfg.objective == "aimv2" and stage.resolution < 2 * enc.patch:
             raise ConfigError(f"--objective aimv2 predicts a patch from those before it: stage {stage.number} needs a resolution of {2 * enc.patch} or more")

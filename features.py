@@ -36,6 +36,8 @@ class Features(NamedTuple):
 
 def newest(folder: str) -> tuple[Config, dict[str, np.ndarray], dict]:
     """A run's settings, and the arrays and meta of its last checkpoint, or of the one that is named. CheckpointError if there is none to be read."""
+    if os.path.isdir(folder) and any(n.endswith((".safetensors", ".bin")) for n in os.listdir(folder)):
+        raise checkpoint.CheckpointError(f"{folder} holds what was exported: python convert.py import {folder} --out encoder.npz, and name that")
     found = checkpoint.latest(folder) if not os.path.isfile(folder) else (folder, *checkpoint.load(folder))
     if found is None:
         raise checkpoint.CheckpointError(f"{folder} has no checkpoint: name the folder of a run that train.py has saved"
@@ -45,7 +47,8 @@ def newest(folder: str) -> tuple[Config, dict[str, np.ndarray], dict]:
         _ = meta["step"]  # which an encoder alone has not
         return Config(**meta["config"]), arrays, meta
     except (TypeError, LookupError):
-        raise checkpoint.CheckpointError(f"{path} is no checkpoint of a run of this version") from None
+        raise checkpoint.CheckpointError(f"{path} holds an encoder alone: name the run's folder, or one of its checkpoints step-N.npz" if "encoder" in meta
+                                         else f"{path} is no checkpoint of a run of this version") from None
 
 
 def read(path: str) -> tuple[dict, vit.ViTConfig, dict]:

@@ -114,7 +114,7 @@ def open_pictures(settings: Any, labels: Sequence[str], count: int, train: bool 
         pair = scene_pictures(settings.seed, "train", 4 * count) if train else None, scene_pictures(settings.seed, "val", count)
         return tuple(pick(p, labels) if p else p for p in pair) if labels else pair
     if not labels:
-        raise DataError(f"--label is missing: which fields of the KEY.json in {settings.data} are the classes, such as --label caption")
+        raise DataError(f"no label is named: which fields of the KEY.json in {settings.data} are classes? (evaluate.py --label, labels.py's second word)")
     if "txt" in labels and len(labels) > 1:
         raise DataError("--label txt is the KEY.txt, the others are fields of the KEY.json: ask for them one at a time")
     settings = dataclasses.replace(settings, alt="", caption=labels[0])

@@ -294,8 +294,8 @@ def index_all(paths: list[str]) -> list[Index | OSError | ValueError]:
         found = dict(zip(turn, tqdm(pool.map(index, turn), total=len(turn), desc="indexing tars", unit=" tars", delay=1, leave=False)))
     kept = [p for p in paths if isinstance(found[p], Index) and found[p].rows is not None]
     if kept:
-        print(f"beside {os.fsencode(kept[0]).decode('utf-8', 'replace')} no index can be written: "
-              f"{len(kept)} tars' are kept in memory, and made anew at each start", flush=True)
+        print(f"beside {os.fsencode(kept[0]).decode('utf-8', 'replace')} no index of a tar can be written: "
+              f"{len(kept)} of them are kept in memory, and made anew at each start", flush=True)
     return [found[p] for p in paths]
 
 

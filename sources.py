@@ -99,6 +99,8 @@ class Files:
         self.skipped += Counter({f"without a .{self.text}": pairs[1], "without an image": pairs[2]})  # += drops what is 0
         if not len(self):
             found = "; ".join(f"{n} {why}" for why, n in self.skipped.items()) or "no images at all"
+            if glob.glob(os.path.join(glob.escape(self.where), "*.tar")):
+                raise DataError(f"no captioned image in {self.where}, but tars: name those, as '{os.path.join(self.where, '*.tar')}'")
             raise DataError(f"no captioned image in {self.where}: {found}. Each KEY.jpg (or .png, .webp …) needs "
                             + ("a KEY.txt beside it, or a KEY.json and --caption FIELD" if self.field == "txt" else
                                f"a KEY.json with the field {self.field!r} beside it"))

@@ -128,7 +128,7 @@ def test_fingerprint_tells_data_sets_apart(tmp_path):
     ("{0..99999999999}.tar", "txt", "too many files"), ("one.tar.gz", "txt", "is no data: give scenes, a folder"), ("one.tar.g*", "txt", "uncompressed tar"),
     ("zero.tar", "txt", "zero.tar cannot be read as an uncompressed tar: empty file"), ("text.tar", "txt", "text.tar cannot be read as an uncompressed"),
     ("folder*", "txt", "Is a directory"), ("bare.tar", "txt", r"no captioned image .*1 without a \.txt.*--caption"),
-    ("folder", "txt", "no images at all"),
+    ("folder", "txt", "no images at all"), (".", "txt", r"no captioned image in .*, but tars: name those, as '.*\*\.tar'"),
     ("good.tar", "caption", r"no field 'caption' \(it has re_caption, n\); name one with --caption"), ("good.tar", "n", "caption is empty"),
     ("bare.tar", "re_caption", r"1 without a \.json"),
 ])

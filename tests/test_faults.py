@@ -411,4 +411,4 @@ def test_a_folder_that_takes_no_index_is_read_all_the_same(tmp_path, capsys):
     finally:
         (tmp_path / "in").chmod(0o755)
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "3 tars' are kept in memory" in said
+    assert said.count("\n") == 1 and "3 of them are kept in memory" in said
