@@ -39,7 +39,7 @@ import vqa
 import zeroshot
 from config import Config, ConfigError, check, model, stages
 from decoder import caption_loss, generate, target_count
-from devices import Place, keep_memory, remember_programs
+from devices import Place, hasten, remember_programs
 from look import draw
 from masking import keep
 from vit import vit
@@ -332,5 +332,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
+    hasten(0)
     sys.exit(main(sys.argv[1:]))
