@@ -162,7 +162,7 @@ def train_and_read(cell: str, seed: int, folder: str, costs: dict) -> dict[str, 
     with open(os.path.join(out, "summary.json"), encoding="utf-8") as f:
         summary = json.load(f)
     told = {"told": summary["object_accuracy"]} if "object_accuracy" in summary else {}
-    return read(load_encoder(out), seed) | told | {"images": summary["images_seen"], "held-out loss": summary["val_loss"]}
+    return read(load_encoder(out), seed) | told | {"images": summary["images_seen"], "held-out loss": summary["val_loss"], "floor": summary["floor_loss"]}
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables

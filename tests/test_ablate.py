@@ -58,6 +58,18 @@ def test_the_committed_tables_are_those_of_the_committed_figures():
         rewritten(text.replace("<!-- keep -->", ""), load())
 
 
+def test_every_objective_trained_below_its_floor_and_the_text_says_so():
+    cells = load()["cells"]
+    for cell in ("base", *bench_ablate.RIVALS):
+        known = [f for f in cells[cell].values() if "floor" in f]
+        assert len(known) > 1 and all(f["held-out loss"] < 0.6 * f["floor"] for f in known), cell
+    with open(bench_ablate.TEXT, encoding="utf-8") as f:
+        text = f.read()
+    for cell in ("base", *bench_ablate.RIVALS):
+        loss, floor = (f"{cells[cell]['1'][k]:.2f}" for k in ("held-out loss", "floor"))
+        assert f"{loss} against {floor}" in text, cell
+
+
 def test_what_is_stopped_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     for name in ("RESULTS", "TEXT", "PLOT"):
         monkeypatch.setattr(bench_ablate, name, str(tmp_path / f"{name}.png"))
