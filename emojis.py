@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 import checkpoint
-from devices import keep_memory, remember_programs
+from devices import remember_programs
 
 VERSION, VENDORS, SHARD = "16.0.0", ("google", "twitter"), 1000
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
@@ -183,6 +183,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
     remember_programs()
     sys.exit(main(sys.argv[1:]))

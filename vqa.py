@@ -26,7 +26,7 @@ import decoder
 import scenes
 import tokenizer
 import vit
-from devices import keep_memory, remember_programs
+from devices import hasten, remember_programs
 from features import Encoder, load_encoder, random_encoder, raw_pixels
 from layers import layer_norm, linear
 from questions import KINDS, blind, exam, records, summary
@@ -179,6 +179,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
+    hasten(0)
     remember_programs()
     sys.exit(main(sys.argv[1:]))
