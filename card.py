@@ -6,8 +6,8 @@ from typing import Any
 import plots
 import vit
 
-SETTINGS = ("objective", "data", "caption", "alt", "stages", "keep_ratio", "decoder", "prefix", "crop", "flip", "jitter", "gray", "weight_decay", "b2", "dtype",
-            "init", "seed")
+SETTINGS = ("objective", "data", "caption", "alt", "stages", "keep_ratio", "decoder", "prefix", "crop", "flip", "jitter", "gray", "warp", "weight_decay", "b2",
+            "dtype", "init", "seed")
 NORM = """The tokens leave **before** the final norm: the caption decoder reads them so in training, and so a multimodal model should take them. A
 `last_hidden_state` has the norm on each token. `pooled` is the mean of the patch tokens and then the norm; a mean of normed tokens is another
 thing. In transformers' LLaVA, `vision_feature_layer=-1` reads these tokens (its default, -2, those of the block before).
@@ -73,7 +73,7 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, figur
         parts += ["## Training", table({k: f"`{v}`" for k, v in told.items()})]
     if figures := {k: v for k, v in figures.items() if k.endswith(("_loss", "_accuracy", "_match")) or k in ("images_seen", "held_out_pictures")}:
         parts += ["## Figures on held-out pictures", table({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}),
-                  "Losses are nats a word; `floor_loss` can be reached without the picture, `shuffled_loss` is that with another picture."]
+                  "Losses are nats a token (a word, or a piece of one); `floor_loss` needs no picture, `shuffled_loss` had another one."]
     return "\n".join(front) + "\n" + "\n\n".join(parts) + "\n"
 
 

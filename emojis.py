@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
     if not code:
         with open(os.path.join(given.out, "summary.json"), encoding="utf-8") as f:
             found = json.load(f)
-        print(f"on {found['held_out_pictures']} drawings of {VENDORS[1]}, which it never saw: {found['val_loss']:.2f} nats a word, and "
+        print(f"on {found['held_out_pictures']} drawings of {VENDORS[1]}, which it never saw: {found['val_loss']:.2f} nats a token, and "
               f"{found['shuffled_loss']:.2f} with the pictures shuffled; look at {os.path.join(given.out, 'samples.png')}")
     return code
 

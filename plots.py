@@ -27,10 +27,10 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 def curve(series: dict[str, tuple[list[float], list[float], bool]], levels: dict[str, float], switches: dict[float, str],
-          across: str = "step", up: str = "loss (of captions: nats a word)", names_below: bool = False) -> Image.Image:
+          across: str = "step", up: str = "loss (of captions: nats a token)", names_below: bool = False) -> Image.Image:
     """`up`, such as loss, against `across`. series: {name: (steps, losses, whether to mark the points)}; levels: horizontal lines, such
     as the floor; switches: vertical lines, where a stage starts; names_below: for lines that rise, whose names above would lie on them."""
-    W, H, left, right, top, bottom = 900, 520, 60, 20, 40, 40
+    W, H, left, right, top, bottom = 900, 528, 60, 20, 40, 48
     xs = [x for s in series.values() for x in s[0]] or [1]
     ys = sorted(y for y in [y for s in series.values() for y in s[1]] + list(levels.values()) if math.isfinite(y)) or [0, 1]
     x1, marked = max(xs), [y for _, found, dots in series.values() if dots for y in found if math.isfinite(y)]
