@@ -6,7 +6,7 @@ from typing import Any
 import plots
 import vit
 
-SETTINGS = ("objective", "data", "caption", "alt", "stages", "keep_ratio", "decoder", "prefix", "crop", "flip", "jitter", "gray", "warp", "weight_decay", "b2",
+SETTINGS = ("objective", "data", "caption", "alt", "stages", "keep_ratio", "decoder", "prefix", "crop", "flip", "jitter", "gray", "weight_decay", "b2",
             "dtype", "init", "seed")
 NORM = """The tokens leave **before** the final norm: the caption decoder reads them so in training, and so a multimodal model should take them. A
 `last_hidden_state` has the norm on each token. `pooled` is the mean of the patch tokens and then the norm; a mean of normed tokens is another

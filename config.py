@@ -69,7 +69,6 @@ class Config:
     flip: bool = opt(False, "mirror half of the pictures; makes captions that say left or right untrue")
     jitter: float = opt(0.0, "colour jitter: brightness, contrast and saturation change by up to this share")
     gray: float = opt(0.0, "share of training pictures that lose their colour")
-    warp: float = opt(0.0, "slants, stretches and bends: how far points of a training picture move, in its sides; 0.05 is little, 0.1 much")
     weight_decay: float = opt(0.2, "AdamW's decay, on matrices alone")
     b2: float = opt(0.95, "AdamW's second-moment decay")
     clip: float = opt(0.0, "largest gradient norm; 0 for no clipping; set 1 if the loss spikes")
@@ -183,7 +182,7 @@ def check(cfg: Config, devices: int = 1) -> None:
         enc, _ = models(cfg, cfg.vocab_size)
     except ValueError as problem:
         raise ConfigError(f"--encoder, --decoder: {problem}") from None
-    bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "gray": (0, 1), "warp": (0, 0.5), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
+    bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "gray": (0, 1), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
               "clip": (0, 1e9), "text_length": (3, 1 << 20), "vocab_size": (8, 1 << 30), "val_count": (2, 1 << 30), "accum": (1, 1 << 20),
               "workers": (1, 1024), "log_every": (1, 1 << 40), "eval_every": (1, 1 << 40), "save_every": (1, 1 << 40), "loss_chunk": (0, 1 << 20),
               "unroll": (1, 1024), "keep_last": (1, 1 << 20),

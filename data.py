@@ -35,7 +35,6 @@ class Augment(NamedTuple):
     flip: bool = False   # off: a mirrored picture makes "left of" a lie, and letters unreadable
     jitter: float = 0.0  # brightness, contrast and saturation by a factor of 1 +- this
     gray: float = 0.0    # chance of a picture without colour
-    warp: float = 0.0    # slants, stretches and bends: how far points move, in sides of the picture
 
 
 def crop_box(width: int, height: int, least: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -49,19 +48,6 @@ def crop_box(width: int, height: int, least: float, rng: np.random.Generator) ->
     return 0.0, 0.0, float(width), float(height)
 
 
-def bend(image: Image.Image, warp: float, rng: np.random.Generator, cells: int = 4) -> Image.Image:
-    """A square picture of 2R pixels to one of R, seen through a net of cells x cells meshes, whose points an affine map near the identity moves
-    together and each a little by itself (elastic distortion: Simard, Steinkraus and Platt, 2003). What would be seen from beyond the edge is the edge."""
-    side = image.size[0]
-    net = np.stack(np.meshgrid(*2 * [np.linspace(-0.5, 0.5, cells + 1)]), -1)                       # (y,x,2) of x, y
-    net = net @ (np.eye(2) + rng.normal(0, warp, (2, 2))) + rng.normal(0, warp / 2, 2) + rng.normal(0, warp / 3, net.shape)
-    net = np.clip(side * (net + 0.5), 0.01, side - 0.01)  # Pillow has black beyond the edge
-    ends = np.linspace(0, side, cells + 1).round().astype(int).tolist()
-    meshes = [((ends[x], ends[y], ends[x + 1], ends[y + 1]), np.concatenate([net[y, x], net[y + 1, x], net[y + 1, x + 1], net[y, x + 1]]).tolist())
-              for y in range(cells) for x in range(cells)]
-    return image.transform(image.size, Image.Transform.MESH, meshes, Image.Resampling.BILINEAR).reduce(2)
-
-
 def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = None, rng: Any = None) -> np.ndarray:
     """A picture of any mode and size to (R,R,3) uint8: (crop,) bilinear antialiased resize of the whole to a square.
     Transparency lies on white, an animation gives its first frame, a camera's rotation is applied. BadSample if it
@@ -71,8 +57,7 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
     try:
         width, height = image.size
         box = crop_box(width, height, augment.crop, rng) if augment and augment.crop < 1 else (0, 0, width, height)
-        side = 2 * resolution if augment and augment.warp else resolution
-        need = (side * width / max(box[2] - box[0], 1), side * height / max(box[3] - box[1], 1))
+        need = (resolution * width / max(box[2] - box[0], 1), resolution * height / max(box[3] - box[1], 1))
         if drafted := image.draft("RGB", (int(need[0]) + 1, int(need[1]) + 1)):  # a JPEG decodes at 1/2, 1/4 or 1/8 when that suffices
             inside = drafted[1][2:]  # 1003 / 8 pixels show the picture, where 126 are decoded: the last is in part beyond it
             box = [b * new / old for b, new, old in zip(box, inside * 2, (width, height) * 2)]
@@ -83,14 +68,12 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = (image if image.mode == "RGB" else image.convert("RGB")).resize((side, side), Image.Resampling.BILINEAR, box)
+        image = (image if image.mode == "RGB" else image.convert("RGB")).resize((resolution, resolution), Image.Resampling.BILINEAR, box)
         if turned in UPRIGHT:
             image = image.transpose(UPRIGHT[turned])
         if augment:
             if augment.flip and rng.random() < 0.5:
                 image = ImageOps.mirror(image)
-            if augment.warp:
-                image = bend(image, augment.warp, rng)
             if augment.jitter:
                 for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                     image = enhance(image).enhance(rng.uniform(max(0, 1 - augment.jitter), 1 + augment.jitter))
