@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, ImageOps
 
 from decoder import EOS
-from sources import BadSample, DataError, Scenes
+from sources import BadSample, DataError, Scenes, first_of
 from tokenizer import Tokenizer
 
 PIECE = 8    # samples that a thread is given at a time: a small picture is made sooner than a thread is woken
@@ -131,6 +131,14 @@ class Reader:
     def index(self, position: int) -> int:
         return self.order(position) if self.order else position % len(self.source)
 
+    def choose(self, position: int, i: int) -> Callable[[int], int]:
+        """Which of the n captions of sample i is taken: in training one is drawn in each epoch, else it is
+        the first."""
+        if self.augment is None:
+            return first_of
+        epoch = position // len(self.source)
+        return lambda n: int(np.random.default_rng((self.seed, 4, epoch, i)).integers(n))
+
     def sample(self, position: int, first: int, resolution: int) -> tuple[np.ndarray, list[np.ndarray], int]:
         """((R,R,3) uint8, (T,) int32 of each text, index) for a position whose turn is sample `first`. A broken sample's place
         is taken by the next in the source."""
@@ -139,11 +147,13 @@ class Reader:
             if i in self.bad:
                 continue
             try:
-                texts = [self.tokenizer.encode(self.source.caption(i, field), self.length) for field in self.fields.values()]
+                choose = self.choose(position, i)
+                captions, image = self.source.sample(i, self.fields.values(), choose)
+                texts = [self.tokenizer.encode(caption, self.length) for caption in captions]
                 if any(text[1] == EOS for text in texts):
                     raise BadSample("caption holds no word")  # nothing but control characters
                 rng = np.random.default_rng((self.seed, 2, position)) if self.draws else None
-                return to_pixels(self.source.picture(i), resolution, self.augment, rng), texts, i
+                return to_pixels(image, resolution, self.augment, rng), texts, i
             except BadSample as problem:
                 self.bad[i] = str(problem)
         raise DataError(f"not one usable sample in the data; the last: {self.source.name(i)} {self.bad[i]}")

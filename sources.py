@@ -16,7 +16,7 @@ import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by the bytes, no
 MOST_IMAGE, MOST_TEXT = 256 << 20, 1 << 20               # bytes: a larger file is a broken sample
 RECENT = 48                                              # tars whose rows are in memory: some windows of the order (data.py)
 Place = tuple[str, int, int]                             # path, offset, bytes
+Choose = Callable[[int], int]                            # which of n captions is taken
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels a picture is a broken sample
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of notes beside the pixels: what matters raises
 
@@ -39,6 +40,11 @@ class DataError(Exception):
 
 class BadSample(Exception):
     """One sample cannot be used; the message says why."""
+
+
+def first_of(count: int) -> int:
+    """Which of a sample's captions validation and the vocabulary take."""
+    return 0
 
 
 recent_record = functools.lru_cache(64)(scenes.record)  # which the caption asks for, and then the picture
@@ -78,6 +84,10 @@ class Scenes:
 
     def picture(self, i: int) -> Image.Image:
         return scenes.paint(self.record(i))
+
+    def sample(self, i: int, fields: Iterable[str], choose: Choose) -> tuple[list[str], Image.Image]:
+        """(the text of each field, the image)."""
+        return [self.caption(i, field) for field in fields], self.picture(i)
 
 
 class Files:
@@ -142,9 +152,18 @@ class Files:
         return data
 
     def caption(self, i: int, field: str = "") -> str:
-        """The text of sample i, or another field of the KEY.json that it is from."""
-        flag, field = ("--alt" if field else "--caption"), field or self.field
+        """The text of sample i, or another field of the KEY.json that it is from; the first of a list."""
+        return self.parse_caption(self.read(self.place(i)[1], MOST_TEXT), field)
+
+    def sample(self, i: int, fields: Iterable[str], choose: Choose) -> tuple[list[str], Image.Image]:
+        """(the text of each field, the image as `picture` gives it). choose(n) says which of the n
+        captions of a list is taken."""
         data = self.read(self.place(i)[1], MOST_TEXT)
+        return [self.parse_caption(data, field, choose) for field in fields], self.picture(i)
+
+    def parse_caption(self, data: bytes, field: str = "", choose: Choose = first_of) -> str:
+        """The text in the bytes of a KEY.txt or KEY.json."""
+        flag, field = ("--alt" if field else "--caption"), field or self.field
         try:
             text = data.decode("utf-8-sig")
             if field != "txt":
@@ -153,6 +172,11 @@ class Files:
                     has = ", ".join(fields) if isinstance(fields, dict) else "no fields"
                     raise BadSample(f"json has no field {field!r} (it has {has[:200]}); name one with {flag}")
                 text = fields[field]
+                if isinstance(text, list):
+                    texts = [one for one in text if isinstance(one, str) and one.strip()]
+                    if not texts:
+                        raise BadSample("caption list holds no text" if text else "caption list is empty")
+                    text = texts[choose(len(texts))]
                 if isinstance(text, str):
                     text = text.encode("utf-8", "replace").decode()  # json can spell halves of characters, which nothing can print
         except UnicodeDecodeError:

@@ -95,6 +95,48 @@ def test_a_second_text_comes_with_each_picture(tmp_path):
         Reader(source, TOK, 12, 0, None, 2, alt="none").batch(range(2), 16)
 
 
+def with_lists(tmp_path, kind):
+    """Six samples, each with two lists of captions, in a tar or a folder."""
+    files = []
+    for i in range(6):
+        captions = [f"a cat {i}{n}" for n in range(4)]
+        fields = {"c": [None, *captions, " ", 7], "alt": [f"cat {i}{n}" for n in range(4)]}
+        files += [(f"{i}.jpg", sample(i)["jpg"]), (f"{i}.json", json.dumps(fields).encode())]
+    where = put(tmp_path / "a.tar", files) if kind == "tar" else spill(tmp_path / "all", files)
+    return open_source(where, "c")
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_one_caption_of_a_list_is_drawn_in_each_epoch(tmp_path, kind):
+    """Of the strings of a list one is drawn from (seed, epoch, sample): the same for any workers and
+    wherever a run starts, another in other epochs and for other seeds."""
+    source = with_lists(tmp_path, kind)
+    tokens = {TOK.encode(f"a cat {i}{n}", 12).tobytes(): (i, n) for i in range(6) for n in range(4)}
+
+    def drawn(positions, **how):
+        batch = reader(source, **how).batch(positions, 8)
+        found = [tokens[text.tobytes()] for text in batch["text"]]
+        assert [i for i, _ in found] == batch["index"].tolist() and not batch["bad"]
+        return found
+
+    epochs = drawn(range(6 * 20))
+    for i in range(6):
+        assert {n for j, n in epochs if j == i} == {0, 1, 2, 3}
+    assert drawn(range(50, 70), workers=4) == epochs[50:70]
+    assert sorted(drawn(range(6 * 20), seed=1)) != sorted(epochs)
+    assert len({tuple(sorted(epochs[6 * e:6 * e + 6])) for e in range(20)}) > 15
+    both = Reader(source, TOK, 12, 0, TRAINING, 2, alt="alt").batch(range(24), 8)
+    assert len({text.tobytes() for text in both["alt"]}) > 12
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_validation_and_vocabulary_take_the_first_caption_of_a_list(tmp_path, kind):
+    source = with_lists(tmp_path, kind)
+    assert captions(source) == [f"a cat {i}0" for i in range(6)]
+    batch = reader(source, augment=None).batch(range(12), 8)
+    assert np.array_equal(batch["text"], [TOK.encode(f"a cat {i}0", 12) for i in batch["index"]])
+
+
 def test_odd_names_are_only_names(tmp_path):
     names = ["with space", "dots.in.it", "sub/folder/x", "./here", "käse", b"not-utf8-\xff", "new\nline"]
     files = [(os.fsencode(n) + b"." + os.fsencode(s), c) for n, i in zip(names, itertools.count()) for s, c in sample(i).items()]
