@@ -140,7 +140,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--batch", type=positive, help=batch)
         return sub
 
-    sub = model(command(step, "time, FLOP/s and memory of a training step, on the first device"))
+    sub = model(command(step, "time, FLOP/s and memory of a training step, on the first device (with --shard on all of this machine)"))
     sub.add_argument("--peer", choices=("torch", "torch-compile"), help="the same model, weights and batch in PyTorch, in turns with ours")
     sub.add_argument("--repeats", type=positive, default=7, help="timed steps; the median counts (default: 7)")
     sub = model(command(clipa, "what mask and curriculum save, from measured steps"), "plain ones for L/14, or for an --encoder",

@@ -22,6 +22,7 @@ import config
 import decoder
 import masking
 import train
+import zero
 from config import Config, ConfigError
 from devices import Place, hasten
 from run import init
@@ -53,10 +54,18 @@ def model_flops(cfg: Config, resolution: int) -> float:
 
 
 def one_machine(cfgs: list[Config], batches: list[int]) -> Place:
-    """What steps are timed on: one accelerator, or the CPU as training would use it."""
+    """What steps are timed on: one accelerator, or the CPU as training would use it; with --shard all devices of this machine,
+    because one alone has no part of the optimizer's state to leave to others. ConfigError if there is only one."""
     hasten(max(sum(config.parameters(cfg).values()) for cfg in cfgs), [batch // cfg.accum for cfg, batch in zip(cfgs, batches)])
-    n = jax.local_device_count() if jax.default_backend() == "cpu" else 1
-    return Place(1 if any(batch % (n * cfg.accum) for cfg, batch in zip(cfgs, batches)) else n)
+    shard = any(cfg.shard for cfg in cfgs)
+    n = jax.local_device_count() if shard or jax.default_backend() == "cpu" else 1
+    if any(batch % (n * cfg.accum) for cfg, batch in zip(cfgs, batches)):
+        n = 1
+    if shard and n == 1:
+        raise ConfigError("--shard divides the optimizer's state over several devices, and here one would take the whole "
+                          "batch: leave it out, or take a --batch that all devices share evenly (pretend devices of a CPU: "
+                          "XLA_FLAGS=--xla_force_host_platform_device_count=2)")
+    return Place(n)
 
 
 class Ours:
@@ -67,11 +76,13 @@ class Ours:
         optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
         if state is None:
             params = place.copies(jax.jit(lambda: init(cfg, model))())
-            state = [params, jax.pmap(optimizer.init, "devices", devices=place.pmap)(params)]
+            mine = (lambda p: jax.tree.map(zero.own, p)) if cfg.shard else (lambda p: p)
+            state = [params, jax.pmap(lambda p: optimizer.init(mine(p)), "devices", devices=place.pmap)(params)]
         self.state = state
         self.batch = place.put(make_batch(cfg, resolution, batch))
         asked = time.perf_counter()
-        self.call = train.make_step(model, optimizer, cfg.seed, cfg.accum, place.pmap, clip=cfg.clip).lower(*state, self.batch).compile()
+        step = train.make_step(model, optimizer, cfg.seed, cfg.accum, place.pmap, cfg.shard, cfg.clip)
+        self.call = step.lower(*state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - asked
 
     def __call__(self) -> float:
@@ -157,6 +168,8 @@ def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: in
         raise ConfigError("--peer takes the batch in one piece: leave --accum at 1")
     if peer and cfg.objective != "openvision2":
         raise ConfigError(f"--peer knows the method alone: leave --objective {cfg.objective} out")
+    if peer and cfg.shard:
+        raise ConfigError("--peer runs on one device and keeps its optimizer's state whole: leave --shard out")
     if peer and importlib.util.find_spec("torch") is None:
         raise ConfigError("--peer needs PyTorch: pip install -e '.[bench]'")
     if peer:
@@ -174,11 +187,12 @@ def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: in
     seconds = in_turns({"matmul": product, **runs}, repeats, "steps")
     middle = {name: statistics.median(s) for name, s in seconds.items()}
     rate = work / middle["matmul"]
+    units = 1 if jax.default_backend() == "cpu" else ours.place.total  # all cores of a CPU take part in one matmul
     table = []
     for name, run in runs.items():
         done = model_flops(cfg, resolution) * batch / middle[name]
         table.append({"what": name, "images/s": batch / middle[name], "ms": middle[name] * 1e3, "least ms": min(seconds[name]) * 1e3,
-                      "GFLOP/s": done / 1e9, "of matmul": f"{done / rate:.0%}", "peak GiB": run.memory() / 2**30,
+                      "GFLOP/s": done / 1e9, "of matmul": f"{done / rate / units:.0%}", "peak GiB": run.memory() / 2**30,
                       "compile s": run.compile_seconds, "loss": losses[name][2]}
                      | ({"speed": middle[peer] / middle[name]} if peer else {}))
     return [*table, {"what": "matmul", "ms": middle["matmul"] * 1e3, "least ms": min(seconds["matmul"]) * 1e3, "GFLOP/s": rate / 1e9, "of matmul": "100%"}]

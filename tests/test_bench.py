@@ -2,6 +2,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +17,7 @@ import config
 import train
 from config import Config
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=512, text_length=24, keep_ratio=0.5, unroll=4,
                stages="resolution=48 steps=9 batch=4 lr=1e-3")
 
@@ -82,6 +86,24 @@ def test_step(tmp_path, capsys):
     assert ours["images/s"] == pytest.approx(2e3 / ours["ms"])
     assert ours["GFLOP/s"] > 0 and ours["compile s"] > 0 and 0 < ours["peak GiB"] < 1 and 1 < ours["loss"] < 8
     assert "images/s" in capsys.readouterr().out
+
+
+def test_a_step_with_shard_divides_the_optimizers_state(cache, tmp_path):
+    """On two pretend devices: the same loss, and one copy of AdamW's moments less."""
+    env = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "bench.py", "step", "--encoder", "micro/8", "--resolution", "16", "--batch", "2",
+               "--vocab-size", "64", "--text-length", "8", "--repeats", "1", "--json"]
+    rows = {}
+    for name, flags in (("whole", []), ("shard", ["--shard"])):
+        file = tmp_path / f"{name}.json"
+        done = subprocess.run([*command, str(file), *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows[name] = json.load(open(file))["rows"][0]
+    assert rows["shard"]["loss"] == pytest.approx(rows["whole"]["loss"], rel=1e-5)
+    cfg = Config(encoder="micro/8", decoder="micro", vocab_size=64, text_length=8)
+    moments = 2 * 4 * sum(config.parameters(cfg).values())
+    saved = (rows["whole"]["peak GiB"] - rows["shard"]["peak GiB"]) * 2**30
+    assert saved > 0.9 * moments
 
 
 def test_a_step_learns_its_one_batch():
@@ -160,6 +182,8 @@ def test_data(tmp_path):
     (["step", "--encoder", "L/14", "--resolution", "13"], "--resolution 13"),
     (["step", "--encoder", "XXL/14"], "unknown encoder 'XXL/14'"),
     (["step", "toy", "--peer", "torch", "--accum", "2"], "--accum"),
+    (["step", "toy", "--peer", "torch", "--shard"], "--shard"),
+    (["step", "toy", "--shard", "--batch", "3"], "--shard divides the optimizer's state over several devices"),
     (["flops", "toy", "--keep-ratio", "0"], "--keep-ratio 0.0"),
     (["flops", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
     (["memory", "l14", "--batch", "33"], "--batch 33"),
