@@ -91,7 +91,7 @@ class Config:
     shard: bool = opt(False, "cut the optimizer's state over the devices: same update, less memory")
     tensorboard: bool = opt(False, "also write event files for TensorBoard, with the numbers and pictures of metrics.jsonl, curve.png and samples.png")
     profile: bool = opt(False, "trace the steps 10 to 14 of this start, into the folder profile of the run")
-    devices: int = opt(0, "local devices to use; 0 for all (a CPU of several cores is two, for small models)")
+    devices: int = opt(0, "local devices to use; 0 for all (a CPU of several cores is two, for small models; any number up to its cores can be asked for)")
 
 
 def paper(encoder: str, dec: str, low: int) -> Config:

@@ -74,27 +74,39 @@ def keep_memory() -> None:
         libc.mallopt(setting, value)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_cpu(count: int) -> None:
+    """Before jax starts: a CPU is `count` devices, but no more than it has cores, and not where XLA_FLAGS or jax_num_cpu_devices
+    says how many. Other devices than CPUs stay as they are."""
+    told = jax.config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not told:
+        with contextlib.suppress(RuntimeError):  # jax has started already
+            jax.config.update("jax_num_cpu_devices", min(count, cores()))
+
+
 def pair_up(batches: Sequence[int]) -> None:
     """Before jax starts: a CPU of several cores shall be two devices, each with half of a batch. Parts of a step do not spread over cores, and
-    two halves fill each other's gaps: the toy's step takes an eighth less time on two cores. Not where a batch cannot be halved, nor where
-    XLA_FLAGS or jax_num_cpu_devices says how many devices a CPU is. Other devices than CPUs stay as they are."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    told = jax.config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if cores > 1 and not told and not any(batch % 2 for batch in batches):
-        with contextlib.suppress(RuntimeError):  # jax has started already
-            jax.config.update("jax_num_cpu_devices", 2)
+    two halves fill each other's gaps: the toy's step takes an eighth less time on two cores. Not where a batch cannot be halved."""
+    if not any(batch % 2 for batch in batches):
+        split_cpu(2)
 
 
-def hasten(parameters: int, batches: Sequence[int] = ()) -> None:
+def hasten(parameters: int, batches: Sequence[int] = (), count: int = 0) -> None:
     """Before jax starts: what makes a step faster on a CPU. Vectors of AVX-512's whole width, where there is that (XLA by itself takes half
     of it, and 5% longer); and for up to twice the memory, which a small model can have and a large one cannot, the two things above.
-    batches: those that two devices may share."""
+    batches: those that two devices may share. count: devices that a CPU shall be, whatever the model; 0 if nobody asks for a number."""
     if "xla_cpu_prefer_vector_width" not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"
     if parameters < MANY:
         keep_memory()
-        if batches:
-            pair_up(batches)
+    if count:
+        split_cpu(count)
+    elif batches and parameters < MANY:
+        pair_up(batches)
 
 
 def remember_programs() -> None:

@@ -122,7 +122,7 @@ def train(cfg: Config) -> int:
     """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped it."""
     sys.setswitchinterval(0.0005)  # seconds that a thread which makes batches may hold Python while the loop wants it; 0.005 is what it was
     check(cfg)
-    hasten(sum(parameters(cfg).values()), [] if cfg.devices or cfg.distributed else [stage.batch // cfg.accum for stage in stages(cfg)])
+    hasten(sum(parameters(cfg).values()), [] if cfg.distributed else [stage.batch // cfg.accum for stage in stages(cfg)], cfg.devices)
     join(cfg.distributed)
     try:
         place = Place(cfg.devices)

@@ -44,6 +44,17 @@ def test_without_mallopt_nothing_is_asked(monkeypatch):
 
 
 PAIR = "import sys, devices; devices.hasten(int(sys.argv[1]), [int(b) for b in sys.argv[2:]]); import jax; print(jax.local_device_count())"
+TRAIN = """
+import train
+class Place(train.Place):
+    def __init__(self, count=0):
+        super().__init__(count)
+        print(self.total)
+        raise SystemExit(0)
+train.Place = Place
+import sys
+sys.exit(train.main(sys.argv[1:]))
+"""
 
 
 def found(*argv: int, **env: str) -> int:
@@ -59,6 +70,23 @@ def test_a_cpu_of_several_cores_is_two_devices_where_that_can_be():
     assert found(1000, 64, XLA_FLAGS="--xla_force_host_platform_device_count=8") == 8
     assert found(1000, 64, JAX_NUM_CPU_DEVICES="3") == 3
 
+
+def started(*flags: str, **env: str) -> subprocess.CompletedProcess:
+    """A process that trains with these flags, up to the point where it has its devices; it prints how many."""
+    return subprocess.run([sys.executable, "-c", TRAIN, *flags], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+
+
+@pytest.mark.parametrize("encoder", ["micro/8", "L/14"])
+def test_a_cpu_is_as_many_devices_as_are_asked_for(encoder):
+    """Up to its cores, whatever the model's size."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = started("--encoder", encoder, "--devices", str(cores))
+    assert (found.returncode, found.stdout) == (0, f"{cores}\n"), found.stderr
+    assert started("--encoder", encoder, "--devices", "1").stdout == "1\n"
+    found = started("--encoder", encoder, "--devices", str(cores + 1))
+    assert found.returncode == 1 and f"{cores + 1} devices asked for, and there are {cores}" in found.stderr
+    found = started("--devices", "3", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert found.stdout == "3\n", found.stderr
 
 
 def test_once_jax_has_started_its_devices_stay():
