@@ -313,6 +313,7 @@ def main(argv: list[str]) -> int:
         parser.error("--count takes two or more, --resolution and --seed no negative numbers")
     if "{}" not in given.template:
         parser.error("--template needs {} where the name goes")
+    hasten(features.model_size(given.encoder))
     remember_programs()
     asked, found = Asked(given), {}
     try:
@@ -332,5 +333,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    hasten(0)
     sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ Letters: B images, R pixels a side, N patches, D width.
 """
 import copy
 import functools
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ import checkpoint
 import data
 import vit
 from config import Config, models, stages
-from devices import remember_programs
+from devices import MANY, remember_programs
 from sources import BadSample
 
 PICTURE = str | os.PathLike | Image.Image | np.ndarray
@@ -69,6 +70,28 @@ def read(path: str) -> tuple[dict, vit.ViTConfig, dict]:
             raise checkpoint.CheckpointError(f"{origin} is no encoder: name a run's folder, its encoder.npz, or what convert.py imported") from None
     like = jax.eval_shape(lambda: vit.init(jax.random.key(0), cfg))
     return checkpoint.restore(arrays, like, origin, under), cfg, meta
+
+
+def size_of_file(path: str) -> int:
+    """How many parameters a file holds, from its head alone. What cannot be read counts as large: whoever opens it says what is wrong."""
+    try:
+        if path.endswith((".safetensors", ".bin")):
+            return os.path.getsize(path) // 2  # at most, because a number takes 16 bits or more
+        shapes, _ = checkpoint.describe(path)
+    except (checkpoint.CheckpointError, OSError):
+        return MANY
+    of_run = [shape for name, shape in shapes.items() if name.startswith("params/")]
+    return sum(math.prod(x.shape) for x in of_run or shapes.values())
+
+
+def model_size(path: str) -> int:
+    """How many parameters the model at `path` has: a run's folder, a checkpoint, an encoder's .npz or an export. Nothing is loaded and
+    jax need not have started, so that memory can be tuned by it (devices.hasten)."""
+    if not os.path.isdir(path):
+        return size_of_file(path)
+    files = [file for _, file in checkpoint.steps(path)[-1:]]
+    files += [os.path.join(path, n) for n in os.listdir(path) if n == "encoder.npz" or n.endswith((".safetensors", ".bin"))]
+    return max(map(size_of_file, files), default=MANY)
 
 
 def pixels(picture: PICTURE, resolution: int) -> np.ndarray:

@@ -27,7 +27,7 @@ import scenes
 import tokenizer
 import vit
 from devices import hasten, remember_programs
-from features import Encoder, load_encoder, random_encoder, raw_pixels
+from features import Encoder, load_encoder, model_size, random_encoder, raw_pixels
 from layers import layer_norm, linear
 from questions import KINDS, blind, exam, records, summary
 
@@ -165,6 +165,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     if given.steps < 1 or given.seed < 0:
         parser.error("--steps must be 1 or more, --seed 0 or more")
+    hasten(model_size(given.encoder))
     try:
         found = table(load_encoder(given.encoder), given.seed, given.steps, not given.no_baselines)
         if given.json:
@@ -179,6 +180,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    hasten(0)
     remember_programs()
     sys.exit(main(sys.argv[1:]))

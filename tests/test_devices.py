@@ -1,12 +1,21 @@
 """What a process asks of the machine before jax starts: memory that stays with it."""
+import dataclasses
 import os
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
+import checkpoint
+import config
 import devices
+import evaluate
+import features
+import run
+import vit
+import vqa
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 AGAIN = """
@@ -106,3 +115,46 @@ def test_large_models_spend_no_memory(monkeypatch):
     devices.hasten(1000)
     devices.hasten(1000, [64])
     assert called == ["kept", "kept", [64]]
+
+
+@pytest.fixture
+def trained(tmp_path) -> tuple:
+    """(a run's folder with a checkpoint and its encoder, parameters of the run, of its encoder); all parameters are zero."""
+    cfg = config.PRESETS["toy"]
+    shapes = jax.eval_shape(lambda: run.init(cfg, config.model(cfg)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    checkpoint.save_step(str(tmp_path), 2, {"params": params, "opt": {"mu": params}}, {"config": dataclasses.asdict(cfg)})
+    encoder = config.model(cfg).encoder
+    checkpoint.save(str(tmp_path / "encoder.npz"), params["encoder"], {"encoder": dataclasses.asdict(encoder), "resolution": 16})
+    return tmp_path, sum(config.parameters(cfg).values()), vit.count(vit.weights(encoder))
+
+
+def test_a_models_size_is_read_from_heads_of_files(trained, monkeypatch):
+    folder, whole, encoder = trained
+    (folder / "exported").mkdir()
+    (folder / "exported" / "model.safetensors").write_bytes(bytes(1000))
+    (folder / "damaged.npz").write_bytes(b"no zip")
+    monkeypatch.setattr(checkpoint, "load", None)
+    assert features.model_size(str(folder)) == whole > encoder
+    assert features.model_size(checkpoint.steps(str(folder))[0][1]) == whole
+    assert features.model_size(str(folder / "encoder.npz")) == encoder
+    assert features.model_size(str(folder / "exported")) == 500  # of 16 bits each, at most
+    assert features.model_size(str(folder / "damaged.npz")) == features.model_size(str(folder / "missing")) == devices.MANY
+
+
+@pytest.mark.parametrize("command", [evaluate.main, vqa.main])
+def test_evaluation_spends_memory_on_small_models_alone(trained, command, monkeypatch, capsys):
+    folder, whole, _ = trained
+    def end(*_) -> None:
+        raise ValueError("the measurement itself")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(vqa, "table", end)
+    monkeypatch.setattr(evaluate, "MEASURES", {"caption": (end, "")})
+    monkeypatch.setattr(vqa, "load_encoder", lambda path: None)
+    called = []
+    monkeypatch.setattr(devices, "keep_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(devices, "MANY", whole)
+    assert command([str(folder)]) == 1 and not called
+    monkeypatch.setattr(devices, "MANY", whole + 1)
+    assert command([str(folder)]) == 1 and called == ["kept"]
+    assert capsys.readouterr().err.count("the measurement itself") == 2
