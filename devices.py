@@ -32,32 +32,59 @@ class PlaceError(Exception):
     """The processes cannot work together, or one of them failed; the message says what to do."""
 
 
-def join(distributed: bool) -> None:
+def tpu_host() -> bool:
+    """Is this a machine with TPU chips that jax may use? Where nobody names platforms, jax itself names them if it finds such chips."""
+    platforms = jax.config.jax_platforms
+    if platforms is None or (platforms and "tpu" not in platforms.split(",")):
+        return False
+    return importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"))
+
+
+def single_host() -> bool:
+    """Does the environment prove that this TPU host has no others beside it? It names one process, or one host (as jax reads it, the
+    first variable before the second), or bounds that hold one process; and nothing tells of other slices or of a coordinator."""
+    env = {name: value.strip() for name, value in os.environ.items() if value.strip()}
+    if "JAX_NUM_PROCESSES" in env:
+        return env["JAX_NUM_PROCESSES"] == "1"
+    if {"JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"} & env.keys() or env.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return False
+    if hosts := env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES"):
+        return "," not in hosts
+    bounds = env.get("TPU_PROCESS_BOUNDS") or env.get("TPU_HOST_BOUNDS", "")
+    return bounds.replace(" ", "") == "1,1,1"
+
+
+def join(distributed: bool, folder: str = "") -> None:
     """Before anything else asks for a device: meet the other processes. On a TPU pod, under SLURM and Open MPI they find each
-    other; elsewhere three environment variables tell. On TPU machines this happens without being asked for."""
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*") if importlib.util.find_spec("libtpu") else []
-    if not distributed and (not chips or os.environ.get("JAX_PLATFORMS", "tpu") != "tpu"):
+    other; elsewhere three environment variables tell. On TPU machines this happens without being asked for, unless the environment
+    proves that there is one host alone. A failure is an error: hosts that went on alone would all train into one folder.
+    folder: where jax's diagnosis goes if a process is lost."""
+    if not distributed and (not tpu_host() or single_host()):
         return
     told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
         numbers = {name: int(value) for name, value in told.items() if value is not None}
-        plainly()
+        plainly(folder)
         jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
-    except (ValueError, RuntimeError, OSError) as problem:
+    except (ValueError, RuntimeError, OSError, ImportError) as problem:
+        said = (str(problem) or type(problem).__name__).splitlines()[0]
         if distributed:
-            raise PlaceError(f"--distributed: the processes did not find each other ({str(problem).splitlines()[0]}). Outside of a TPU pod, SLURM or "
+            raise PlaceError(f"--distributed: the processes did not find each other ({said}). Outside of a TPU pod, SLURM or "
                              "Open MPI, set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each") from None
-        print(f"no other TPU hosts found ({str(problem).splitlines()[0]}): going on with this one")
+        raise PlaceError(f"this TPU host did not find the other hosts ({said}). On a pod, start the same command on every host, at the same "
+                         "time; on a machine that is one host alone, set JAX_NUM_PROCESSES=1") from None
 
 
-def plainly() -> None:
+def plainly(folder: str = "") -> None:
     """When a process is lost, jax aborts the others from C++, with a trace of its functions. So what C++ writes to the error stream (and
-    Python does not: it keeps the terminal) goes through a little process, which says it in a sentence instead."""
+    Python does not: it keeps the terminal) goes through a little process, stderr_filter.py, which says it in a sentence instead, and
+    leaves all of it in a file: in `folder`, or a temporary one where that is not there."""
     sys.stderr.flush()
     sys.stderr = os.fdopen(os.dup(2), "w", 1)
-    code = (f"import sys\nfor line in sys.stdin:\n    if 'error from coordination service' in line or 'fatal errors' in line:\n"
-            f"        sys.exit({'error: ' + ENDED!r})\n    sys.stderr.write(line)\n    sys.stderr.flush()")
-    scribe = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+    name = f"stderr-{platform.node()}-{os.getpid()}.txt"  # processes of several hosts may share the folder
+    path = os.path.join(os.path.abspath(folder), name) if folder else ""
+    code = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stderr_filter.py")
+    scribe = subprocess.Popen([sys.executable, code, ENDED, path], stdin=subprocess.PIPE, start_new_session=True)
     os.dup2(scribe.stdin.fileno(), 2)
 
 

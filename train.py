@@ -123,7 +123,7 @@ def train(cfg: Config) -> int:
     sys.setswitchinterval(0.0005)  # seconds that a thread which makes batches may hold Python while the loop wants it; 0.005 is what it was
     check(cfg)
     hasten(sum(parameters(cfg).values()), [] if cfg.distributed else [stage.batch // cfg.accum for stage in stages(cfg)], cfg.devices)
-    join(cfg.distributed)
+    join(cfg.distributed, cfg.out)
     try:
         place = Place(cfg.devices)
     except ValueError as problem:

@@ -3,6 +3,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -158,3 +159,117 @@ def test_evaluation_spends_memory_on_small_models_alone(trained, command, monkey
     monkeypatch.setattr(devices, "MANY", whole + 1)
     assert command([str(folder)]) == 1 and called == ["kept"]
     assert capsys.readouterr().err.count("the measurement itself") == 2
+
+
+FILTERED = """
+import os, sys, devices
+devices.plainly(sys.argv[1])
+os.write(2, b"I0000 an early line\\n")
+print("from python", file=sys.stderr)
+os.write(2, b"F0000 Terminating process: the service detected fatal errors\\n")
+for n in range(3000):
+    os.write(2, b"a later diagnosis, not UTF-8: \\xff %d\\n" % n)
+os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_said_after_a_lost_process_goes_to_a_file(tmp_path, there):
+    """In the run's folder, or in a temporary one where the run has none here; the terminal gets one sentence that names it."""
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", FILTERED, str(folder)], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 3
+    lines = done.stderr.splitlines()
+    assert "I0000 an early line" in lines and "from python" in lines and len(lines) == 3, done.stderr
+    [sentence] = [line for line in lines if line.startswith("error: ")]
+    assert devices.ENDED in sentence
+    file = sentence.rpartition(" ")[2]
+    assert os.path.dirname(file) == str(folder if there else tmp_path)
+    logged = open(file, "rb").read().splitlines()
+    assert logged[0] == b"I0000 an early line" and logged[1].endswith(b"fatal errors")
+    assert logged[2:] == [b"a later diagnosis, not UTF-8: \xff %d" % n for n in range(3000)]
+
+
+# --------------------------------------------------------------------------------------------------------------- TPU hosts
+PLATFORMS = """
+import devices
+devices.glob.glob = lambda pattern: ["/dev/accel0"] * pattern.startswith("/dev/accel")
+devices.importlib.util.find_spec = lambda name: object()
+devices.plainly = lambda folder="": None
+devices.single_host = lambda: False
+devices.jax.distributed.initialize = lambda **how: print("initialized")
+devices.join(False)
+"""
+
+
+@pytest.mark.parametrize(("platforms", "starts"), [("tpu", True), ("tpu,cpu", True), ("", True), ("cpu", False), ("cuda,cpu", False)])
+def test_which_platforms_let_tpu_hosts_meet(platforms, starts):
+    env = os.environ | {"JAX_PLATFORMS": platforms, "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", PLATFORMS], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, "initialized\n" if starts else ""), done.stderr
+
+
+def test_without_chips_that_jax_sees_nothing_is_started():
+    """Files that look like chips can be of other devices: then jax, which nobody told the platforms, names none itself."""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"} | {"PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", PLATFORMS], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.fixture
+def tpu(monkeypatch) -> list:
+    """A TPU host, as jax and its environment show one; what jax is asked to start, which fails as it does on a pod."""
+    asked = []
+
+    def initialize(**how) -> None:
+        asked.append(how)
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out\nand more")
+    for name in list(os.environ):
+        if name.startswith(("TPU_", "JAX_NUM", "JAX_COORD", "JAX_PROCESS", "MEGASCALE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setattr(devices.glob, "glob", lambda pattern: ["/dev/accel0"] * pattern.startswith("/dev/accel"))
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(devices, "plainly", lambda folder="": None)
+    fake = types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms="tpu,cpu"), distributed=types.SimpleNamespace(initialize=initialize))
+    monkeypatch.setattr(devices, "jax", fake)
+    return asked
+
+
+@pytest.mark.parametrize("env", [
+    {}, {"TPU_WORKER_HOSTNAMES": "t0,t1"}, {"TPU_PROCESS_ADDRESSES": "t0:8476,t1:8476", "TPU_WORKER_HOSTNAMES": "t0"},
+    {"TPU_WORKER_HOSTNAMES": ""}, {"TPU_PROCESS_BOUNDS": "2,2,1"}, {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_PROCESS_BOUNDS": "1,1,1"},
+    {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_COORDINATOR_ADDRESS": "t9"},
+    {"TPU_WORKER_HOSTNAMES": "t0", "JAX_NUM_PROCESSES": "2"}, {"TPU_WORKER_HOSTNAMES": "t0", "JAX_COORDINATOR_ADDRESS": "t9:1"}])
+def test_tpu_hosts_that_do_not_meet_end(tpu, env, monkeypatch):
+    """Each alone, they would all train into one folder."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(devices.PlaceError, match=r"DEADLINE_EXCEEDED: Barrier timed out\).*JAX_NUM_PROCESSES=1") as found:
+        devices.join(False)
+    assert "\n" not in str(found.value) and len(tpu) == 1
+
+
+@pytest.mark.parametrize("env", [
+    {"JAX_NUM_PROCESSES": "1"}, {"TPU_WORKER_HOSTNAMES": "localhost"}, {"TPU_PROCESS_ADDRESSES": "local"}, {"TPU_PROCESS_BOUNDS": "1,1,1"},
+    {"TPU_HOST_BOUNDS": "1,1,1"}, {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}])
+def test_a_single_tpu_host_starts_by_itself(tpu, env, monkeypatch):
+    """Nothing is waited for, where the environment proves that nobody else can come; unless it is asked for."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    devices.join(False)
+    assert not tpu
+    with pytest.raises(devices.PlaceError, match="--distributed"):
+        devices.join(True)
+    assert len(tpu) == 1
+
+
+def test_a_tpu_host_without_what_jax_needs_to_find_others(tpu, monkeypatch):
+    def initialize(**how) -> None:
+        raise ModuleNotFoundError("No module named 'requests'")
+    monkeypatch.setattr(devices.jax.distributed, "initialize", initialize)
+    with pytest.raises(devices.PlaceError, match="No module named 'requests'"):
+        devices.join(False)

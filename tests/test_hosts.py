@@ -1,6 +1,7 @@
 """Several processes, as on several hosts: one run, whoever shares it, and what happens when one of them goes."""
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -95,6 +96,8 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_any_number(cach
             status, _, errors = found[1 - victim]
             assert found[victim][0] == -9 and status != 0
             assert "another process has ended" in errors and "start all of them again" in errors and "Check failure stack" not in errors
+            file = re.search(r"What jax said is in (.*)", errors)[1]
+            assert os.path.dirname(file) == str(folder) and "coordination service" in open(file, encoding="utf-8", errors="replace").read()
         else:
             assert [status for status, _, _ in found] == [143, 143] and "SIGTERM: saved at step" in found[0][1]
         saved = [s for s, _ in checkpoint.steps(str(folder))]
