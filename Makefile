@@ -1,10 +1,11 @@
-# Everything a new machine needs is Python 3.11 or newer, and make.
+# Everything a new machine needs is Python 3.11 or newer, and make. `make run PYTHON=python3.13 VENV=.venv313` takes that Python.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install run emoji test test-parity lint clean
+.PHONY: install run emoji test test-parity lint clean same-python
 
 install: $(VENV)/core
 run: $(VENV)/core          ## train the toy, both stages, and say where its pictures are
@@ -26,7 +27,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with make PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/core: pyproject.toml constraints.txt | $(VENV)/bin/python
+# An environment keeps the Python that it was made with. A different PYTHON= on the command line is refused, not ignored.
+same-python: $(VENV)/bin/python
+ifneq ($(origin PYTHON),file)
+	@asked=$$($(PYTHON) -c '$(VERSION)') && has=$$($(BIN)/python -c '$(VERSION)') && if [ "$$asked" != "$$has" ]; then \
+		echo "$(VENV) was made with Python $$has, not $$asked: name another folder, as in VENV=.venv$$asked, or run make clean"; exit 1; fi
+endif
+
+$(VENV)/core: pyproject.toml constraints.txt | same-python
 	$(PIP) --editable .
 	touch $@
 
