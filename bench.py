@@ -28,7 +28,7 @@ from config import PRESETS, Config, ConfigError
 
 MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix", "cls", "text_length", "vocab_size", "mu_dtype", "dtype", "remat", "loss_chunk",
                "unroll", "accum", "shard", "seed")
-DECODERS = {"So400m": "L", "g": "H"}  # as the recipes have it; elsewhere the decoder of the encoder's name
+DECODERS = {"g": "H"}  # as the recipes have it; elsewhere the decoder of the encoder's name
 
 
 # ---------------------------------------------------------------------------------------------------------- what is asked
@@ -78,8 +78,7 @@ def flops(args: argparse.Namespace) -> list[dict]:
         cells = [(*settings(args, number)[:2], None) for number in range(2 if args.recipe and not args.resolution else 1)]
     else:
         cells = [(cfg, stage.resolution, None) for cfg in PRESETS.values() for stage in config.stages(cfg)]
-        so400m = PRESETS["so400m14"]  # 384 px hold 27 x 27 patches of 14, as 378 do; which decoder it had, the paper does not say
-        cells += [(PRESETS["l14"], 224, 208.9), (so400m, 378, 1017.7), (dataclasses.replace(so400m, decoder="H"), 378, 1017.7)]
+        cells += [(PRESETS["l14"], 224, 208.9), (PRESETS["so400m14"], 384, 1017.7)]
     table = []
     for cfg, resolution, paper in cells:
         model = config.model(cfg)

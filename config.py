@@ -49,12 +49,15 @@ class Config:
     objective: str = opt("openvision2", "what is trained: the method, or a system it is compared with (baselines.py), where keep_ratio and prefix play no part",
                          ("openvision2", *baselines.OBJECTIVES))
     keep_ratio: float = opt(0.35, "share of patch tokens that the decoder sees, drawn anew each step; lower is faster")
-    shuffle: bool = opt(False, "hand the kept tokens to the decoder in random order, not in that of the picture (the paper does not say)")
+    shuffle: bool = opt(False, "hand the kept tokens to the decoder in random order, as the "
+                               "released code does, and not in their order in the image")
     prefix: str = opt("causal", "whether image tokens in the decoder see only those before them, or all", ("causal", "bidirectional"))
     text_positions: bool = opt(False, "give the caption's words sin-cos positions; as released the causal mask alone orders them")
     cls: bool = opt(False, "give the encoder a CLS token, as the released weights have")
     positions: int = opt(0, "grid side of a learned position table; 0 for the sin-cos formula, which fits any grid")
     init: str = opt("", "start from this encoder: a run's folder, its encoder.npz, or what convert.py imported; the decoder starts anew")
+    init_scale: str = opt("xavier", "scale of the initial weights: Xavier's, or the released code's "
+                                    "(docs/fidelity.md lists it)", ("xavier", "released"))
     stages: str = opt("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L warmup=W, in steps or images as the length is; "
                           "stages part by commas")
     data: str = opt("", "training pictures: scenes, a folder of images with .txt captions, or tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
@@ -101,6 +104,7 @@ def paper(encoder: str, dec: str, low: int) -> Config:
     epoch = 1_281_167  # the recipe counts in ImageNet epochs
     return Config(
         encoder=encoder, decoder=dec, dtype="bfloat16", mu_dtype="bfloat16", remat="block", loss_chunk=16, jitter=0.4, gray=0.2,
+        shuffle=True, init_scale="released",
         workers=32, log_every=50, eval_every=2000, save_every=1000, val_count=2048, caption="re_caption",
         stages=f"resolution={low} images={10_000 * epoch} batch=32768 lr=1.024e-3 warmup={40 * epoch}, "
                f"resolution=224 images={800 * epoch} batch=16384 lr=2.56e-5 warmup={20 * epoch}")
@@ -115,7 +119,7 @@ PRESETS = {
     "s16": paper("S/16", "S", 160),
     "b16": paper("B/16", "B", 160),
     "l14": paper("L/14", "L", 84),
-    "so400m14": paper("So400m/14", "L", 84),
+    "so400m14": paper("So400m/14", "So400m", 84),
     "h14": paper("H/14", "H", 84),
     "g14": paper("g/14", "H", 84),
 }
@@ -141,9 +145,12 @@ def stages(cfg: Config) -> tuple[Stage, ...]:
                 [] if bool(given.get("steps")) != bool(given.get("images")) else ["steps or images (one of the two)"]):
             raise ConfigError(f"--stages: {text.strip()!r} lacks {', '.join(missing)}")
         a_step = given["batch"] if given.get("images") else 1
-        length = max(1, round((given.get("images") or given["steps"]) / a_step))
+        # As in the released code, images that do not fill a batch are left out.
+        length = max(1, (given.get("images") or given["steps"]) // a_step)
+        warmup = given.get("warmup", 0) // a_step
         start, first = (found[-1].end, found[-1].first_image + found[-1].steps * found[-1].batch) if found else (0, 0)
-        found.append(Stage(len(found) + 1, given["resolution"], given["batch"], given["lr"], length, round(given.get("warmup", 0) / a_step), start, first))
+        found.append(Stage(len(found) + 1, given["resolution"], given["batch"], given["lr"],
+                           length, warmup, start, first))
         if found[-1].warmup >= length:
             raise ConfigError(f"--stages: the warm-up of {text.strip()!r} is as long as the stage")
     return tuple(found)

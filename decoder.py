@@ -21,14 +21,28 @@ from vit import Weight, block, block_flops, block_weights, count, dense, initial
 
 PAD, BOS, EOS = 0, 1, 2
 
-#           layers, width, heads, mlp        The paper names no decoder for So400m and g; ours take L's and H's.
+# The paper names no decoder for So400m and g. We take those that OpenVision 1 released: So400m's
+# has the size of its encoder, which also gives the FLOPs in the paper; g's is the same as H's.
+#           layers, width, heads, mlp
 FAMILY = {
     "micro": (3, 96, 3, 384),  # ours: for the toy
     "Ti": (12, 192, 3, 768),
     "S": (12, 384, 6, 1536),
     "B": (12, 512, 8, 2048),
     "L": (12, 768, 12, 3072),
+    "So400m": (27, 1152, 16, 4304),
     "H": (24, 1024, 16, 4096),
+}
+
+RELEASED_DEPTH = 12  # the released blocks scale by this depth, whatever the decoder's own depth is
+RELEASED = {  # --init-scale released, in the form of vit.RELEASED
+    "embed": ("normal", lambda inputs, outputs: 0.02),
+    "project": ("normal", lambda inputs, outputs: inputs**-0.5),
+    "qkv": ("normal", lambda inputs, outputs: inputs**-0.5),
+    "out": ("normal", lambda inputs, outputs: (2 * RELEASED_DEPTH * outputs) ** -0.5),
+    "fc1": ("normal", lambda inputs, outputs: (2 * inputs) ** -0.5),
+    "fc2": ("normal", lambda inputs, outputs: (2 * RELEASED_DEPTH * outputs) ** -0.5),
+    "head": ("normal", lambda inputs, outputs: inputs**-0.5),
 }
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import baselines
 import checkpoint
 import data
+import decoder
 import evaluate
 import plots
 import sources
@@ -41,6 +42,10 @@ def init(cfg: Config, model: Model) -> dict:
     """{"encoder": ..., "decoder": ...} (other parts for a baseline): the parameters that a run starts from."""
     key = jax.random.key(cfg.seed)
     parts = {"encoder": vit.weights(model.encoder)} | baselines.weights(model)
+    if cfg.init_scale == "released":
+        for name, declared in parts.items():
+            scales = vit.RELEASED if name == "encoder" else decoder.RELEASED
+            parts[name] = vit.rescale(declared, scales)
     return {name: vit.initialise(jax.random.fold_in(key, n), declared) for n, (name, declared) in enumerate(parts.items())}
 
 
@@ -160,7 +165,10 @@ class Run:
         data are others, CheckpointError where shapes are."""
         def fits(path: str, shapes: dict, meta: dict) -> None:
             now = dataclasses.asdict(self.cfg)
-            differ = [f"--{k.replace('_', '-')} is {now.get(k)!r}, was {v!r}" for k, v in meta["config"].items() if k not in FREE and now.get(k) != v]
+            # The checkpoint may be older than some options: its run had their defaults.
+            before = dataclasses.asdict(Config()) | meta["config"]
+            differ = [f"--{k.replace('_', '-')} is {now.get(k)!r}, was {v!r}"
+                      for k, v in before.items() if k not in FREE and now.get(k) != v]
             differ += [f"the {k} is {self.prints[k]}, was {v}" for k, v in meta["data"].items() if self.prints[k] != v]
             if differ:
                 raise ConfigError(f"{self.cfg.out} holds a run with other settings: {'; '.join(differ)}. "

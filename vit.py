@@ -66,7 +66,24 @@ def config(name: str, **changes: Any) -> ViTConfig:
 class Weight(NamedTuple):
     """One array, declared once: init and counts derive from these."""
     shape: tuple[int, ...]
-    std: float | None  # of a normal draw; 0 gives zeros, None gives ones
+    std: float | None    # standard deviation of the draw; 0 gives zeros, None gives ones
+    law: str = "normal"  # distribution of the draw: a key of DRAW
+
+
+DRAW = {  # samples with standard deviation 1, from (key, shape)
+    "normal": jax.random.normal,
+    "uniform": lambda key, shape: jax.random.uniform(key, shape, minval=-(3**0.5), maxval=3**0.5),
+    # a normal that is cut at two standard deviations, and then has 0.87962566 of its own
+    "truncated": lambda key, shape: jax.random.truncated_normal(key, -2, 2, shape) / 0.87962566,
+}
+RELEASED = {  # --init-scale released: law and std of a layer's weights, from its (inputs, outputs)
+    "patch": ("uniform", lambda inputs, outputs: math.sqrt(2 / inputs)),
+    "cls": ("normal", lambda inputs, outputs: 1e-6),
+    "qkv": ("normal", lambda inputs, outputs: 0.02),
+    "out": ("normal", lambda inputs, outputs: 0.02),
+    "fc1": ("normal", lambda inputs, outputs: 0.02),
+    "fc2": ("truncated", lambda inputs, outputs: math.sqrt(0.3072 / outputs)),
+}
 
 
 def dense(fan_in: int, fan_out: int, stack: tuple[int, ...] = (), copies: int = 1, bias: bool = True) -> dict:
@@ -116,8 +133,20 @@ def initialise(key: jax.Array, declared: dict) -> dict:
         if not w.std:
             return (jnp.ones if w.std is None else jnp.zeros)(w.shape, jnp.float32)
         own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        return w.std * jax.random.normal(own, w.shape, jnp.float32)
+        return w.std * DRAW[w.law](own, w.shape)
     return jax.tree_util.tree_map_with_path(draw, declared, is_leaf=is_weight)
+
+
+def rescale(declared: dict, scales: dict) -> dict:
+    """Declared weights with other initial scales. `scales` has the form of RELEASED. Biases, norms,
+    position tables and layers that it does not name stay as they are."""
+    def other(path: tuple, w: Weight) -> Weight:
+        layer = path[-2].key if len(path) > 1 else ""
+        if path[-1].key not in ("kernel", "embedding") or layer not in scales:
+            return w
+        law, std = scales[layer]
+        return Weight(w.shape, std(*w.shape[-2:]), law)
+    return jax.tree_util.tree_map_with_path(other, declared, is_leaf=is_weight)
 
 
 def init(key: jax.Array, cfg: ViTConfig) -> dict:

@@ -1,0 +1,293 @@
+"""The numbers of docs/fidelity.md: what the paper's recipes share with the released code."""
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bench
+import checkpoint
+import config
+import decoder
+import features
+import layers
+import masking
+import run
+import tokenizer
+import train
+import vit
+from config import Config
+
+PAPER = ("ti16", "s16", "b16", "l14", "so400m14", "h14", "g14")
+EPOCH = 1_281_167
+
+
+def recipe(name: str) -> Config:
+    return config.PRESETS[name]
+
+
+# ------------------------------------------------------------ schedule
+@pytest.mark.parametrize("name", PAPER)
+def test_stages_are_the_released_ones(name):
+    """Steps and warm-up are whole batches of the images; the rest of a batch is left out."""
+    low, high = config.stages(recipe(name))
+    assert (low.batch, low.steps, low.warmup) == (32_768, 390_981, 1_563)
+    assert (high.batch, high.steps, high.warmup) == (16_384, 62_556, 1_563)
+    assert (low.resolution, high.resolution) == (160 if name in ("ti16", "s16", "b16") else 84, 224)
+
+
+def test_a_part_of_a_step_is_left_out():
+    [stage] = config.stages(Config(stages="resolution=32 images=799 batch=100 lr=1e-3 warmup=199"))
+    assert (stage.steps, stage.warmup) == (7, 1)
+    [short] = config.stages(Config(stages="resolution=32 images=99 batch=100 lr=1e-3"))
+    assert (short.steps, short.warmup) == (1, 0)
+
+
+@pytest.mark.parametrize("number,peak,images,warmup,batch", [
+    (0, 8e-6 * 64 * 2, 10_000 * EPOCH, 40 * EPOCH, 32_768),
+    (1, 4e-7 * 64, 800 * EPOCH, 20 * EPOCH, 16_384),
+])
+def test_learning_rate_at_ten_points(number, peak, images, warmup, batch):
+    """Against the closed formula: a line to the peak, then half a cosine to 0."""
+    stage = config.stages(recipe("l14"))[number]
+    steps, warm = images // batch, warmup // batch
+    rate = train.schedule(stage)
+    points = [0, 1, warm // 2, warm - 1, warm, warm + 1, steps // 4, steps // 2, steps - 1, steps]
+    for step in points:
+        progress = min(max((step - warm) / (steps - warm), 0), 1)
+        expected = peak * min(step / warm, 1) * (1 + math.cos(math.pi * progress)) / 2
+        assert float(rate(step)) == pytest.approx(expected, rel=2e-5, abs=1e-7 * peak), step
+
+
+# ------------------------------------------------------------ optimizer
+def small(**changes) -> Config:
+    """The l14 recipe with networks that a test can hold."""
+    settings = {"encoder": "Ti/16", "decoder": "Ti", "vocab_size": 1000, "cls": True}
+    return dataclasses.replace(recipe("l14"), **settings, **changes)
+
+
+@pytest.fixture(scope="module")
+def released() -> dict[str, np.ndarray]:
+    cfg = small()
+    flat = checkpoint.flatten(run.init(cfg, config.model(cfg)))
+    return {name: np.asarray(array) for name, array in flat.items()}
+
+
+def test_moments_are_the_released_ones():
+    """Of one gradient g: first moment 0.1 g in bfloat16, second 0.05 g squared in float32."""
+    cfg = recipe("l14")
+    params = {"kernel": jnp.ones((2, 2))}
+    optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
+    _, state = optimizer.update({"kernel": jnp.full((2, 2), 8.0)}, optimizer.init(params), params)
+    mu, nu = optax.tree.get(state, "mu")["kernel"], optax.tree.get(state, "nu")["kernel"]
+    assert mu.dtype == jnp.bfloat16 and nu.dtype == jnp.float32 and cfg.clip == 0
+    np.testing.assert_allclose(mu.astype(np.float32), 0.8, rtol=1e-2)
+    np.testing.assert_allclose(nu, 0.05 * 64, rtol=1e-6)
+
+
+def test_decay_is_on_kernels_alone():
+    """A step takes lr x 0.2 of every kernel, and nothing of biases, norms, token table and CLS."""
+    cfg = small()
+    plan = config.stages(cfg)[0]
+    at_peak = dataclasses.replace(plan, warmup=0)
+    params = run.init(cfg, config.model(cfg))
+    params = jax.tree.map(jnp.ones_like, params)
+    optimizer = train.make_optimizer(cfg, at_peak)
+    no_gradient = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+    decayed = {name for name, u in checkpoint.flatten(updates).items() if np.asarray(u).any()}
+    expected = {"encoder/patch/kernel", "decoder/project/kernel", "decoder/head/kernel"}
+    for layer in ("qkv", "out", "fc1", "fc2"):
+        expected |= {f"encoder/blocks/{layer}/kernel", f"decoder/blocks/{layer}/kernel"}
+    assert decayed == expected
+    for name in decayed:
+        np.testing.assert_allclose(checkpoint.flatten(updates)[name], -plan.lr * 0.2, rtol=1e-5)
+
+
+# ------------------------------------------------------------ kept tokens
+@pytest.mark.parametrize("pixels,patch,patches,kept", [
+    (84, 14, 36, 12), (224, 14, 256, 89), (384, 14, 729, 255),
+    (160, 16, 100, 35), (224, 16, 196, 68), (384, 16, 576, 201),
+])
+def test_kept_counts(pixels, patch, patches, kept):
+    assert (pixels // patch) ** 2 == patches
+    assert masking.kept_count(patches, recipe("l14").keep_ratio) == kept == int(patches * 0.35)
+
+
+@pytest.mark.parametrize("name", [*PAPER, "toy", "pictures"])
+def test_order_of_the_kept_tokens(name):
+    """The paper's recipes hand them over in the order of the draw; the small ones sort them."""
+    model = config.model(recipe(name))
+    tokens = jnp.broadcast_to(jnp.arange(36.0)[None, :, None], (64, 36, 1))
+    keys = jax.random.split(jax.random.key(0), 64)
+    kept, _ = masking.keep(keys, tokens, model.keep_ratio, model.shuffle)
+    in_order = np.mean(np.diff(np.asarray(kept)[..., 0], axis=1) > 0)
+    assert 0.4 < in_order < 0.6 if name in PAPER else in_order == 1
+
+
+# ------------------------------------------------------------ initial weights
+def released_stds(width: int = 192) -> dict[str, tuple[str, float]]:
+    """(law, standard deviation) of the weights of Ti/16 with decoder Ti: both are 192 wide."""
+    deep = width**-0.5 * (2 * 12) ** -0.5
+    return {
+        "encoder/patch/kernel": ("uniform", math.sqrt(2 / (16 * 16 * 3))),
+        "encoder/cls/embedding": ("normal", 1e-6),
+        "encoder/blocks/qkv/kernel": ("normal", 0.02),
+        "encoder/blocks/out/kernel": ("normal", 0.02),
+        "encoder/blocks/fc1/kernel": ("normal", 0.02),
+        "encoder/blocks/fc2/kernel": ("truncated", 0.04),
+        "decoder/embed/embedding": ("normal", 0.02),
+        "decoder/project/kernel": ("normal", width**-0.5),
+        "decoder/blocks/qkv/kernel": ("normal", width**-0.5),
+        "decoder/blocks/out/kernel": ("normal", deep),
+        "decoder/blocks/fc1/kernel": ("normal", (2 * width) ** -0.5),
+        "decoder/blocks/fc2/kernel": ("normal", deep),
+        "decoder/head/kernel": ("normal", width**-0.5),
+    }
+
+
+def test_initial_weights_are_the_released_ones(released):
+    expected = released_stds()
+    reach = {"uniform": 3**0.5, "truncated": 2 / 0.87962566}  # in standard deviations
+    for name, array in released.items():
+        if name not in expected:
+            assert (array == (1 if name.endswith("scale") else 0)).all(), name
+            continue
+        law, std = expected[name]
+        few = name == "encoder/cls/embedding"
+        assert array.dtype == np.float32
+        assert array.std() == pytest.approx(std, rel=0.2 if few else 0.01), name
+        most = np.abs(array).max() / std
+        if law != "normal":
+            assert 0.99 * reach[law] < most <= reach[law] + 1e-5, name
+        elif not few:
+            assert most > 3.5, name
+    assert set(expected) <= set(released)
+
+
+def test_fc2_of_the_encoder_follows_its_width():
+    """0.04 at width 192, 0.0173 at 1024."""
+    declared = vit.rescale(vit.weights(vit.config("L/14")), vit.RELEASED)
+    assert declared["blocks"]["fc2"]["kernel"].std == pytest.approx(math.sqrt(0.3072 / 1024))
+
+
+def test_scales_of_a_deep_decoder_use_depth_12():
+    declared = vit.rescale(decoder.weights(decoder.config("H", 100, 1280)), decoder.RELEASED)
+    assert declared["blocks"]["out"]["kernel"].std == pytest.approx((24 * 1024) ** -0.5)
+    assert declared["blocks"]["fc2"]["kernel"].std == pytest.approx((24 * 1024) ** -0.5)
+    assert declared["project"]["kernel"].std == pytest.approx(1280**-0.5)
+
+
+@pytest.mark.parametrize("name", [*PAPER, "toy", "pictures"])
+def test_which_recipe_starts_how(name):
+    assert recipe(name).init_scale == ("released" if name in PAPER else "xavier")
+
+
+def test_xavier_is_another_start():
+    cfg = small(init_scale="xavier")
+    found = checkpoint.flatten(run.init(cfg, config.model(cfg)))
+    assert float(found["encoder/blocks/qkv/kernel"].std()) == pytest.approx(192**-0.5, rel=0.01)
+    assert float(found["decoder/embed/embedding"].std()) == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("objective", ["clip", "openvision", "cappa", "aimv2"])
+def test_rivals_start_with_the_released_scales_too(objective):
+    cfg = small(objective=objective, alt="web" if objective == "openvision" else "")
+    found = checkpoint.flatten(run.init(cfg, config.model(cfg)))
+    assert float(found["encoder/blocks/qkv/kernel"].std()) == pytest.approx(0.02, rel=0.01)
+    out = found[f"{'text' if objective == 'clip' else 'decoder'}/blocks/out/kernel"]
+    assert float(out.std()) == pytest.approx((24 * 192) ** -0.5, rel=0.01)
+
+
+def test_a_checkpoint_from_before_the_option(tmp_path, capsys):
+    """Its run began with Xavier scales: it is read as such, and continued as nothing else."""
+    folder = str(tmp_path / "run")
+    argv = ["--stages", "resolution=16 steps=1 batch=8 lr=1e-3", "--val-count", "4", "--out", folder]
+    assert train.main(argv) == 0
+    [(_, path)] = checkpoint.steps(folder)
+    arrays, meta = checkpoint.load(path)
+    del meta["config"]["init_scale"]
+    checkpoint.save(path, arrays, meta)
+    assert features.newest(folder)[0].init_scale == "xavier"
+    assert train.main(argv) == 0
+    assert train.main([*argv, "--init-scale", "released"]) == 1
+    assert "--init-scale is 'released', was 'xavier'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ sizes, FLOPs
+@pytest.mark.parametrize("name,size", [
+    ("ti16", (12, 192, 3, 768)), ("s16", (12, 384, 6, 1536)), ("b16", (12, 512, 8, 2048)),
+    ("l14", (12, 768, 12, 3072)), ("so400m14", (27, 1152, 16, 4304)),
+    ("h14", (24, 1024, 16, 4096)), ("g14", (24, 1024, 16, 4096)),
+])
+def test_decoders(name, size):
+    found = config.model(recipe(name)).decoder
+    assert (found.layers, found.width, found.heads, found.mlp) == size
+    assert found.vocab == 32_000 and found.prefix == "causal" and not found.positions
+
+
+@pytest.mark.parametrize("argv,paper,within", [
+    (["so400m14", "--resolution", "384"], 1017.7, 0.01),
+    (["--encoder", "So400m/14", "--resolution", "384"], 1017.7, 0.01),
+    (["l14", "--resolution", "224"], 208.9, 0.015),
+])
+def test_flops_are_the_papers(argv, paper, within, tmp_path):
+    """Table 3, of an image, forward."""
+    assert bench.main(["flops", *argv, "--json", str(tmp_path / "flops.json")]) == 0
+    [row] = json.loads((tmp_path / "flops.json").read_text())["rows"]
+    assert row["in all, G"] == pytest.approx(paper, rel=within)
+
+
+def test_the_table_of_flops_shows_what_the_paper_has(tmp_path):
+    assert bench.main(["flops", "--json", str(tmp_path / "flops.json")]) == 0
+    rows = json.loads((tmp_path / "flops.json").read_text())["rows"]
+    shown = [(r["encoder"], r["decoder"], r["px"], r["paper, G"]) for r in rows if r["paper, G"]]
+    assert shown == [("L/14", "L", 224, 208.9), ("So400m/14", "So400m", 384, 1017.7)]
+
+
+# ------------------------------------------------------------ layers
+def test_norms_add_1e_6_to_the_variance():
+    x = jnp.array([[1e-3, -1e-3]])
+    found = layers.layer_norm(x, {"scale": jnp.ones(2), "bias": jnp.zeros(2)})
+    np.testing.assert_allclose(found, [[0.5**0.5, -(0.5**0.5)]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_gelu_is_erf_in_the_encoder_and_tanh_in_the_decoder(exact):
+    x = np.linspace(-3, 3, 61)
+    erf = [v * (1 + math.erf(v / 2**0.5)) / 2 for v in x]
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    tanh = x * (1 + np.tanh(inner)) / 2
+    assert np.abs(np.subtract(erf, tanh)).max() > 3e-4
+    same = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+    found = layers.gelu_linear(jnp.asarray(x, jnp.float32)[:, None], same, exact)
+    np.testing.assert_allclose(found[:, 0], erf if exact else tanh, atol=2e-5)
+
+
+# ------------------------------------------------------------ text
+def test_a_long_caption_keeps_126_pieces_and_its_end():
+    """One more than as released, where the last of the 128 places is a token that nothing reads."""
+    length = recipe("l14").text_length
+    tok = tokenizer.Tokenizer(["[PAD]", "[bos]", "[eos]", "[UNK]", "a"])
+    found = tok.encode("a " * 300, length)
+    assert length == 128 and (found[0], found[-1]) == (1, 2)
+    assert len(found[1:-1]) == 126 and (found[1:-1] == 4).all()
+    assert int(decoder.target_count(jnp.asarray(found)[None])[0]) == 127
+
+
+def test_pixels_are_normalised_with_imagenets_statistics():
+    found = np.asarray(vit.normalise(jnp.array([[0, 0, 0], [255, 255, 255]], jnp.uint8)))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(found, [(0 - mean) / std, (1 - mean) / std], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_settings_that_are_numbers(name):
+    cfg = recipe(name)
+    assert (cfg.keep_ratio, cfg.b2, cfg.weight_decay, cfg.clip) == (0.35, 0.95, 0.2, 0)
+    assert (cfg.crop, cfg.flip, cfg.gray) == (0.4, False, 0.2)
+    assert (cfg.text_length, cfg.vocab_size, cfg.mu_dtype) == (128, 32_000, "bfloat16")
