@@ -141,6 +141,8 @@ def stages(cfg: Config) -> tuple[Stage, ...]:
                     raise ValueError
             except (ValueError, OverflowError):
                 raise ConfigError(f"--stages: {word!r} wants a {'number' if name == 'lr' else 'whole number'} that is not negative") from None
+            if number == 0 and name != "warmup":
+                raise ConfigError(f"--stages: {word!r} must be above 0")
         if missing := [n for n in ("resolution", "batch", "lr") if not given.get(n)] or (
                 [] if bool(given.get("steps")) != bool(given.get("images")) else ["steps or images (one of the two)"]):
             raise ConfigError(f"--stages: {text.strip()!r} lacks {', '.join(missing)}")

@@ -25,11 +25,20 @@ class Interrupt:
         self.place, self.signal = place, 0
 
     def __enter__(self) -> "Interrupt":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        # All of the table first, and then the handlers: a signal may come between the two.
+        self.before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for s in self.before:
+            signal.signal(s, self.note)
+        if self.signal:  # it came before the last handler was installed
+            self.let_go()
         return self
 
     def note(self, number: int, frame: Any) -> None:
         self.signal = number
+        self.let_go()
+
+    def let_go(self) -> None:
+        """The next signal ends the process."""
         for s in self.before:
             signal.signal(s, signal.SIG_DFL)
 

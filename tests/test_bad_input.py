@@ -94,7 +94,12 @@ def test_a_bad_flag_is_named(say, argv, says):
     (TINY.replace("1e-3", "nan"), "'lr=nan' wants a number"),
     (TINY.replace("1e-3", "inf"), "'lr=inf' wants a number"),
     (TINY.replace("steps=1", "steps=1e400"), "'steps=1e400' wants a whole number"),
-    (TINY.replace("batch=8", "batch=0"), "lacks batch"),
+    (TINY.replace("batch=8", "batch=0"), "'batch=0' must be above 0$"),
+    (TINY.replace("1e-3", "0"), "'lr=0' must be above 0$"),
+    (TINY.replace("1e-3", "-1e-3"), "'lr=-1e-3' wants a number that is not negative$"),
+    (TINY.replace("=16", "=0"), "'resolution=0' must be above 0$"),
+    (TINY.replace("steps=1", "steps=0"), "'steps=0' must be above 0$"),
+    (TINY + " images=0", "'images=0' must be above 0$"),
     (TINY + " warmup=1", "warm-up .* is as long as the stage"),
     (TINY.replace("=16", "=5"), "resolution 5 of stage 1 is below the patch size 8 of micro/8: take 8"),
 ])
