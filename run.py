@@ -5,10 +5,10 @@ and, at the end, samples.png, summary.json and encoder.npz, the product. Trainin
 """
 import contextlib
 import dataclasses
-import glob
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,9 +29,15 @@ import vit
 import watch
 from config import Config, ConfigError, Model, Stage, model, stages
 from devices import Place
+from lock import FolderLock, Locked
 
 FREE = ("out", "workers", "log_every", "eval_every", "save_every", "keep_last", "milestone_every", "max_bad", "devices", "distributed", "unroll",
         "remat", "loss_chunk", "accum", "shard", "tensorboard", "profile")  # may differ in a continued run
+
+# What checkpoint.write leaves of a save that was killed, by the names that a run writes. Other
+# files are not a run's to delete.
+LEFT_OVER = re.compile(r"(step-\d{8,}\.npz|encoder\.npz|metrics\.jsonl|bad-samples\.txt"
+                       r"|config\.json|summary\.json)\.part")
 
 
 class Stop(Exception):
@@ -92,8 +98,11 @@ def open_tokenizer(cfg: Config, source: Any) -> tokenizer.Tokenizer:
 class Run:
     """One run in one folder, new or continued. `state` is what a checkpoint carries beside arrays."""
 
-    def __init__(self, cfg: Config, place: Place, write: bool = True):
-        """write=False looks at a run and leaves its folder as it is."""
+    def __init__(self, cfg: Config, place: Place, write: bool = True,
+                 lock: FolderLock | None = None):
+        """write=False looks at a run and leaves its folder as it is. The first process acquires
+        `lock`, and the caller closes it."""
+        self.lock = lock or FolderLock(cfg.out)
         self.cfg, self.place, self.plan, self.write = cfg, place, stages(cfg), write and place.first
         place.told(self.prepare)
         self.source, self.val_source = open_data(cfg)
@@ -144,19 +153,19 @@ class Run:
         return os.path.join(self.cfg.out, name)
 
     def prepare(self) -> None:
-        """ConfigError unless the folder can be written to."""
+        """ConfigError unless the folder can be written to, and no other process does so."""
         if self.write:
             if self.cfg.tensorboard:
                 watch.check_tensorboard()
-            new = not os.path.exists(self.cfg.out)
             try:
-                os.makedirs(self.cfg.out, exist_ok=True)
-                for left in glob.glob(os.path.join(glob.escape(self.cfg.out), "*.part")):  # of a save that was killed
-                    os.remove(left)
-                checkpoint.write(self.path("probe"), lambda f: f.write(b"x"))
-                os.remove(self.path("probe"))
-                if new:  # a start that fails on its data leaves no empty folder
-                    os.rmdir(self.cfg.out)
+                self.lock.acquire()
+                for name in os.listdir(self.cfg.out):
+                    if LEFT_OVER.fullmatch(name):
+                        os.remove(self.path(name))
+                with tempfile.TemporaryFile(dir=self.cfg.out) as f:  # new files are possible too
+                    f.write(b"x")
+            except Locked as problem:
+                raise ConfigError(f"--out {problem}") from None
             except OSError as problem:
                 raise ConfigError(f"--out {self.cfg.out} cannot be written to ({problem.strerror}): name a folder of yours") from None
 

@@ -28,6 +28,7 @@ from config import Config, ConfigError, Stage, check, describe, parameters, pars
 from devices import ENDED, Place, PlaceError, hasten, join, leave, remember_programs
 from features import read
 from interrupt import Interrupt, Interrupted
+from lock import FolderLock
 from masking import keep
 from run import Model, Run, Stop, init
 
@@ -129,7 +130,12 @@ def train(cfg: Config) -> int:
     except ValueError as problem:
         raise ConfigError(f"--devices: {problem}") from None
     check(cfg, place.total)
-    run = Run(cfg, place)
+    with contextlib.closing(FolderLock(cfg.out)) as lock:
+        return train_run(cfg, place, Run(cfg, place, lock=lock))
+
+
+def train_run(cfg: Config, place: Place, run: Run) -> int:
+    """What is left of a run whose folder is open, and the exit status."""
     if run.finished:
         print(f"{cfg.out} is finished: look at {run.path('samples.png')}; delete the folder or name another --out to train anew")
         return 0
