@@ -215,7 +215,8 @@ class Place:
     def vote(self, most: int, count: int) -> Any:
         """(the largest of the processes' first numbers, the sum of their second), as arrays on the devices: not waited for."""
         n = len(self.local)
-        return self.tally(np.full(n, most, np.int32), np.array([count] + [0] * (n - 1), np.int32))
+        mine = np.full(n, most, np.int32), np.array([count] + [0] * (n - 1), np.int32)
+        return self.tally(*jax.device_put(mine, self.rows))
 
     def told(self, make: Callable[[], Any]) -> Any:
         """What make() gives in the first process (JSON values), in all; an error there is an error in all."""

@@ -1,4 +1,4 @@
-"""One writer per run folder: a lock that the system releases when its process ends, however it ends.
+"""One writer per run folder: a lock that the system releases when its process ends in any way.
 
 The lock is flock(2) on the file `train.lock`, so a process that was killed leaves no lock behind,
 only the file. Reading a folder needs no lock: evaluation works beside training. On NFS the lock

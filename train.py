@@ -9,6 +9,7 @@ devices, on the chips of a TPU machine. What a run leaves in its folder is in ru
 """
 import contextlib
 import errno
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -100,6 +101,16 @@ def schedule(stage: Stage) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, stage.lr, stage.warmup, stage.steps)
 
 
+def learning_rate(stage: Stage, step: int) -> float:
+    """What `schedule` gives for a step of the stage (from 0), for the log. Computed on the host,
+    because optax would launch operations on the device behind the step under way, and reading their
+    result would wait for that step."""
+    if step < stage.warmup:
+        return stage.lr * step / stage.warmup
+    share = min(1.0, (step - stage.warmup) / (stage.steps - stage.warmup))
+    return stage.lr * (1 + math.cos(math.pi * share)) / 2
+
+
 def make_optimizer(cfg: Config, stage: Stage) -> optax.GradientTransformation:
     """AdamW (b1 0.9, as released) with decay on matrices alone: not on biases, norms, or the word table."""
     def matrices(params):
@@ -145,7 +156,8 @@ def train_run(cfg: Config, place: Place, run: Run) -> int:
     with Interrupt(place) as interrupt:
         try:
             for stage in run.plan:
-                if run.step < stage.end or stage is run.plan[-1]:
+                pending = run.step == stage.end and run.state["unmeasured"]  # at its own resolution
+                if run.step < stage.end or pending or stage is run.plan[-1]:
                     params = train_stage(cfg, run, stage, params, interrupt)
             run.finish(params)
         except Interrupted as found:
@@ -160,13 +172,14 @@ def train_run(cfg: Config, place: Place, run: Run) -> int:
 
 def train_stage(cfg: Config, run: Run, stage: Stage, params: Any, interrupt: Interrupt) -> Any:
     """The stage's steps from the run's on, and the parameters after it."""
-    place, optimizer, rate = run.place, make_optimizer(cfg, stage), schedule(stage)
+    place, optimizer = run.place, make_optimizer(cfg, stage)
     step = make_step(run.model, optimizer, cfg.seed, cfg.accum, place.pmap, cfg.shard, cfg.clip)
     like = jax.eval_shape(optimizer.init, jax.eval_shape(lambda: init(cfg, run.model)))
     if run.step > stage.start:
         opt_state = (place.slices if cfg.shard else place.copies)(run.restore(like, "opt"))
     else:
         opt_state = jax.pmap(lambda p: optimizer.init(jax.tree.map(zero.own, p) if cfg.shard else p), "devices", devices=place.pmap)(params)
+    run.arrays = None  # all that is used of a checkpoint is on the devices now
     run.enter(stage, interrupt.check)
 
     def save() -> None:
@@ -182,7 +195,8 @@ def train_stage(cfg: Config, run: Run, stage: Stage, params: Any, interrupt: Int
                 batch, bad = next(feed)
                 run.waited += time.time() - asked
                 params, opt_state, metrics = run.profile(at, step, params, opt_state, batch)
-                now = at, float(rate(at - stage.start - 1)), metrics, place.vote(interrupt.signal, len(bad)), bad
+                lr = learning_rate(stage, at - stage.start - 1)
+                now = at, lr, metrics, place.vote(interrupt.signal, len(bad)), bad
                 if behind:
                     stop = run.note(*behind)  # looked at a step later: the device is never waited for while it could work
                 behind = now

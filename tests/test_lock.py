@@ -64,7 +64,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(holder, tmp_path,
 
 
 def test_a_run_holds_the_lock_to_its_end_and_can_be_read_meanwhile(tmp_path, monkeypatch):
-    """At each save a second one is refused, and the checkpoint can be read. At the end the lock goes."""
+    """At each save a second one is refused, and the checkpoint can be read. Then the lock goes."""
     folder, refused, read, save = tmp_path / "run", [], [], Run.save
 
     def spied(run, tree):
@@ -144,8 +144,8 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caps
 
 
 def test_a_lock_file_that_its_former_holder_deletes_is_made_anew(tmp_path, monkeypatch):
-    """Its former holder deletes it after the next one has opened it: a lock on the deleted file would
-    keep nobody out."""
+    """Its former holder deletes it after the next one has opened it: a lock on the deleted file
+    would keep nobody out."""
     flock, path = fcntl.flock, tmp_path / lock.NAME
     calls = []
 
