@@ -19,6 +19,7 @@ from decoder import BOS, EOS, PAD
 
 SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]")  # first lines of a built vocabulary; BERT's own file calls 1 and 2 unused
 LONGEST = 100                                   # characters of a word; a longer one is [UNK] (BERT)
+MOST_KNOWN = 1 << 17  # words whose pieces are kept: the web has words without end, memory has not
 CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF),
        (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))    # ideographs: each is a word of its own
 
@@ -83,13 +84,15 @@ class Tokenizer:
 
     def pieces_of(self, text: str) -> list[int]:
         """The ids of a text, without start, end or padding."""
-        ids = []
+        ids, known = [], self.known
         for word in words(text):
-            if word not in self.known:
-                if len(self.known) >= 1 << 17:  # captions of the web hold words without end; memory does not
-                    self.known.clear()
-                self.known[word] = self.split(word)
-            ids += self.known[word]
+            pieces = known.get(word)
+            if pieces is None:
+                pieces = self.split(word)
+                if len(known) >= MOST_KNOWN:
+                    known = self.known = {}  # a new one: other threads may be reading the full one
+                known[word] = pieces
+            ids += pieces
         return ids
 
     def encode(self, text: str, length: int) -> np.ndarray:
