@@ -21,7 +21,7 @@ from config import Config, models, stages
 from devices import remember_programs
 from features import newest, pixels
 from masking import keep
-from sources import BadSample
+from sources import BadSample, silence_pillow
 from vit import ViTConfig, init, vit
 
 
@@ -107,4 +107,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     remember_programs()
+    silence_pillow()
     sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,7 @@ from PIL import Image
 
 import checkpoint
 from devices import remember_programs
+from sources import BadSample, open_image, silence_pillow
 
 VERSION, VENDORS, SHARD = "16.0.0", ("google", "twitter"), 1000
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
@@ -104,13 +105,13 @@ def samples(packages: str, vendor: str) -> Iterator[dict]:
                     path = os.path.join("img", vendor, "64", drawn["image"])
                     with open(os.path.join(base, path), "rb") as f:
                         png = f.read()
-                    image = Image.open(io.BytesIO(png), formats=("PNG",))
+                    image = open_image(io.BytesIO(png))
                     name = short(emoji) + skin
                     yield {"png": png, "json": {
                         "url": f"npm:emoji-datasource-{vendor}@{VERSION}/{path}", "caption": name, "re_caption": dense(emoji, name, image),
                         "unified": drawn["unified"], "category": emoji["category"], "subcategory": emoji["subcategory"], "status": "success",
                         "error_message": None, "width": image.width, "height": image.height, "sha256": hashlib.sha256(png).hexdigest()}}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, BadSample) as problem:
         raise EmojiError(f"{base} is not the npm package emoji-datasource-{vendor} {VERSION} ({type(problem).__name__}: {problem})") from None
 
 
@@ -184,4 +185,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     remember_programs()
+    silence_pillow()
     sys.exit(main(sys.argv[1:]))

@@ -333,4 +333,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sources.silence_pillow()
     sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,7 @@ import data
 import vit
 from config import Config, models, stages
 from devices import MANY, remember_programs
-from sources import BadSample
+from sources import BadSample, open_image, silence_pillow
 
 PICTURE = str | os.PathLike | Image.Image | np.ndarray
 
@@ -94,6 +94,12 @@ def model_size(path: str) -> int:
     return max(map(size_of_file, files), default=MANY)
 
 
+def whole(image: Image.Image, resolution: int) -> np.ndarray:
+    """All of an image, decoded at its full size, so that there is no draft to be had."""
+    image.load()
+    return data.to_pixels(image, resolution)
+
+
 def pixels(picture: PICTURE, resolution: int) -> np.ndarray:
     """A file, PIL image, or uint8 array (H,W), (H,W,3) or (H,W,4) to (R,R,3) uint8: decoded whole, squashed to a square
     (bilinear, antialiased). For an opaque picture these are the very pixels of the exported image processors; training
@@ -101,19 +107,21 @@ def pixels(picture: PICTURE, resolution: int) -> np.ndarray:
     name = picture if isinstance(picture, str | os.PathLike) else "a picture"
     try:
         if isinstance(picture, str | os.PathLike):
-            picture = Image.open(picture)
-        elif not isinstance(picture, Image.Image):
+            with open(picture, "rb") as file:
+                return whole(open_image(file), resolution)
+        if not isinstance(picture, Image.Image):
             picture = np.asarray(picture)
             if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (3, 4)):
                 raise BadSample(f"array is {picture.dtype} {picture.shape}: it must be uint8, (H,W), (H,W,3) or (H,W,4)")
             picture = Image.fromarray(picture)
-        picture.load()  # whole, so that there is no draft to be had
-        return data.to_pixels(picture, resolution)
+        return whole(picture, resolution)
     except BadSample as problem:
         raise BadSample(f"{name}: {problem}") from None
     except FileNotFoundError:
         raise BadSample(f"{name} does not exist") from None
     except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
+        if why := getattr(problem, "strerror", None):  # the operating system's; Pillow gives none
+            raise BadSample(f"{name}: image cannot be read ({why})") from None
         raise BadSample(f"{name}: image cannot be decoded ({type(problem).__name__})") from None
 
 
@@ -186,6 +194,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
         sys.exit("usage: python features.py ENCODER IMAGE..., where ENCODER is a run's folder or an encoder's .npz")
     remember_programs()
+    silence_pillow()
     try:
         found: Any = load_encoder(sys.argv[1])(sys.argv[2:])
     except (checkpoint.CheckpointError, BadSample, ValueError) as problem:

@@ -140,6 +140,7 @@ if __name__ == "__main__":
     from config import Config
     if not 2 <= len(sys.argv) <= 3:
         sys.exit("usage: python labels.py WHERE [LABEL,LABEL]")
+    sources.silence_pillow()
     try:
         _, found = open_pictures(Config(data=sys.argv[1], val_count=1000), sys.argv[2].split(",") if len(sys.argv) > 2 else (), 1000)
     except DataError as problem:

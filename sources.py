@@ -17,10 +17,10 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import scenes
 import shards
@@ -30,8 +30,7 @@ MOST_IMAGE, MOST_TEXT = 256 << 20, 1 << 20               # bytes: a larger file 
 RECENT = 48                                              # tars whose rows are in memory: some windows of the order (data.py)
 Place = tuple[str, int, int]                             # path, offset, bytes
 Choose = Callable[[int], int]                            # which of n captions is taken
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels a picture is a broken sample
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of notes beside the pixels: what matters raises
+MOST_PIXELS = 89_478_485  # of an image: 256 MiB as RGB; above that Pillow itself only warns
 
 
 class DataError(Exception):
@@ -45,6 +44,29 @@ class BadSample(Exception):
 def first_of(count: int) -> int:
     """Which of a sample's captions validation and the vocabulary take."""
     return 0
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """The image in an open file, not yet decoded. All files enter through here, so no bytes reach a
+    plugin that is not in FORMATS, and none are decoded to more than MOST_PIXELS. BadSample says
+    what is wrong."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        names = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise BadSample(f"image cannot be opened: it is not a whole {names} file") from None
+    except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
+        raise BadSample(f"image cannot be opened ({type(problem).__name__})") from None
+    pixels = image.width * image.height
+    if pixels > MOST_PIXELS:
+        raise BadSample(f"image has {pixels:,} pixels, and more than {MOST_PIXELS:,} are not read")
+    return image
+
+
+def silence_pillow() -> None:
+    """Do not print what Pillow warns of, such as damaged EXIF: an image that cannot be used raises.
+    The warning filters belong to the whole process, so only a program calls this, as it starts."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 recent_record = functools.lru_cache(64)(scenes.record)  # which the caption asks for, and then the picture
@@ -189,11 +211,7 @@ class Files:
 
     def picture(self, i: int) -> Image.Image:
         """Opened, not yet decoded."""
-        data = self.read(self.place(i)[0], MOST_IMAGE)
-        try:
-            return Image.open(io.BytesIO(data), formats=FORMATS)
-        except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
-            raise BadSample(f"image cannot be opened ({type(problem).__name__})") from None
+        return open_image(io.BytesIO(self.read(self.place(i)[0], MOST_IMAGE)))
 
 
 class Folder(Files):

@@ -251,4 +251,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     remember_programs()
+    sources.silence_pillow()
     sys.exit(main(sys.argv[1:]))

@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from config import ConfigError
 from plots import read_metrics
+from sources import open_image
 
 FIRST, LAST = 10, 14  # of a start's steps, the first of which compiles
 
@@ -50,7 +50,9 @@ class Board:
     def picture(self, path: str, step: int) -> None:
         """A .png that the run has just drawn."""
         name = os.path.splitext(os.path.basename(path))[0]
-        self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        with open(path, "rb") as file:
+            pixels = np.asarray(open_image(file).convert("RGB"))
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:

@@ -173,7 +173,7 @@ def test_a_jpeg_is_decoded_whole(tmp_path):
 
 
 @pytest.mark.parametrize("given, message", [
-    ("absent.png", "absent.png does not exist"), (__file__, "cannot be decoded"), (np.zeros((4, 4, 3)), "array is float64"),
+    ("absent.png", "absent.png does not exist"), (__file__, "cannot be opened"), (np.zeros((4, 4, 3)), "array is float64"),
     (np.zeros((4, 4, 2), np.uint8), "must be uint8"), ([], "there is no picture")])
 def test_what_is_no_picture_is_named(run, given, message):
     with pytest.raises(BadSample, match=message):
