@@ -6,8 +6,8 @@ from typing import Any
 import plots
 import vit
 
-SETTINGS = ("objective", "data", "caption", "alt", "stages", "keep_ratio", "decoder", "prefix", "crop", "flip", "jitter", "gray", "weight_decay", "b2", "dtype",
-            "init", "seed")
+SETTINGS = ("objective", "data", "caption", "alt", "stages", "keep_ratio", "decoder", "prefix", "crop", "flip", "jitter", "hue", "gray",
+            "weight_decay", "b2", "dtype", "init", "seed")
 NORM = """The tokens leave **before** the final norm: the caption decoder reads them so in training, and so a multimodal model should take them. A
 `last_hidden_state` has the norm on each token. `pooled` is the mean of the patch tokens and then the norm; a mean of normed tokens is another
 thing. In transformers' LLaVA, `vision_feature_layer=-1` reads these tokens (its default, -2, those of the block before).

@@ -70,7 +70,8 @@ class Config:
     vocab_size: int = opt(32000, "rows of the word table, and the most pieces of a vocabulary that is built")
     crop: float = opt(0.4, "least area of the random-resized crop; 1 for none")
     flip: bool = opt(False, "mirror half of the pictures; makes captions that say left or right untrue")
-    jitter: float = opt(0.0, "colour jitter: brightness, contrast and saturation change by up to this share")
+    jitter: float = opt(0.0, "colour jitter: brightness, contrast and saturation change by up to this share, in four images of five")
+    hue: float = opt(0.0, "hue changes with the jitter, by up to this share of the colour circle; makes captions that name colours untrue")
     gray: float = opt(0.0, "share of training pictures that lose their colour")
     weight_decay: float = opt(0.2, "AdamW's decay, on matrices alone")
     b2: float = opt(0.95, "AdamW's second-moment decay")
@@ -103,8 +104,8 @@ def paper(encoder: str, dec: str, low: int) -> Config:
     spare, --remat dots computes 0.5 to 4% again, and keeps nine times as much (python bench.py memory RECIPE tells both)."""
     epoch = 1_281_167  # the recipe counts in ImageNet epochs
     return Config(
-        encoder=encoder, decoder=dec, dtype="bfloat16", mu_dtype="bfloat16", remat="block", loss_chunk=16, jitter=0.4, gray=0.2,
-        shuffle=True, init_scale="released",
+        encoder=encoder, decoder=dec, dtype="bfloat16", mu_dtype="bfloat16", remat="block",
+        loss_chunk=16, jitter=0.32, hue=0.08, gray=0.2, shuffle=True, init_scale="released",
         workers=32, log_every=50, eval_every=2000, save_every=1000, val_count=2048, caption="re_caption",
         stages=f"resolution={low} images={10_000 * epoch} batch=32768 lr=1.024e-3 warmup={40 * epoch}, "
                f"resolution=224 images={800 * epoch} batch=16384 lr=2.56e-5 warmup={20 * epoch}")
@@ -191,7 +192,7 @@ def check(cfg: Config, devices: int = 1) -> None:
         enc, _ = models(cfg, cfg.vocab_size)
     except ValueError as problem:
         raise ConfigError(f"--encoder, --decoder: {problem}") from None
-    bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "gray": (0, 1), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
+    bounds = {"keep_ratio": (1e-9, 1), "crop": (1e-9, 1), "jitter": (0, 1), "hue": (0, 0.5), "gray": (0, 1), "weight_decay": (0, 1e9), "b2": (0, 0.999999),
               "clip": (0, 1e9), "text_length": (3, 1 << 20), "vocab_size": (8, 1 << 30), "val_count": (2, 1 << 30), "accum": (1, 1 << 20),
               "workers": (1, 1024), "log_every": (1, 1 << 40), "eval_every": (1, 1 << 40), "save_every": (1, 1 << 40), "loss_chunk": (0, 1 << 20),
               "unroll": (1, 1024), "keep_last": (1, 1 << 20),

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from decoder import EOS
 from sources import BadSample, DataError, Scenes, first_of
@@ -25,6 +25,12 @@ from tokenizer import Tokenizer
 
 PIECE = 8    # samples that a thread is given at a time: a small picture is made sooner than a thread is woken
 WINDOW = 16  # shards whose samples are shuffled together
+ATTEMPTS = 100           # at a crop, before the whole image is taken
+ASPECTS = (0.75, 1.33)   # width / height of a crop: TensorFlow's defaults, which the release keeps
+JITTERED = 0.8           # probability that an image's colours are jittered
+TINY = np.float32(1e-12)  # in place of 0 as a divisor
+BLOCK = 8192             # pixels whose colours change at a time: so intermediate results stay in the cache
+OWN_HUES = np.arange(0, 6, 2, dtype=np.float32)[:, None]  # of red, green and blue, in sixths of the circle
 UPRIGHT = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # what undoes a camera's orientation, 2 to 8
 
 
@@ -34,18 +40,85 @@ class Augment(NamedTuple):
     crop: float = 0.4    # least area of the random-resized crop; 1 for none
     flip: bool = False   # off: a mirrored picture makes "left of" a lie, and letters unreadable
     jitter: float = 0.0  # brightness, contrast and saturation by a factor of 1 +- this
+    hue: float = 0.0     # hue by +- this share of the colour circle
     gray: float = 0.0    # chance of a picture without colour
 
 
 def crop_box(width: int, height: int, least: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A random-resized crop: area in least..1 of the picture, aspect 3/4..4/3; the whole picture when none fits."""
-    for _ in range(10):
-        area, aspect = width * height * rng.uniform(least, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = float(np.sqrt(area * aspect)), float(np.sqrt(area / aspect))
-        if w <= width and h <= height:
+    """A random-resized crop, drawn as TensorFlow does: an aspect, then a height among those that
+    fit and give an area of `least`..1 of the image, then a place. An aspect that has no such height
+    is drawn anew. The whole image if none is found, which is so where its sides are too unlike."""
+    for _ in range(ATTEMPTS):
+        aspect = rng.uniform(*ASPECTS)
+        lowest = float(np.sqrt(least * width * height / aspect))
+        highest = min(height, width / aspect)
+        if lowest <= highest:
+            h = rng.uniform(lowest, highest)
+            w = min(h * aspect, width)
             x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
             return x, y, x + w, y + h
     return 0.0, 0.0, float(width), float(height)
+
+
+def adjust_brightness(x: np.ndarray, factor: float) -> np.ndarray:
+    """x (3,P) float32 in 0..1, the P pixels of an image, here and below. Black stays black."""
+    return x * np.float32(factor)
+
+
+def adjust_contrast(x: np.ndarray, factor: float, mean: np.ndarray) -> np.ndarray:
+    """Each channel away from its mean over the image (3,1), or towards it."""
+    return x * np.float32(factor) + mean * np.float32(1 - factor)
+
+
+def adjust_saturation(x: np.ndarray, factor: float) -> np.ndarray:
+    """HSV's saturation times a factor, 1 at most: hue and greatest channel stay."""
+    high, low = x.max(0), x.min(0)
+    most = high / np.maximum(high - low, TINY)
+    return high + (x - high) * np.minimum(np.float32(factor), most)
+
+
+def adjust_hue(x: np.ndarray, shift: float) -> np.ndarray:
+    """HSV's hue turned by a share of the colour circle, half of it at most: greatest and least
+    channel stay. A channel is greatest within a sixth of the circle from its own hue, and least
+    from two sixths on."""
+    red, green, blue = x
+    high, low = x.max(0), x.min(0)
+    chroma = high - low
+    scale = 1 / np.maximum(chroma, TINY)
+    hue = np.where(green == high, 2 + (blue - red) * scale, 4 + (red - green) * scale)
+    hue = np.where(red == high, (green - blue) * scale, hue) + np.float32(6 * shift)  # in sixths
+    apart = np.abs(hue - OWN_HUES)
+    apart = np.abs(np.minimum(apart, 6 - apart))  # the shorter way round
+    return low + chroma * np.clip(2 - apart, 0, 1)
+
+
+ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def color_jitter(image: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
+    """(R,R,3) uint8, with probability JITTERED changed in brightness, contrast, saturation and hue,
+    in random order, each result cut to 0..1. Factors and shift are uniform, as in SimCLR's v2.
+
+    The changes are TensorFlow's, which the release uses. torchvision differs in two: its contrast
+    is about the mean gray level, one number for all channels, and its saturation blends each pixel
+    with its gray level. On 8-bit images torchvision also rounds after each change; here, once."""
+    if rng.random() >= JITTERED:
+        return image
+    order = rng.permutation(len(ADJUST))
+    lowest = max(0, 1 - augment.jitter)
+    drawn = rng.uniform([lowest] * 3 + [-augment.hue], [1 + augment.jitter] * 3 + [augment.hue])
+    x = image.reshape(-1, 3).T.astype(np.float32, order="C")
+    x /= 255
+    for n in order.tolist():
+        if augment.hue if n == 3 else augment.jitter:
+            mean = [x.mean(1, keepdims=True)] if n == 1 else []
+            for start in range(0, x.shape[1], BLOCK):
+                part = x[:, start:start + BLOCK]
+                np.clip(ADJUST[n](part, drawn[n], *mean), 0, 1, out=part)
+    x *= 255
+    changed = np.empty_like(image)
+    np.copyto(changed.reshape(-1, 3).T, np.rint(x, out=x), casting="unsafe")
+    return changed
 
 
 def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = None, rng: Any = None) -> np.ndarray:
@@ -74,9 +147,8 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
         if augment:
             if augment.flip and rng.random() < 0.5:
                 image = ImageOps.mirror(image)
-            if augment.jitter:
-                for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                    image = enhance(image).enhance(rng.uniform(max(0, 1 - augment.jitter), 1 + augment.jitter))
+            if augment.jitter or augment.hue:
+                image = Image.fromarray(color_jitter(np.asarray(image), augment, rng))
             if augment.gray and rng.random() < augment.gray:
                 image = ImageOps.grayscale(image).convert("RGB")
         return np.asarray(image)
@@ -212,8 +284,9 @@ if __name__ == "__main__":
 
     from PIL import ImageDraw
 
-    from sources import open_source
+    from sources import open_source, silence_pillow
     from tokenizer import build
+    silence_pillow()
     where, field = [*sys.argv[1:], *("scenes", "txt")[len(sys.argv) - 1:]][:2]
     try:
         source, captions = open_source(where, field), []

@@ -123,7 +123,7 @@ class Run:
             self.tok = tokenizer.restore(stored)
         except ValueError as problem:
             raise ConfigError(str(problem)) from None
-        augment = data.Augment(cfg.crop, cfg.flip, cfg.jitter, cfg.gray)
+        augment = data.Augment(cfg.crop, cfg.flip, cfg.jitter, cfg.hue, cfg.gray)
         self.reader = data.Reader(self.source, self.tok, cfg.text_length, cfg.seed, augment, cfg.workers, cfg.alt)
         self.val_reader = data.Reader(self.val_source, self.tok, cfg.text_length, cfg.seed, None, cfg.workers, cfg.alt)
         if self.write:

@@ -17,7 +17,7 @@ import tokenizer
 from data import Augment, Reader, to_pixels
 from sources import DataError, open_source
 
-TRAINING = Augment()
+TRAINING = Augment(jitter=0.32, hue=0.08, gray=0.2)
 TOK = tokenizer.build(["a cat number 0123456789"], 200)
 
 
