@@ -132,7 +132,7 @@ class Fixed:
         return np.array(self.factors)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_the_four_follow_one_another_each_cut_to_range(order):
     """Cut between them, 0.9 x 1.3 is white, and no contrast brings it back."""
     image = some_colours()
