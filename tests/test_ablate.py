@@ -7,6 +7,7 @@ import pytest
 import bench
 import bench_ablate
 import config
+import masking
 from bench_ablate import CELLS, COSTS, TABLES, load, markdown, rewritten, settings
 from config import ConfigError
 
@@ -133,3 +134,15 @@ def test_damaged_figures_and_unknown_tables_are_one_sentence(tmp_path, capsys):
 def test_a_run_that_fails_says_where_its_words_are(tmp_path):
     with pytest.raises(ConfigError, match=r"status 1 .*no data.*log has its words"):
         bench_ablate.train(dataclasses.replace(bench_ablate.TOY, data="nothing/here", out=str(tmp_path / "r")), str(tmp_path / "r.log"))
+
+
+def test_the_text_counts_the_kept_tokens_as_the_mask_does():
+    """Of the base cell's last stage."""
+    with open(bench_ablate.TEXT, encoding="utf-8") as f:
+        text = f.read()
+    cfg = bench_ablate.TOY
+    patch = config.model(cfg).encoder.patch
+    n = (config.stages(cfg)[-1].resolution // patch) ** 2
+    kept = masking.kept_count(n, cfg.keep_ratio)
+    numbers = ("no", "one", "two", "three", "four", "five", "six")
+    assert f"give {n}\ntokens" in text and f"over any {numbers[kept]} of them" in text
