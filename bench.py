@@ -11,7 +11,6 @@ The first four take a recipe's name (python train.py -h) and flags that change i
 """
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import bench_ablate
 import bench_data
 import bench_memory
 import bench_step
+import checkpoint
 import config
 import decoder
 from config import PRESETS, Config, ConfigError
@@ -126,7 +126,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     def command(run: Callable, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         sub.set_defaults(run=run)
-        sub.add_argument("--json", metavar="FILE", help="write the table there too, with the machine and what was asked")
+        sub.add_argument("--json", metavar="FILE", help="write the table there too, with the machine and what was asked (a figure that is not known is null)")
         return sub
 
     def model(sub: argparse.ArgumentParser, otherwise: str = "toy, or plain ones for an --encoder", unnamed: Config = PRESETS["toy"],
@@ -190,8 +190,7 @@ def main(argv: list[str]) -> int:
         print(table(rows))
         if args.json:
             with open(args.json, "w", encoding="utf-8") as f:
-                shown_rows = [{k: None if v != v else v for k, v in r.items()} for r in rows]
-                json.dump({"asked": asked, "machine": bench_step.machine(), "rows": shown_rows}, f, indent=1)
+                f.write(checkpoint.to_json({"asked": asked, "machine": bench_step.machine(), "rows": rows}, indent=1))
         return 0
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -94,7 +94,7 @@ def load(path: str = RESULTS) -> dict:
 
 def store(found: dict, path: str = RESULTS) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    checkpoint.write(path, lambda f: f.write((json.dumps(found, indent=1, sort_keys=True) + "\n").encode()))
+    checkpoint.write(path, lambda f: f.write((checkpoint.to_json(found, indent=1, sort_keys=True) + "\n").encode()))
 
 
 def settings(cell: str, costs: dict) -> Config:
@@ -167,10 +167,9 @@ def train_and_read(cell: str, seed: int, folder: str, costs: dict) -> dict[str, 
 
 # ------------------------------------------------------------------------------------------------------------------ tables
 def figure(found: dict, cell: str, column: str) -> list[float]:
-    """A column's figures of a cell, one a seed, as far as they are there."""
-    if column in COSTS:
-        return [found["costs"][cell][column]] if cell in found["costs"] else []
-    return [figures[column] for _, figures in sorted(found["cells"].get(cell, {}).items()) if column in figures]
+    """A column's figures of a cell, one per seed, as far as they are there and known (null in the file: not known)."""
+    seeds = {"": found["costs"].get(cell, {})} if column in COSTS else found["cells"].get(cell, {})
+    return [figures[column] for _, figures in sorted(seeds.items()) if figures.get(column) is not None]
 
 
 def cell_text(values: list[float], column: str) -> str:
@@ -205,8 +204,10 @@ def rewritten(text: str, found: dict) -> str:
 def draw(found: dict, path: str) -> None:
     """Answers right against the share of patch tokens kept, a line a kind of question."""
     by_share = sorted((CELLS[cell].get("keep_ratio", TOY.keep_ratio), cell) for cell in TABLES["keep"].rows if found["cells"].get(cell))
-    lines = {kind: ([100 * share for share, _ in by_share], [100 * statistics.mean(figure(found, cell, kind)) for _, cell in by_share], True)
-             for kind in ("all", "word", "count", "shape", "presence", "probe")}
+    lines = {}
+    for kind in ("all", "word", "count", "shape", "presence", "probe"):
+        known = [(100 * share, values) for share, cell in by_share if (values := figure(found, cell, kind))]
+        lines[kind] = [share for share, _ in known], [100 * statistics.mean(values) for _, values in known], True
     if by_share:
         plots.curve(lines, {}, {}, "patch tokens kept (%)", "right (%)", names_below=True).save(path)
 

@@ -41,8 +41,24 @@ def save(path: str, tree: Any, meta: dict[str, Any]) -> None:
         if array.dtype == ml_dtypes.bfloat16:
             bits[name], array = "bfloat16", array.view(np.uint16)
         arrays[name] = array
-    arrays["meta"] = np.frombuffer(json.dumps(meta | {"bits": bits}).encode(), np.uint8)
+    arrays["meta"] = np.frombuffer(to_json(meta | {"bits": bits}).encode(), np.uint8)
     write(path, lambda f: np.savez(f, **arrays))
+
+
+def to_json(value: Any, **layout: Any) -> str:
+    """JSON text of a value. JSON has no NaN and no infinity: such a number becomes null."""
+    return json.dumps(without_nan(value), allow_nan=False, **layout)
+
+
+def without_nan(value: Any) -> Any:
+    """The value with None in place of each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write(path: str, fill: Any) -> None:

@@ -13,7 +13,6 @@ Letters: B images, K kept patches, T text positions.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
 import sys
@@ -138,9 +137,11 @@ class HeldOut:
             if not any(t[-1] for t in texts):  # else a caption may be cut: what is left of its entropy is not known
                 surprise = np.array([self.reader.source.surprise(i) for i in range(self.count)])
                 words = np.array([(t[1:] != 0).sum() for t in texts])
-        pictures = np.concatenate([batch["images"][:real] for batch, real in self.batches])
-        return baselines.floor(self.model.objective, [real for _, real in self.batches], surprise, words,
-                               lambda: baselines.pixel_targets(pictures, self.model.encoder.patch))
+
+        def targets() -> np.ndarray:  # of all validation images at once: for the one loss that is on pixels
+            images = np.concatenate([batch["images"][:real] for batch, real in self.batches])
+            return np.asarray(baselines.pixel_targets(images, self.model.encoder.patch))
+        return baselines.floor(self.model.objective, [real for _, real in self.batches], surprise, words, targets)
 
     def write(self, params: Any, count: int | None = None) -> Iterator[tuple[int, str, np.ndarray]]:
         """(sample, greedy caption, kept patches (K,)) of held-out pictures, `count` or all."""
@@ -179,16 +180,17 @@ def captions(path: str, changes: dict[str, Any], count: int = 0) -> dict[str, fl
     """Losses and grades of a run's last checkpoint, or of the one that is named, on its held-out pictures, or `count` of them; or, by changes
     of its settings, on others. Where no floor is known and they are not the run's very pictures, it is their own shuffled loss."""
     own, arrays, meta = features.newest(path)
-    cfg, place = asked_of(own, changes, count), Place()
-    check(cfg, place.total)
-    networks = model(cfg)
+    cfg = asked_of(own, changes, count)
+    check(cfg)
+    stage = next(s for s in stages(cfg) if meta["step"] <= s.end)
+    # The batch stays the run's, because a contrastive loss depends on it: where it cannot be divided by all devices, fewer are used.
+    place, networks = Place(math.gcd(stage.batch, jax.local_device_count())), model(cfg)
     params = place.copies(checkpoint.restore(arrays, jax.eval_shape(lambda: run.init(cfg, networks)), path, under="params"))
     source = run.open_held_out(cfg)
     if not changes and cfg == own and source.fingerprint() != meta["data"]["held-out data"]:
         raise ConfigError(f"the held-out data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "
                           "name what to measure on with --data and --val")
     reader = data.Reader(source, tokenizer.restore(meta["vocabulary"]), cfg.text_length, cfg.seed, None, cfg.workers, cfg.alt)
-    stage = next(s for s in stages(cfg) if meta["step"] <= s.end)
     held = HeldOut(dataclasses.replace(cfg, val_count=count or cfg.val_count), reader, stage.resolution, stage.batch, networks, place)
     losses, blind = held.losses(params), held.blind()
     floor = blind if blind is not None else losses["shuffled_loss"] if changes or count else meta["best_shuffled"]
@@ -281,7 +283,7 @@ MEASURES: dict[str, tuple[Callable[[Asked], dict], str]] = {
 def show(name: str, found: dict[str, Any]) -> str:
     """Rows as a table of percentages, or as json what has none."""
     if not all(isinstance(row, dict) for row in found.values()):
-        return json.dumps(found if name == "caption" else {name: found}, indent=1)
+        return checkpoint.to_json(found if name == "caption" else {name: found}, indent=1)
     columns = list(dict.fromkeys(column for row in found.values() for column in row))
     rows = {f"{name}, % right": {c: c for c in columns}} | {row: {c: f"{100 * share:.1f}" for c, share in cells.items()} for row, cells in found.items()}
     return "\n".join(f"{row:20}" + "".join(f"{cells.get(c, '–'):>{max(len(c), 5) + 2}}" for c in columns) for row, cells in rows.items())
@@ -305,7 +307,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resolution", type=int, default=0, help="pixels a side, for all but caption (default: what it was trained at last)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     parser.add_argument("--out", metavar="FOLDER", help="where pictures go (default: the run's folder)")
-    parser.add_argument("--json", metavar="FILE", help="also write all figures there")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures there (null: no right answer could be known)")
     given = parser.parse_intermixed_args(argv)
     if unknown := [name for name in given.measures if name not in MEASURES]:
         parser.error(f"unknown measure {unknown[0]!r}: take any of {', '.join(MEASURES)}")
@@ -321,7 +323,7 @@ def main(argv: list[str]) -> int:
             found[name] = MEASURES[name][0](asked)
             print(show(name, found[name]), flush=True)
         if given.json:
-            checkpoint.write(given.json, lambda f: f.write(json.dumps(found, indent=1).encode()))
+            checkpoint.write(given.json, lambda f: f.write(checkpoint.to_json(found, indent=1).encode()))
         return 0
     except (ConfigError, sources.DataError, sources.BadSample, checkpoint.CheckpointError, convert.ConvertError, convert.LayoutError) as problem:
         print(f"error: {problem}", file=sys.stderr)

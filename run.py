@@ -5,7 +5,6 @@ and, at the end, samples.png, summary.json and encoder.npz, the product. Trainin
 """
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import tempfile
@@ -131,11 +130,11 @@ class Run:
             rows = [r for r in plots.read_metrics(self.path("metrics.jsonl")) if r["step"] <= self.step] if self.step else []
             if self.state["unmeasured"]:  # the evaluation at the checkpoint's step is made again
                 rows = [r for r in rows if r["step"] < self.step or "val_loss" not in r]
-            checkpoint.write(self.path("metrics.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in rows).encode()))
+            checkpoint.write(self.path("metrics.jsonl"), lambda f: f.write("".join(checkpoint.to_json(r) + "\n" for r in rows).encode()))
             if listed := self.listed():
                 kept = "".join(line for line in listed if int(line.split("\t")[0]) <= self.step)
                 checkpoint.write(self.path("bad-samples.txt"), lambda f: f.write(kept.encode()))
-            checkpoint.write(self.path("config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
+            checkpoint.write(self.path("config.json"), lambda f: f.write(checkpoint.to_json(dataclasses.asdict(cfg), indent=1).encode()))
             self.tok.save(self.path(self.tok.filename))
         self.profile = watch.Profile(self.path("profile") if self.write and cfg.profile else "")
         self.floor: float | None = None  # for scenes, the loss that can be had without looking
@@ -205,7 +204,7 @@ class Run:
         if self.place.first:
             row["seconds"] = round(time.time() - self.begun, 1)
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(checkpoint.to_json(row) + "\n")
             if self.board:
                 self.board.row(row)
 
@@ -343,7 +342,7 @@ class Run:
             "images_per_second": round(self.state["train_images"] / max(self.state["train_seconds"], 1e-9), 1),
             "parameters": sum(x.size for x in checkpoint.flatten(one).values()), "held_out_pictures": self.held.count,
             "bad_samples": self.state["bad_samples"]} | graded
-        checkpoint.write(self.path("summary.json"), lambda f: f.write(json.dumps(summary, indent=1).encode()))
-        print(json.dumps(summary, indent=1))
+        checkpoint.write(self.path("summary.json"), lambda f: f.write(checkpoint.to_json(summary, indent=1).encode()))
+        print(checkpoint.to_json(summary, indent=1))
         print(f"held-out loss {summary['val_loss']:.3f}; without the picture {summary['floor_loss']:.3f}")
         print(f"pictures: {self.path('samples.png')} and {self.path('curve.png')}; the encoder: {self.path('encoder.npz')}")

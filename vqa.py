@@ -11,7 +11,6 @@ Letters: B pictures, N patch tokens, E their width, Q questions a picture, T wor
 """
 import argparse
 import functools
-import json
 import sys
 
 import jax
@@ -161,7 +160,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of questions, pictures, first weights and order (default: 0)")
     parser.add_argument("--steps", type=int, default=1500, help="training steps; fewer are faster and read less (default: 1500)")
     parser.add_argument("--no-baselines", action="store_true", help="the encoder alone, without raw pixels and a random encoder beside it")
-    parser.add_argument("--json", default="", help="also write the figures to this file")
+    parser.add_argument("--json", default="", help="also write the figures to this file (null: no such question was asked)")
     given = parser.parse_args(argv)
     if given.steps < 1 or given.seed < 0:
         parser.error("--steps must be 1 or more, --seed 0 or more")
@@ -169,7 +168,7 @@ def main(argv: list[str]) -> int:
     try:
         found = table(load_encoder(given.encoder), given.seed, given.steps, not given.no_baselines)
         if given.json:
-            checkpoint.write(given.json, lambda f: f.write(json.dumps(found, indent=1).encode()))
+            checkpoint.write(given.json, lambda f: f.write(checkpoint.to_json(found, indent=1).encode()))
     except (checkpoint.CheckpointError, ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1

@@ -1,7 +1,10 @@
 """What is read from frozen features, said without a classifier, and drawn: against planted answers and independent formulas."""
+import argparse
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -9,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import baselines
+import bench
+import bench_ablate
 import caption
 import checkpoint
 import decoder
@@ -19,7 +25,9 @@ import probe
 import scenes
 import sources
 import tokenizer
+import train
 import vit
+import vqa
 import zeroshot
 from config import PRESETS, Config, model
 from features import Encoder
@@ -340,3 +348,108 @@ def test_mistakes_get_a_sentence(run, tmp_path, capsys):
             evaluate.main(argv)
         assert end.value.code == 2
     assert os.listdir(damaged) == ["step-00000002.npz"]
+
+
+def test_evaluation_takes_as_many_devices_as_share_its_batch(cache, run, tmp_path, capsys):
+    """Training asks for a batch that all devices share. Evaluation takes fewer devices instead: a batch of 8 on 2 of 6."""
+    assert evaluate.main([str(run)]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    code = ("import evaluate, sys\n"
+            "place = evaluate.Place\n"
+            "evaluate.Place = lambda *count: print('devices', (made := place(*count)).total) or made\n"
+            "sys.exit(evaluate.main(sys.argv[1:]))")
+    env = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=6"}
+    ended = subprocess.run([sys.executable, "-c", code, str(run)], env=env, capture_output=True, text=True,
+                           cwd=Path(evaluate.__file__).parent)
+    assert ended.returncode == 0, ended.stderr
+    first, _, rest = ended.stdout.partition("\n")
+    assert first == "devices 2"
+    assert json.loads(rest) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective, reads", [("openvision2", False), ("clip", False), ("cappa", False), ("aimv2", True)])
+def test_only_a_loss_on_pixels_reads_them_for_its_blind_value(objective, reads):
+    cfg = dataclasses.replace(PRESETS["toy"], objective=objective, val_count=8, text_length=80, vocab_size=150)
+    tok = tokenizer.build((scenes.caption(scenes.record(0, "train", i)) for i in range(60)), cfg.vocab_size)
+    reader = evaluate.data.Reader(evaluate.run.open_held_out(cfg), tok, cfg.text_length, cfg.seed, None, 1)
+    held = evaluate.HeldOut(cfg, reader, 16, 4, model(cfg), evaluate.Place(1))
+    images = np.concatenate([batch["images"] for batch, _ in held.batches])
+    known = held.blind()
+    assert known > 0
+    if reads:
+        targets = np.asarray(baselines.pixel_targets(images, 8))
+        words = np.array([(row[1:] != 0).sum() for row in held.texts["text"]])
+        nats = np.array([scenes.surprise(scenes.record(0, "val", i)) for i in range(8)])
+        assert known == pytest.approx((nats / words).mean() + baselines.ALPHA * np.var(targets, axis=0).mean(), rel=1e-5)
+    else:
+        for batch, _ in held.batches:
+            del batch["images"]
+        assert held.blind() == known
+
+
+# ------------------------------------------------------------------------------------------------------------ JSON files
+def strict(path) -> dict:
+    """What a JSON file holds; NaN and Infinity, which are not JSON, fail."""
+    def refuse(name):
+        raise AssertionError(f"{path} holds {name}")
+    return json.loads(Path(path).read_text(), parse_constant=refuse)
+
+
+def test_what_is_no_number_is_null_in_json():
+    found = {"a": float("nan"), "b": [1, float("inf"), {"c": (-float("inf"), 2.5)}], "d": "NaN", "e": None, "f": np.float64("nan")}
+    assert json.loads(checkpoint.to_json(found)) == {"a": None, "b": [1, None, {"c": [None, 2.5]}], "d": "NaN", "e": None, "f": None}
+
+
+def test_a_label_that_training_does_not_have_is_null_in_json(run, tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for i in range(6):
+            Image.new("RGB", (20, 20), (40 * i, 0, 90)).save(tmp_path / part / f"{i}.png")
+            about = {"caption": f"big red {('circle', 'star')[i % 2]}", "name": f"{part} {i}"}
+            (tmp_path / part / f"{i}.json").write_text(json.dumps(about))
+    figures = tmp_path / "figures"
+    assert evaluate.main([str(run / "encoder.npz"), "knn", "--data", str(tmp_path / "train"), "--val", str(tmp_path / "val"),
+                          "--label", "caption,name", "--json", str(figures)]) == 0
+    row = strict(figures)["knn"]["pixels nearest"]
+    assert row["name"] is None and row["caption"] == 1
+    assert "nan" in capsys.readouterr().out  # the table keeps its form
+
+
+def test_vqa_and_bench_write_null(tmp_path, monkeypatch):
+    shares = {"colour": float("nan"), "all": 0.5}
+    monkeypatch.setattr(vqa, "load_encoder", lambda path: None)
+    monkeypatch.setattr(vqa, "table", lambda *asked: {"encoder": shares})
+    assert vqa.main(["some", "--json", str(tmp_path / "vqa")]) == 0
+    assert strict(tmp_path / "vqa") == {"encoder": {"colour": None, "all": 0.5}}
+    rows = [{"what": "a", "ms": float("nan"), "rate": float("inf"), "all": [float("nan")]}]
+    monkeypatch.setattr(bench, "parse", lambda argv: argparse.Namespace(run=lambda args: rows, json=str(tmp_path / "bench"), lr=float("nan")))
+    assert bench.main([]) == 0
+    found = strict(tmp_path / "bench")
+    assert found["rows"] == [{"what": "a", "ms": None, "rate": None, "all": [None]}] and found["asked"]["lr"] is None
+
+
+def test_the_ablations_keep_null_and_leave_it_out_of_means(tmp_path):
+    path = str(tmp_path / "results" / "ablations.json")
+    cells = {"base": {"0": {"all": float("nan")}, "1": {"all": 0.5}}}
+    bench_ablate.store({"machine": "", "costs": {"base": {"MiB": float("nan")}}, "cells": cells}, path)
+    assert strict(path)["cells"]["base"]["0"] == {"all": None}
+    found = bench_ablate.load(path)
+    assert bench_ablate.figure(found, "base", "all") == [0.5] and bench_ablate.figure(found, "base", "MiB") == []
+    assert "–" in bench_ablate.markdown(found, "predecessor")
+    del found["cells"]["base"]["1"]
+    bench_ablate.draw(found, str(tmp_path / "plot.png"))
+    assert Image.open(tmp_path / "plot.png").size[0] > 100
+
+
+def test_a_run_writes_null(tmp_path, monkeypatch):
+    """In the summary and in the metrics."""
+    monkeypatch.setattr(evaluate, "grades", lambda held, params: {"object_accuracy": float("nan")})
+    monkeypatch.setattr(evaluate.HeldOut, "losses", lambda held, params: {"val_loss": 1.0, "shuffled_loss": 2.0, "other": float("nan")})
+    assert train.main(["toy", "--stages", "resolution=16 steps=1 batch=8 lr=1e-3", "--val-count", "8", "--text-length", "12",
+                       "--devices", "1", "--out", str(tmp_path / "run")]) == 0
+    summary = strict(tmp_path / "run" / "summary.json")
+    assert summary["object_accuracy"] is None and summary["other"] is None and summary["val_loss"] == 1
+    assert strict(tmp_path / "run" / "config.json")["seed"] == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (row,) = [json.loads(line) for line in lines if "val_loss" in line]
+    assert row["other"] is None and "NaN" not in "".join(lines)
