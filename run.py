@@ -38,6 +38,10 @@ FREE = ("out", "workers", "log_every", "eval_every", "save_every", "keep_last", 
 LEFT_OVER = re.compile(r"(step-\d{8,}\.npz|encoder\.npz|metrics\.jsonl|bad-samples\.txt"
                        r"|config\.json|summary\.json)\.part")
 
+# Masks draw from fold_in(key(seed), a sample's position), and positions are below this number. So no
+# key serves both a mask and an initial parameter.
+INIT_DOMAIN = 1 << 31
+
 
 class Stop(Exception):
     """Training cannot go on; the message says why."""
@@ -45,7 +49,7 @@ class Stop(Exception):
 
 def init(cfg: Config, model: Model) -> dict:
     """{"encoder": ..., "decoder": ...} (other parts for a baseline): the parameters that a run starts from."""
-    key = jax.random.key(cfg.seed)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), INIT_DOMAIN)
     parts = {"encoder": vit.weights(model.encoder)} | baselines.weights(model)
     if cfg.init_scale == "released":
         for name, declared in parts.items():

@@ -17,6 +17,7 @@ import checkpoint
 import config
 import evaluate
 import plots
+import run
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -213,3 +214,38 @@ def test_shuffled_pictures_cost_a_model_that_looks(tmp_path):
     assert all(a != b for a, b in zip(straight, moved))
     assert run.held.blind() == pytest.approx(run.floor)
     assert evaluate.HeldOut(cfg, run.val_reader, 16, 8, run.model, run.place).count == 20
+
+
+def test_initial_parameters_and_masks_have_keys_of_their_own(monkeypatch):
+    """No key of initial parameters is also the key of a sample's mask, whatever its position."""
+    cfg, used = config.PRESETS["toy"], []
+    real = run.vit.initialise
+
+    def spied(key, declared):
+        used.append(key)
+        return real(key, declared)
+    monkeypatch.setattr(run.vit, "initialise", spied)
+    run.init(cfg, config.model(cfg))
+    root = jax.random.key(cfg.seed)
+    positions = np.concatenate([np.arange(2000), [0x7FFFFFFE, 0x7FFFFFFF]]).astype(np.int32)
+    masks = jax.vmap(lambda row: jax.random.fold_in(root, row))(positions)
+    masks = {tuple(k) for k in np.asarray(jax.random.key_data(masks))}
+    initial = [tuple(np.asarray(jax.random.key_data(key))) for key in used]
+    assert len(set(initial)) == 2 and not masks & set(initial)
+
+
+def test_a_mask_is_drawn_from_the_seed_and_the_position(monkeypatch):
+    """A run folder of an earlier version goes on with the masks that it would have had."""
+    def objective(params, batch, keys, model):
+        draws = jax.vmap(jax.random.uniform)(keys)
+        return draws.sum() + 0 * params["w"].sum(), jnp.int32(1)
+    monkeypatch.setitem(train.OBJECTIVES, "openvision2", objective)
+    sgd, model = optax.sgd(0.1), config.model(config.PRESETS["toy"])
+    params = {"w": np.zeros((1, 3), np.float32)}
+    step = train.make_step(model, sgd, 7, devices=jax.local_devices()[:1])
+    rows = np.array([[0, 1, 5000]], np.int32)
+    state = jax.tree.map(lambda x: x[None], sgd.init(params))
+    _, _, metrics = step(params, state, {"row": rows})
+    root = jax.random.key(7)
+    wanted = sum(float(jax.random.uniform(jax.random.fold_in(root, row))) for row in rows[0])
+    assert float(metrics["loss"][0]) == pytest.approx(wanted, rel=1e-5)
