@@ -12,6 +12,7 @@ import pytest
 import bench
 import checkpoint
 import config
+import data
 import decoder
 import features
 import layers
@@ -266,6 +267,18 @@ def test_gelu_is_erf_in_the_encoder_and_tanh_in_the_decoder(exact):
     same = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
     found = layers.gelu_linear(jnp.asarray(x, jnp.float32)[:, None], same, exact)
     np.testing.assert_allclose(found[:, 0], erf if exact else tanh, atol=2e-5)
+
+
+# ------------------------------------------------------------ images
+def test_crops_have_the_released_areas_and_aspects():
+    """Area 0.4 to 1 of the image and aspect 3/4 to 4/3, up to both ends."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([data.crop_box(1000, 1000, recipe("l14").crop, rng) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    area, aspect = width * height / 1e6, width / height
+    assert 0.4 - 1e-9 <= area.min() < 0.405 and 0.98 < area.max() <= 1 + 1e-9
+    assert 3 / 4 - 1e-9 <= aspect.min() < 0.755 and 1.325 < aspect.max() <= 4 / 3 + 1e-9
+    assert boxes.min() >= 0 and boxes.max() <= 1000 + 1e-9
 
 
 # ------------------------------------------------------------ text
