@@ -178,7 +178,9 @@ class Run:
         def fits(path: str, shapes: dict, meta: dict) -> None:
             now = dataclasses.asdict(self.cfg)
             # The checkpoint may be older than some options: its run had their defaults.
-            before = dataclasses.asdict(Config()) | meta["config"]
+            before = dict(meta["config"])
+            for name, default in dataclasses.asdict(Config()).items():
+                before.setdefault(name, default)
             differ = [f"--{k.replace('_', '-')} is {now.get(k)!r}, was {v!r}"
                       for k, v in before.items() if k not in FREE and now.get(k) != v]
             differ += [f"the {k} is {self.prints[k]}, was {v}" for k, v in meta["data"].items() if self.prints[k] != v]
