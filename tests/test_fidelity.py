@@ -62,6 +62,8 @@ def test_learning_rate_at_ten_points(number, peak, images, warmup, batch):
         progress = min(max((step - warm) / (steps - warm), 0), 1)
         expected = peak * min(step / warm, 1) * (1 + math.cos(math.pi * progress)) / 2
         assert float(rate(step)) == pytest.approx(expected, rel=2e-5, abs=1e-7 * peak), step
+        logged = train.learning_rate(stage, step)
+        assert logged == pytest.approx(expected, rel=2e-5, abs=1e-7 * peak), step
 
 
 # ------------------------------------------------------------ optimizer
@@ -303,4 +305,5 @@ def test_settings_that_are_numbers(name):
     cfg = recipe(name)
     assert (cfg.keep_ratio, cfg.b2, cfg.weight_decay, cfg.clip) == (0.35, 0.95, 0.2, 0)
     assert (cfg.crop, cfg.flip, cfg.gray) == (0.4, False, 0.2)
+    assert (cfg.jitter, cfg.hue, data.JITTERED) == (0.32, 0.08, 0.8)
     assert (cfg.text_length, cfg.vocab_size, cfg.mu_dtype) == (128, 32_000, "bfloat16")
