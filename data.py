@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+import sources
 from decoder import EOS
 from sources import BadSample, DataError, Scenes, first_of
 from tokenizer import Tokenizer
 
 PIECE = 8    # samples that a thread is given at a time: a small picture is made sooner than a thread is woken
-WINDOW = 16  # shards whose samples are shuffled together
 ATTEMPTS = 100           # at a crop, before the whole image is taken
 ASPECTS = (0.75, 1.33)   # width / height of a crop: TensorFlow's defaults, which the release keeps
 JITTERED = 0.8           # probability that an image's colours are jittered
@@ -158,33 +158,58 @@ def to_pixels(image: Image.Image, resolution: int, augment: Augment | None = Non
 
 # ---------------------------------------------------------------------------------------------------------------- batch
 class Order:
-    """Each epoch's order of the samples, from (seed, epoch) alone: the shards are shuffled, and then the samples inside
-    each window of WINDOW shards that follow one another. So a sample may stand beside any of some 160,000 others
-    (16 tars of 10,000, what img2dataset writes), while only 16 tars are read at a time, each to its end before it is left,
-    and no list of all samples is ever made. 16 shards or fewer, and a folder, are shuffled whole."""
+    """Each epoch's order of the samples, from (seed, epoch) alone. Without runs all are shuffled together.
 
-    def __init__(self, starts: np.ndarray, seed: int):
-        """starts: (shards + 1,) at which sample each shard begins."""
-        self.starts, self.seed, self.sizes = starts, seed, np.diff(starts)
-        self.epoch, self.window = lru_cache(2)(self._epoch), lru_cache(3)(self._window)
+    With runs (tars that do not fit in memory) the tars are shuffled, then the runs inside each tar, then the samples
+    inside each run. That sequence is cut into LANES equal parts, the lanes, and the order takes one sample from each
+    lane in turn. So a batch mixes runs from LANES places of the set, the samples of a run are LANES places apart, and
+    each run is read once, while at most LANES of them are in use. Where the number of processes divides LANES, each
+    process that takes every n-th position has lanes of its own."""
+
+    def __init__(self, starts: np.ndarray, seed: int, run_of: Callable[[np.ndarray], np.ndarray] | None = None):
+        """starts: (shards + 1,) at which sample each shard begins; run_of: the runs of samples, numbered in each shard."""
+        self.starts, self.seed, self.run_of = starts, seed, run_of
+        self.epoch, self.shuffled = lru_cache(2)(self._epoch), lru_cache(2)(self._shuffled)
+        self.shard = lru_cache(2 * sources.LANES)(self._shard)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in this epoch's order, and at which place of the epoch each window begins."""
-        order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.sizes))
-        ends = np.cumsum(self.sizes[order])
-        return order, np.concatenate([[0], ends[WINDOW - 1:-1:WINDOW], ends[-1:]])
+        """The shards in this epoch's order, and at which place of their sequence each begins."""
+        order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.starts) - 1)
+        return order, np.cumsum([0, *np.diff(self.starts)[order]])
 
-    def _window(self, epoch: int, window: int) -> np.ndarray:
-        """The samples of one window, in their order."""
-        chosen = self.epoch(epoch)[0][window * WINDOW:(window + 1) * WINDOW]
-        samples = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in chosen])
-        return np.random.default_rng((self.seed, 3, epoch, window)).permutation(samples)
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """All samples in their order."""
+        samples = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in self.epoch(epoch)[0]])
+        return np.random.default_rng((self.seed, 3, epoch, 0)).permutation(samples)
+
+    def _shard(self, epoch: int, shard: int) -> np.ndarray:
+        """The samples of a shard, run by run, in the order of their lane."""
+        samples = np.arange(self.starts[shard], self.starts[shard + 1])
+        runs, rng = self.run_of(samples), np.random.default_rng((self.seed, 3, epoch, shard))
+        turns = rng.permutation(runs.max() + 1)
+        return samples[np.lexsort((rng.random(len(samples)), turns[runs]))]
 
     def __call__(self, position: int) -> int:
-        epoch, place = divmod(position, int(self.starts[-1]))
-        begins = self.epoch(epoch)[1]
-        window = int(np.searchsorted(begins, place, side="right")) - 1
-        return int(self.window(epoch, window)[place - begins[window]])
+        n, lanes = int(self.starts[-1]), sources.LANES
+        epoch, place = divmod(position, n)
+        if self.run_of is None:
+            return int(self.shuffled(epoch)[place])
+        step, lane = divmod(place, lanes)
+        at = lane * (n // lanes) + min(lane, n % lanes) + step  # the first n % lanes of them are longer by one
+        order, begins = self.epoch(epoch)
+        turn = int(np.searchsorted(begins, at, side="right")) - 1
+        return int(self.shard(epoch, int(order[turn]))[at - begins[turn]])
+
+
+def order_name(source: Any) -> str:
+    """Which order a source's samples come in: a run that continues must find the same."""
+    return f"in runs of {source.run} samples" if source.run else "shuffled whole"
+
+
+def former_order_name(source: Any) -> str:
+    """The order that was used when checkpoints did not yet name it."""
+    few = isinstance(source, Scenes) or len(source.starts) <= 17
+    return "shuffled whole" if few else "shuffled in windows of 16 tars"
 
 
 class Reader:
@@ -198,7 +223,9 @@ class Reader:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.draws = augment not in (None, Augment(crop=1.0))  # whether anything of a picture is left to chance
         self.bad: dict[int, str] = {}       # sample: why it cannot be used
-        self.order = None if isinstance(source, Scenes) or augment is None else Order(source.starts, seed)
+        self.order = None
+        if augment is not None and not isinstance(source, Scenes):
+            self.order = Order(source.starts, seed, source.run_of if source.run else None)
 
     def index(self, position: int) -> int:
         return self.order(position) if self.order else position % len(self.source)
@@ -220,7 +247,7 @@ class Reader:
                 continue
             try:
                 choose = self.choose(position, i)
-                captions, image = self.source.sample(i, self.fields.values(), choose)
+                captions, image = self.source.sample(i, self.fields.values(), choose, self.order is not None)
                 texts = [self.tokenizer.encode(caption, self.length) for caption in captions]
                 if any(text[1] == EOS for text in texts):
                     raise BadSample("caption holds no word")  # nothing but control characters

@@ -113,7 +113,8 @@ class Run:
             if not isinstance(s, sources.Scenes) and self.write:
                 left_out = "; ".join(f"{n} {why}" for why, n in s.skipped.items() if name == "training" or cfg.val)
                 print(f"{name}: {len(s):,} samples" + (f"; skipped: {left_out}" if left_out else ""))
-        self.prints = {"training data": self.source.fingerprint(), "held-out data": self.val_source.fingerprint()}
+        self.prints = {"training data": self.source.fingerprint(), "held-out data": self.val_source.fingerprint(),
+                       "order of the training data": data.order_name(self.source)}
         for name, seen in place.told(lambda: self.prints).items():
             if seen != self.prints[name]:
                 raise ConfigError(f"the {name} here is {self.prints[name]}, and in process 0 {seen}: all processes must find the same files")
@@ -183,7 +184,8 @@ class Run:
                 before.setdefault(name, default)
             differ = [f"--{k.replace('_', '-')} is {now.get(k)!r}, was {v!r}"
                       for k, v in before.items() if k not in FREE and now.get(k) != v]
-            differ += [f"the {k} is {self.prints[k]}, was {v}" for k, v in meta["data"].items() if self.prints[k] != v]
+            data_before = {"order of the training data": data.former_order_name(self.source)} | meta["data"]
+            differ += [f"the {k} is {self.prints[k]}, was {v}" for k, v in data_before.items() if self.prints[k] != v]
             if differ:
                 raise ConfigError(f"{self.cfg.out} holds a run with other settings: {'; '.join(differ)}. "
                                   "Use its settings to continue it, or another --out")
@@ -239,8 +241,9 @@ class Run:
         """The stage's batches from the run's step on, on the devices."""
         def wanted() -> Iterator[tuple[range, int]]:
             for step in range(self.step, stage.end):
-                first, share = stage.first_image + (step - stage.start) * stage.batch, self.place.share(stage.batch)
-                yield range(first + share.start, first + share.stop), stage.resolution
+                first = stage.first_image + (step - stage.start) * stage.batch
+                # every n-th row: so each process has lanes of tars to itself (data.Order)
+                yield range(first + jax.process_index(), first + stage.batch, self.place.processes), stage.resolution
         return self.reader.ahead(wanted(), self.place.put)
 
     def enter(self, stage: Stage, check: Callable[[], None] = lambda: None) -> None:

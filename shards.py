@@ -1,4 +1,5 @@
-"""Which samples lie where in a tar: one pass over its headers, remembered in a small file beside it.
+"""Which samples lie where in a tar: one pass over its headers, remembered in a small file beside it. And the reading of
+spans of it.
 
 A sample is an image KEY.jpg (.png, .webp …) and its text, KEY.txt or KEY.json. The pass reads headers alone, and goes on
 behind damage: at a header whose checksum is wrong it looks for the next good one, so that a hole costs the samples it
@@ -16,12 +17,13 @@ import json
 import os
 import random
 import re
+import threading
 import uuid
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -297,6 +299,57 @@ def index_all(paths: list[str]) -> list[Index | OSError | ValueError]:
         print(f"beside {os.fsencode(kept[0]).decode('utf-8', 'replace')} no index of a tar can be written: "
               f"{len(kept)} of them are kept in memory, and made anew at each start", flush=True)
     return [found[p] for p in paths]
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+def read_span(path: str, begin: int, end: int) -> bytes:
+    """The bytes begin..end of a file, fewer where it ends before. OSError if they cannot be read."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name must not block
+    try:
+        parts = []
+        while begin < end and (part := os.pread(fd, end - begin, begin)):  # the system may return less than asked for
+            parts.append(part)
+            begin += len(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+class SpanCache:
+    """Spans of files in memory, together `limit` bytes at most: the one used longest ago is dropped first.
+    Threads that want the same span wait for one read of it."""
+
+    def __init__(self, limit: int):
+        self.limit, self.held, self.lock = limit, 0, threading.Lock()
+        self.spans: OrderedDict[tuple[str, int, int], Future] = OrderedDict()
+
+    def read(self, path: str, begin: int, end: int) -> bytes:
+        """As `read_span`. A span that could not be read is not kept."""
+        key = path, begin, end
+        with self.lock:
+            span = self.spans.get(key)
+            missing = span is None
+            if missing:
+                span = self.spans[key] = Future()
+                self.held += end - begin
+                while self.held > self.limit and len(self.spans) > 1:
+                    self.drop(next(iter(self.spans)))
+            else:
+                self.spans.move_to_end(key)
+        if missing:
+            try:
+                span.set_result(read_span(path, begin, end))
+            except BaseException as problem:
+                with self.lock:
+                    if self.spans.get(key) is span:
+                        self.drop(key)
+                span.set_exception(problem)
+        return span.result()
+
+    def drop(self, key: tuple[str, int, int]) -> None:
+        """Forget a span; the lock is held."""
+        del self.spans[key]
+        self.held -= key[2] - key[1]
 
 
 if __name__ == "__main__":

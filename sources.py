@@ -8,6 +8,7 @@ nothing to train on raises DataError.
 
     python sources.py WHERE [CAPTION]        counts samples, shows some captions, and says what is skipped and why
 """
+import contextlib
 import functools
 import glob
 import io
@@ -27,7 +28,9 @@ import shards
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by the bytes, not by the name; others might start a program (EPS)
 MOST_IMAGE, MOST_TEXT = 256 << 20, 1 << 20               # bytes: a larger file is a broken sample
-RECENT = 48                                              # tars whose rows are in memory: some windows of the order (data.py)
+MEMORY = 256 << 20                                       # bytes of tars that a process keeps in memory for training
+LANES = 64                                               # places of a large set that training reads side by side
+RECENT = 80                                              # tars whose rows are in memory: one per lane, and some for validation
 Place = tuple[str, int, int]                             # path, offset, bytes
 Choose = Callable[[int], int]                            # which of n captions is taken
 MOST_PIXELS = 89_478_485  # of an image: 256 MiB as RGB; above that Pillow itself only warns
@@ -74,6 +77,7 @@ recent_record = functools.lru_cache(64)(scenes.record)  # which the caption asks
 
 class Scenes:
     """The embedded pictures (scenes.py). A training split has no end, so no picture comes twice."""
+    run = 0
 
     def __init__(self, seed: int, split: str, count: int | None = None, field: str = "txt"):
         self.seed, self.split, self.count, self.field, self.skipped = seed, split, count, field, {}
@@ -107,14 +111,16 @@ class Scenes:
     def picture(self, i: int) -> Image.Image:
         return scenes.paint(self.record(i))
 
-    def sample(self, i: int, fields: Iterable[str], choose: Choose) -> tuple[list[str], Image.Image]:
+    def sample(self, i: int, fields: Iterable[str], choose: Choose, with_run: bool = False) -> tuple[list[str], Image.Image]:
         """(the text of each field, the image)."""
         return [self.caption(i, field) for field in fields], self.picture(i)
 
 
 class Files:
     """Samples that lie in files. `starts` (shards + 1,) int64 says at which sample each shard begins, and how many there
-    are in all; a folder is one shard. `field` is "txt" for the KEY.txt, or the name of a field in the KEY.json."""
+    are in all; a folder is one shard. `field` is "txt" for the KEY.txt, or the name of a field in the KEY.json. `run` is
+    how many samples in a row training reads at once and then mixes with others (data.py); 0: all are shuffled together."""
+    run = 0
 
     def __init__(self, where: str, field: str):
         self.where, self.field, self.text = where, field, "txt" if field == "txt" else "json"
@@ -162,9 +168,11 @@ class Files:
         if size > most:
             raise BadSample(f"is larger than {most >> 20} MiB")
         try:
-            with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a pipe of that name must not block
-                f.seek(offset)
-                data = f.read(most + 1 if size < 0 else size) or b""
+            if size < 0:
+                with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a pipe of that name must not block
+                    data = f.read(most + 1) or b""
+            else:
+                data = shards.read_span(path, offset, offset + size)
         except OSError as problem:
             raise BadSample(f"cannot be read ({problem.strerror or problem})") from None
         if len(data) > most:
@@ -177,11 +185,17 @@ class Files:
         """The text of sample i, or another field of the KEY.json that it is from; the first of a list."""
         return self.parse_caption(self.read(self.place(i)[1], MOST_TEXT), field)
 
-    def sample(self, i: int, fields: Iterable[str], choose: Choose) -> tuple[list[str], Image.Image]:
+    def sample(self, i: int, fields: Iterable[str], choose: Choose, with_run: bool = False) -> tuple[list[str], Image.Image]:
         """(the text of each field, the image as `picture` gives it). choose(n) says which of the n
-        captions of a list is taken."""
-        data = self.read(self.place(i)[1], MOST_TEXT)
-        return [self.parse_caption(data, field, choose) for field in fields], self.picture(i)
+        captions of a list is taken; with_run: the samples around this one are wanted soon."""
+        image, text = self.read_sample(i, with_run)
+        return [self.parse_caption(text, field, choose) for field in fields], open_image(io.BytesIO(image))
+
+    def read_sample(self, i: int, with_run: bool) -> tuple[bytes, bytes]:
+        """The bytes of the image and of the text."""
+        image, text = self.place(i)
+        data = self.read(text, MOST_TEXT)
+        return self.read(image, MOST_IMAGE), data
 
     def parse_caption(self, data: bytes, field: str = "", choose: Choose = first_of) -> str:
         """The text in the bytes of a KEY.txt or KEY.json."""
@@ -274,8 +288,21 @@ class Tars(Files):
         for path, one in good:
             for why, count in one.meta["skipped"].items():
                 self.skipped[why if why not in shards.PLACED else f"{why}, first {first.setdefault(why, printable(path))}"] += count
-        self.rows = functools.lru_cache(RECENT)(self.load)
+        self.plan_reads(sum(one.meta["size"] for _, one in good))
         self.settle(pairs.sum(0).tolist())
+
+    def plan_reads(self, size: int) -> None:
+        """Training reads runs of samples: of half of a lane's memory on average, so that few exceed all of it.
+        A lane has 16 of them or more, because the one at its end is read by the next lane too. A set that fits
+        in MEMORY (size: bytes of all tars) is read once, and shuffled whole."""
+        whole = size <= MEMORY
+        self.longest = MEMORY if whole else MEMORY // LANES
+        count = MEMORY // LANES // 2 * len(self) // max(size, 1)
+        self.read_run = max(1, count if whole else min(count, len(self) // (16 * LANES)))
+        self.run = 0 if whole else self.read_run
+        self.rows = functools.lru_cache(None if whole else RECENT)(self.load)
+        self.run_span = functools.lru_cache(4 * LANES)(self.span)
+        self.cache = shards.SpanCache(MEMORY)
 
     def load(self, shard: int) -> np.ndarray:
         """(samples, 4) int64 of one tar: offset and bytes of the image and of the text."""
@@ -292,10 +319,51 @@ class Tars(Files):
         text = 2 + 2 * shards.TEXTS.index(self.text)
         return rows[rows[:, text] > 0][:, [0, 1, text, text + 1]]
 
-    def place(self, i: int) -> tuple[Place, Place]:
+    def locate(self, i: int) -> tuple[int, int]:
+        """Which tar sample i is in, and which of its samples it is."""
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        image, size, text, length = self.rows(shard)[i - self.starts[shard]].tolist()
+        return shard, int(i - self.starts[shard])
+
+    def place(self, i: int) -> tuple[Place, Place]:
+        shard, row = self.locate(i)
+        image, size, text, length = self.rows(shard)[row].tolist()
         return (self.paths[shard], image, size), (self.paths[shard], text, length)
+
+    def run_of(self, samples: np.ndarray) -> np.ndarray:
+        """Which run of its tar each sample is in."""
+        return (samples - self.starts[np.searchsorted(self.starts, samples, side="right") - 1]) // self.read_run
+
+    def span(self, shard: int, first: int, count: int) -> tuple[int, int] | None:
+        """Where `count` samples of a tar begin and end, or None if much else lies between them."""
+        rows = self.rows(shard)[first:first + count]
+        begins, sizes = rows[:, [0, 2]], rows[:, [1, 3]]
+        begin, end = int(begins.min()), int((begins + sizes).max())
+        headers = 8192 * len(rows)  # of three files or so, and what fills up their last blocks
+        return (begin, end) if end - begin <= 2 * int(sizes.sum()) + headers else None
+
+    def read_sample(self, i: int, with_run: bool) -> tuple[bytes, bytes]:
+        """Image and text come out of one read: that of their run, which is kept for its other samples, or
+        their own where the run is too long or cannot be read."""
+        shard, row = self.locate(i)
+        image, text = self.place(i)
+        for (_, _, size), most in ((text, MOST_TEXT), (image, MOST_IMAGE)):
+            if size > most:
+                raise BadSample(f"is larger than {most >> 20} MiB")
+        data, begin = None, 0
+        run = self.run_span(shard, row - row % self.read_run, self.read_run) if with_run else None
+        if run and run[1] - run[0] <= self.longest:
+            with contextlib.suppress(OSError):
+                data, begin = self.cache.read(self.paths[shard], *run), run[0]
+        if data is None:
+            own = self.span(shard, row, 1)
+            if own is None:
+                return super().read_sample(i, with_run)
+            begin, size = own[0], own[1] - own[0]
+            data = self.read((self.paths[shard], begin, size), size)
+        parts = [data[offset - begin:offset - begin + size] for _, offset, size in (image, text)]
+        if any(len(part) < place[2] for part, place in zip(parts, (image, text))):
+            raise BadSample("is cut off")
+        return parts[0], parts[1]
 
     def name(self, i: int) -> str:
         try:
@@ -311,14 +379,15 @@ def printable(path: str) -> str:
 
 class Part:
     """Some samples of a source, in a given order: what is held out."""
+    run = 0
 
     def __init__(self, source: Files, indices: np.ndarray):
         self.source, self.indices, self.skipped = source, indices, source.skipped
         self.starts = np.array([0, len(indices)])
 
-    def at(self, i: int) -> int:
-        """Which sample of the source is the i-th of this part."""
-        return int(self.indices[i])
+    def at(self, i: Any) -> Any:
+        """Which sample of the source is the i-th of this part; or which ones, of an array."""
+        return self.indices[i]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -337,9 +406,10 @@ class Rest(Part):
         super().__init__(source, np.sort(left_out))
         self.starts = source.starts - np.searchsorted(self.indices, source.starts)
         self.before = self.indices - np.arange(len(left_out))  # how many remain before each one that is left out
+        self.run = source.run
 
-    def at(self, i: int) -> int:
-        return i + int(np.searchsorted(self.before, i, side="right"))
+    def at(self, i: Any) -> Any:
+        return i + np.searchsorted(self.before, i, side="right")
 
 
 def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "train", count: int | None = None) -> Any:

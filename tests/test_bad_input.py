@@ -156,6 +156,20 @@ def test_a_run_with_other_settings_or_broken_checkpoints_is_not_touched(say, tmp
     assert sorted(os.listdir(folder)) == ["step-00000001.npz"]
 
 
+@pytest.mark.parametrize("tars", [16, 17])
+def test_a_run_whose_samples_came_in_another_order_is_not_continued(say, tmp_path, tars):
+    """A checkpoint that does not name its order is from when more than 16 tars were shuffled in windows."""
+    for n in range(tars):
+        put(tmp_path / f"{n:02}.tar", members(2, start=2 * n))
+    (tmp_path / "run").mkdir()
+    meta = {"step": 1, "config": {}, "data": {"held-out data": "other"}}
+    train.checkpoint.save(str(tmp_path / "run" / "step-00000001.npz"), {}, meta)
+    line = say("pictures", "--stages", TINY, "--data", "*.tar", "--out", "run")
+    assert re.search("run holds a run with other settings: .*the held-out data is .*, was other", line)
+    moved = "the order of the training data is shuffled whole, was shuffled in windows of 16 tars"
+    assert (moved in line) == (tars > 16)
+
+
 def test_from_a_shell_too(tmp_path):
     """Whole processes: no usage of jax, tqdm or threads adds a trace, or hangs, on the way out."""
     broken = {f"{i}.{s}": c for i in range(4) for s, c in (("png", b"no picture"), ("txt", b"a cat"), ("json", json.dumps({"c": "cat"}).encode()))}

@@ -1,6 +1,10 @@
 """From a picture of any kind to pixels, and from samples to batches that are a function of (seed, step) alone."""
 import itertools
+import os
 import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +12,8 @@ from PIL import Image, ImageOps
 from test_data import members, open_source, opened, photo, put, reader
 
 import data
+import run
+import shards
 import sources
 from data import Augment, to_pixels
 from sources import BadSample, DataError, hold_out
@@ -166,19 +172,188 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(tmp_path):
     assert reader(whole, augment=None).batch(range(13), 8)["index"].tolist() == list(range(13))
 
 
-def test_many_tars_are_shuffled_whole_yet_read_some_at_a_time(tmp_path):
-    for n in range(40):
-        put(tmp_path / f"{n:02}.tar", [m for m in members(3, start=3 * n) if not m[0].endswith("json")])
-    whole = open_source(str(tmp_path / "*.tar"))
-    order = data.Order(whole.starts, 5)
-    epochs = np.array([order(p) for p in range(120 * 3)]).reshape(3, 120)
-    assert all(sorted(e) == list(range(120)) for e in epochs.tolist()) and len({tuple(e) for e in epochs.tolist()}) == 3
-    for epoch in epochs // 3:
-        windows = [set(epoch[i:i + 48].tolist()) for i in (0, 48, 96)]
-        assert [len(w) for w in windows] == [16, 16, 8] and len(set.union(*windows)) == 40  # each tar in one window alone
-        assert all(np.abs(np.diff(epoch[i:i + 24])).mean() > 5 for i in (0, 48, 96)) and len(set(epoch[:16].tolist())) > 8
-    assert [order(p) for p in (359, 0, 200)] == [epochs.ravel()[p] for p in (359, 0, 200)]  # from wherever a run goes on
-    assert [whole.caption(int(i)) for i in epochs[0, :5]] == [f"a cat {i}" for i in epochs[0, :5]]
+def large(tmp_path, monkeypatch, tars=40, each=30):
+    """Tars of `tars` * `each` samples that do not fit in the memory for reading: 4 lanes of 256 KiB."""
+    monkeypatch.setattr("sources.MEMORY", 1 << 20)
+    monkeypatch.setattr("sources.LANES", 4)
+    if not (tmp_path / "00.tar").exists():
+        for n in range(tars):
+            put(tmp_path / f"{n:02}.tar", members(each, start=each * n))
+    return open_source(str(tmp_path / "*.tar"))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """(path, offset, bytes) of what is read from tars, and the number of times that one is opened."""
+    found, opened, files = [], Counter(), {}
+    plain_open, plain_pread = os.open, os.pread
+
+    def counting_open(path, *how, **more):
+        fd = plain_open(path, *how, **more)
+        if os.fspath(path).endswith(".tar"):
+            opened[os.fspath(path)] += 1
+            files[fd] = os.fspath(path)
+        return fd
+
+    def counting_pread(fd, size, offset):
+        data = plain_pread(fd, size, offset)
+        found.append((files.get(fd), offset, len(data)))
+        return data
+    monkeypatch.setattr("os.open", counting_open)
+    monkeypatch.setattr("os.pread", counting_pread)
+    return SimpleNamespace(found=found, opened=opened)
+
+
+def epoch_of(source, workers=4, seed=0, processes=1, process=0, epoch=0):
+    """The samples that one process uses in an epoch of batches of 24."""
+    one, n = reader(source, seed=seed, workers=workers), len(source) // 24 * 24
+    steps = [range(p + process, p + 24, processes) for p in range(epoch * n, (epoch + 1) * n, 24)]
+    return np.concatenate([one.batch(p, 8)["index"] for p in steps]).tolist()
+
+
+def test_training_reads_a_large_set_in_long_runs_and_each_once(tmp_path, monkeypatch, reads):
+    """Of 1,200 samples in 40 tars: one read per run of samples, image and caption together, and hardly a
+    byte twice."""
+    source = large(tmp_path, monkeypatch)
+    size = sum(os.path.getsize(path) for path in source.paths)
+    assert size > 4 * sources.MEMORY
+    source.rows(0)
+    reads.found.clear()
+    reads.opened.clear()
+    assert sorted(epoch_of(source)) == list(range(1200))
+    assert sum(reads.opened.values()) == len(reads.found) <= 1200 / 8
+    assert sum(length for _, _, length in reads.found) <= 1.2 * size
+    assert max(length for _, _, length in reads.found) <= sources.MEMORY // sources.LANES
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_each_process_reads_its_share_alone(tmp_path, monkeypatch, reads, processes):
+    source = large(tmp_path, monkeypatch)
+    size = sum(os.path.getsize(path) for path in source.paths)
+    used = []
+    for process in range(processes):
+        one = large(tmp_path, monkeypatch)
+        reads.found.clear()
+        used.append(epoch_of(one, processes=processes, process=process))
+        assert sum(length for _, _, length in reads.found) <= 1.2 * size / processes
+    assert sorted(itertools.chain(*used)) == list(range(1200))
+    steps = zip(*([u[k:k + 24 // processes] for k in range(0, len(u), 24 // processes)] for u in used))
+    whole = epoch_of(source)
+    for k, shares in enumerate(steps):
+        assert sorted(itertools.chain(*shares)) == sorted(whole[24 * k:24 * k + 24])
+
+
+def test_a_set_that_fits_in_memory_is_read_once_and_shuffled_whole(tmp_path, reads):
+    for n in range(20):
+        put(tmp_path / f"{n:02}.tar", members(12, start=12 * n))
+    source = open_source(str(tmp_path / "*.tar"))
+    size = sum(os.path.getsize(path) for path in source.paths)
+    reads.found.clear()
+    one = reader(source, workers=4)
+    epochs = np.array([one.batch(range(240 * e, 240 * e + 240), 8)["index"] for e in range(3)])
+    assert sum(length for _, _, length in reads.found) <= size and len(reads.found) <= 20
+    assert all(sorted(e) == list(range(240)) for e in epochs.tolist()) and len({tuple(e) for e in epochs.tolist()}) == 3
+    for epoch in epochs // 12:  # 24 samples that follow one another are from all over
+        assert min(len(set(epoch[i:i + 24].tolist())) for i in range(0, 240, 24)) >= 9
+
+
+def test_the_samples_of_a_run_are_spread_and_its_runs_drawn_from_all_tars(tmp_path, monkeypatch):
+    source = large(tmp_path, monkeypatch)
+    order = data.Order(source.starts, 5, source.run_of)
+    epochs = np.array([order(p) for p in range(3600)]).reshape(3, 1200)
+    assert all(sorted(e) == list(range(1200)) for e in epochs.tolist())
+    apart = np.abs(np.diff(epochs, axis=1))
+    assert (apart < source.run).mean() < 0.05  # neighbours in a tar are none in a batch
+    shards = epochs // 30
+    for epoch in shards:  # the four lanes are in four tars
+        assert np.mean([len(set(epoch[i:i + 4].tolist())) for i in range(0, 1200, 4)]) > 3.8
+    firsts = [{tuple(e[i:i + 24].tolist()) for i in range(0, 1200, 24)} for e in shards]
+    assert not firsts[0] & firsts[1]
+    assert [order(p) for p in (3599, 0, 2000)] == [epochs.ravel()[p] for p in (3599, 0, 2000)]
+
+
+def test_what_is_left_for_training_is_read_in_the_runs_of_the_tars(tmp_path, monkeypatch, reads):
+    """Validation samples are taken out of tars: the rest are still read in one read per run."""
+    train, val = hold_out(large(tmp_path, monkeypatch), 100)
+    size = sum(os.path.getsize(path) for path in train.source.paths)
+    reads.found.clear()
+    used = epoch_of(train)
+    assert len(used) == len(set(used)) == 1100 // 24 * 24
+    assert sum(length for _, _, length in reads.found) <= 1.2 * size and len(reads.found) < 1100 / 8
+    reads.found.clear()
+    batch = reader(val, augment=None).batch(range(100), 8)
+    assert batch["index"].tolist() == list(range(100)) and len(reads.found) == 100  # image and caption in one
+    assert [val.caption(i) for i in range(3)] == [train.source.caption(int(i)) for i in val.indices[:3]]
+
+
+def test_a_run_that_cannot_be_read_costs_no_good_sample(tmp_path, monkeypatch):
+    source = large(tmp_path, monkeypatch)
+    plain, (begin, end) = os.pread, source.place(7)[0][1:]
+
+    def failing(fd, size, offset):
+        if offset < begin + end and offset + size > begin and os.readlink(f"/proc/self/fd/{fd}").endswith("00.tar"):
+            raise OSError(5, "Input/output error")
+        return plain(fd, size, offset)
+    source.rows(0)
+    monkeypatch.setattr("os.pread", failing)
+    one = reader(source, workers=4)
+    index = one.batch(range(1200), 8)["index"]
+    assert set(index.tolist()) == set(range(1200)) - {7} and one.bad == {7: "cannot be read (Input/output error)"}
+
+
+def test_samples_larger_than_a_run_may_be_are_read_one_by_one(tmp_path, monkeypatch, reads):
+    monkeypatch.setattr("sources.MEMORY", 1 << 20)
+    monkeypatch.setattr("sources.LANES", 4)
+    files = []
+    for name, content in members(40):
+        tail = bytes(300_000) if name.endswith("7.jpg") else b""  # behind the end of a JPEG anything may stand
+        files.append((name, content + tail))
+    source = open_source(put(tmp_path / "a.tar", files))
+    reads.found.clear()
+    assert sorted(reader(source).batch(range(40), 8)["index"]) == list(range(40))
+    held = sum(end - begin for _, begin, end in source.cache.spans)
+    assert held == source.cache.held <= 1 << 20
+
+
+def test_threads_that_want_the_same_bytes_wait_for_one_read(tmp_path, reads):
+    (tmp_path / "a.tar").write_bytes(bytes(range(256)) * 400)
+    cache, path, gate = shards.SpanCache(1 << 15), str(tmp_path / "a.tar"), threading.Barrier(8)
+
+    def work(n):
+        gate.wait(30)
+        return cache.read(path, 5000, 9000)
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(work, range(8)))
+    assert found == {(bytes(range(256)) * 400)[5000:9000]} and len(reads.found) == 1
+    for begin in range(0, 90_000, 10_000):
+        cache.read(path, begin, begin + 10_000)
+        assert cache.held == sum(end - begin for _, begin, end in cache.spans) <= 1 << 15
+    with pytest.raises(OSError, match="No such file"):
+        cache.read(path + "x", 0, 9)
+    assert (path + "x", 0, 9) not in cache.spans
+
+
+def test_a_small_set_of_many_tars_keeps_what_it_knows_of_them(tmp_path, monkeypatch):
+    """Shuffled whole, any sample comes after any other: each index is read once."""
+    monkeypatch.setattr("sources.RECENT", 2)
+    for n in range(12):
+        put(tmp_path / f"{n:02}.tar", members(5, start=5 * n))
+    source = open_source(str(tmp_path / "*.tar"))
+    reader(source, workers=1).batch(range(120), 8)
+    assert source.rows.cache_info().misses == 12
+
+
+def test_each_process_takes_every_nth_row_of_a_batch(monkeypatch):
+    stage = SimpleNamespace(start=2, end=5, first_image=160, batch=64, resolution=16)
+    taken = []
+    for process in range(4):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        place = SimpleNamespace(processes=4, put=None)
+        ahead = SimpleNamespace(ahead=lambda wanted, put: list(wanted))
+        taken.append(run.Run.batches(SimpleNamespace(step=3, place=place, reader=ahead), stage))
+    for step, shares in enumerate(zip(*taken)):
+        first = 160 + 64 * (1 + step)
+        assert [list(rows) for rows, _ in shares] == [list(range(first + n, first + 64, 4)) for n in range(4)]
 
 
 def test_a_broken_sample_is_told_by_the_batch_of_its_own_turn(tmp_path):

@@ -106,7 +106,8 @@ TEXTS = {
 JSONS = {
     "NaN": (b'{"c": NaN}', "caption is empty"), "infinity": (b'{"c": 1e999}', "caption is empty"), "an object": (b'{"c": {"c": "x"}}', "caption is empty"),
     "an empty list": (b'{"c": []}', "caption list is empty"),
-    "a list without text": (b'{"c": [1, null, " ", ["a"]]}', "caption list holds no text"), "true": (b'{"c": true}', "caption is empty"), "utf-16": ('{"c": "kä"}'.encode("utf-16"), "not UTF-8"),
+    "a list without text": (b'{"c": [1, null, " ", ["a"]]}', "caption list holds no text"),
+    "true": (b'{"c": true}', "caption is empty"), "utf-16": ('{"c": "kä"}'.encode("utf-16"), "not UTF-8"),
     "a tail": (b'{"c": "a cat 2"} x', "cannot be parsed"), "two of them": (b'{"c": "a"}{"c": "b"}', "cannot be parsed"),
     "single quotes": (b"{'c': 'a'}", "cannot be parsed"),
     "control characters": (b'{"c": "a\ncat"}', "cannot be parsed"), "deep objects": (b'{"c":' * 100_000, "cannot be parsed"), "null": (b"null", "no field"),

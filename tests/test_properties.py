@@ -1,11 +1,13 @@
 """Whatever the bytes: the documented errors and no others, no hang, and no memory that a few bytes have asked for."""
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
 import tempfile
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -162,16 +164,31 @@ SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(any)
 
 
 @EVERY
-@given(SIZES, st.integers(0, 99), st.integers(0, 3))
-def test_every_epoch_is_a_permutation_that_stays_in_its_windows(sizes, seed, epoch):
+@given(SIZES, st.integers(0, 99), st.integers(0, 3), st.integers(1, 9), st.integers(0, 5))
+def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, lanes, run):
     starts = np.cumsum([0, *sizes])
-    n, order = int(starts[-1]), Order(starts, seed)
-    found = [order(epoch * n + i) for i in range(n)]
-    assert sorted(found) == list(range(n)) and found == [Order(starts, seed)(epoch * n + i) for i in range(n)]
-    shard = np.searchsorted(starts, found, side="right") - 1
-    first, last = ({s: f(np.flatnonzero(shard == s)) for s in set(shard.tolist())} for f in (np.min, np.max))
-    open_at_once = [sum(first[s] <= i <= last[s] for s in first) for i in range(n)]
-    assert max(open_at_once) <= 16
+    n, run_of = int(starts[-1]), None
+
+    def in_runs(samples):
+        return (samples - starts[np.searchsorted(starts, samples, side="right") - 1]) // run
+    if run:
+        run_of = in_runs
+    with mock.patch("sources.LANES", lanes):
+        order = Order(starts, seed, run_of)
+        found = [order(epoch * n + i) for i in range(n)]
+        assert found == [Order(starts, seed, run_of)(epoch * n + i) for i in range(n)]
+    assert sorted(found) == list(range(n))
+    if run:
+        samples = np.array(found)
+        shard = np.searchsorted(starts, samples, side="right") - 1
+        used = list(zip(shard.tolist(), in_runs(samples).tolist()))
+        for lane in range(lanes):  # each lane leaves a run when it has used it
+            turns = [key for key, _ in itertools.groupby(used[lane::lanes])]
+            assert len(turns) == len(set(turns))
+            tars = [key for key, _ in itertools.groupby(s for s, _ in turns)]
+            assert len(tars) == len(set(tars))
+        reads = sum(len(set(used[lane::lanes])) for lane in range(lanes))
+        assert reads <= len(set(used)) + lanes - 1  # only a run that two lanes share is read twice
 
 
 @EVERY
