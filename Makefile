@@ -12,7 +12,7 @@ run: $(VENV)/core          ## train the toy, both stages, and say where its pict
 	$(BIN)/python train.py
 
 emoji: $(VENV)/core        ## a real data set: fetched with npm, trained on one vendor's drawings, measured on another's
-	$(BIN)/python emojis.py
+	$(BIN)/python -m inputs.emoji
 
 test: $(VENV)/test         ## light: no torch, no accelerator
 	$(BIN)/python -m pytest tests --ignore=tests/parity

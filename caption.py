@@ -14,14 +14,18 @@ from typing import NamedTuple
 
 import jax
 
-import checkpoint
 import decoder
-import tokenizer
-from config import Config, models, stages
-from devices import remember_programs
-from features import newest, pixels
-from masking import keep
-from sources import BadSample, silence_pillow
+from config import Config
+from inputs import tokenizer
+from inputs.images import silence_pillow
+from interop.encoder import load_pixels
+from masking import keep_random_tokens
+from objectives.registry import model_spec
+from runtime import checkpoint
+from runtime.checkpoint import load_run_checkpoint
+from runtime.cpu_tuning import enable_compilation_cache
+from runtime.curriculum import parse_stages
+from runtime.errors import BadSample, CheckpointError
 from vit import ViTConfig, init, vit
 
 
@@ -30,43 +34,43 @@ class Captioner(NamedTuple):
     params: dict                     # {"encoder": ..., "decoder": ...}
     encoder: ViTConfig
     decoder: decoder.DecoderConfig
-    tokenizer: tokenizer.Tokenizer
+    tokenizer: tokenizer.WordPiece
     settings: Config
     resolution: int
 
 
-def load(path: str) -> Captioner:
+def read_captioner(path: str) -> Captioner:
     """From a run's folder (its last checkpoint) or a checkpoint. CheckpointError if it cannot be read, or has no decoder."""
-    settings, arrays, meta = newest(path)
+    settings, arrays, meta = load_run_checkpoint(path)
     if settings.objective != "openvision2":
-        raise checkpoint.CheckpointError(f"{path} is a run of --objective {settings.objective}: captions are told by runs of openvision2")
-    encoder_cfg, decoder_cfg = models(settings, settings.vocab_size)
+        raise CheckpointError(f"{path} is a run of --objective {settings.objective}: captions are told by runs of openvision2")
+    encoder_cfg, decoder_cfg = model_spec(settings)[:2]
     if not any(name.startswith("params/decoder/") for name in arrays):
-        raise checkpoint.CheckpointError(f"{path} has no caption decoder")
+        raise CheckpointError(f"{path} has no caption decoder")
     like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
     params = jax.device_put(checkpoint.restore(arrays, like, path, under="params"))
     try:
-        tok = tokenizer.restore(meta["vocabulary"])
+        tok = tokenizer.from_state(meta["vocabulary"])
     except ValueError as problem:
-        raise checkpoint.CheckpointError(f"{path}: {problem}") from None
-    return Captioner(params, encoder_cfg, decoder_cfg, tok, settings, next(s.resolution for s in stages(settings) if meta["step"] <= s.end))
+        raise CheckpointError(f"{path}: {problem}") from None
+    return Captioner(params, encoder_cfg, decoder_cfg, tok, settings, next(s.resolution for s in parse_stages(settings.stages) if meta["step"] <= s.end))
 
 
 def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., str]:
     """caption(picture, seed=0, sample=0, top_p=0.0) -> text, from a run's last checkpoint. keep_ratio 0 is the run's;
     top_p 0 is greedy. CheckpointError if there is no run to be read."""
-    params, encoder_cfg, decoder_cfg, tok, settings, resolution = load(folder)
+    params, encoder_cfg, decoder_cfg, tok, settings, resolution = read_captioner(folder)
 
     @functools.partial(jax.jit, static_argnames="top_p")
     def write(params, images, key, top_p):
         tokens = vit(params["encoder"], images, encoder_cfg)["tokens"]                         # (1,N,D)
         patches, words = jax.random.split(key)
-        kept, _ = keep(patches[None], tokens, keep_ratio or settings.keep_ratio, settings.shuffle)  # (1,K,D)
-        return decoder.generate(params["decoder"], kept, decoder_cfg, settings.text_length, words if top_p else None, top_p)
+        kept, _ = keep_random_tokens(patches[None], tokens, keep_ratio or settings.keep_ratio, settings.shuffle_kept)  # (1,K,D)
+        return decoder.generate(params["decoder"], kept, decoder_cfg, settings.max_text_len, words if top_p else None, top_p)
 
     def caption(picture, seed: int = 0, sample: int = 0, top_p: float = 0.0) -> str:
         key = jax.random.fold_in(jax.random.key(seed), sample)
-        return tok.decode(jax.device_get(write(params, pixels(picture, resolution)[None], key, top_p))[0])
+        return tok.decode(jax.device_get(write(params, load_pixels(picture, resolution)[None], key, top_p))[0])
     return caption
 
 
@@ -91,7 +95,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     try:
         caption = load_captioner(given.run, given.keep_ratio)
-    except (checkpoint.CheckpointError, OSError) as problem:
+    except (CheckpointError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     bad = 0
@@ -106,6 +110,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    remember_programs()
+    enable_compilation_cache()
     silence_pillow()
     sys.exit(main(sys.argv[1:]))

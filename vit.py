@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers import attend, gelu_linear, layer_norm, linear, norm_linear
+from layers import dot_product_attention, gelu_linear, layer_norm, linear
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, of pixels in 0..1 (released preprocessing)
-STD = (0.229, 0.224, 0.225)
-
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, of pixels in 0..1 (released preprocessing)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 #           layers, width, heads, mlp
-FAMILY = {
+ENCODER_SIZES = {
     "micro": (4, 96, 3, 384),  # ours: what the toy trains in minutes
     "Ti": (12, 192, 3, 768),
     "S": (12, 384, 6, 1536),
@@ -42,41 +41,40 @@ REMAT = {  # what the backward pass keeps of each block; the rest is computed ag
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    layers: int
+    depth: int
     width: int
-    heads: int
-    mlp: int
-    patch: int
-    cls: bool = False          # the released weights carry a CLS token; nothing in the method reads it
-    positions: int = 0         # grid side of a learned position table, which foreign weights may bring; 0: the sin-cos formula
+    num_heads: int
+    mlp_dim: int
+    patch_size: int
+    cls_token: bool = False          # the released weights carry a CLS token; nothing in the method reads it
+    learned_pos_grid: int = 0         # grid side of a learned position table, which foreign weights may bring; 0: the sin-cos formula
     dtype: str = "float32"     # of activations and matmul inputs; parameters stay fp32
     remat: str = "none"        # a key of REMAT
-    unroll: int = 1            # layers a scan step: more compile time, fewer copies around the loop
+    scan_unroll: int = 1            # layers a scan step: more compile time, fewer copies around the loop
 
 
-def config(name: str, **changes: Any) -> ViTConfig:
+def vit_config(name: str, **changes: Any) -> ViTConfig:
     """The family member "SIZE/PATCH", such as "L/14" or "S/8". ValueError names what is wrong with any other text."""
     size, slash, patch = name.partition("/")
-    if size not in FAMILY or not slash or not patch.isdecimal() or int(patch) < 1:
-        raise ValueError(f"unknown encoder {name!r}: write SIZE/PATCH with SIZE one of {', '.join(FAMILY)}, as in L/14")
-    return ViTConfig(*FAMILY[size], patch=int(patch), **changes)
+    if size not in ENCODER_SIZES or not slash or not patch.isdecimal() or int(patch) < 1:
+        raise ValueError(f"unknown encoder {name!r}: write SIZE/PATCH with SIZE one of {', '.join(ENCODER_SIZES)}, as in L/14")
+    return ViTConfig(*ENCODER_SIZES[size], patch_size=int(patch), **changes)
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
-class Weight(NamedTuple):
+class ParamSpec(NamedTuple):
     """One array, declared once: init and counts derive from these."""
     shape: tuple[int, ...]
     std: float | None    # standard deviation of the draw; 0 gives zeros, None gives ones
     law: str = "normal"  # distribution of the draw: a key of DRAW
 
 
-DRAW = {  # samples with standard deviation 1, from (key, shape)
+DISTRIBUTIONS = {  # samples with standard deviation 1, from (key, shape)
     "normal": jax.random.normal,
     "uniform": lambda key, shape: jax.random.uniform(key, shape, minval=-(3**0.5), maxval=3**0.5),
     # a normal that is cut at two standard deviations, and then has 0.87962566 of its own
     "truncated": lambda key, shape: jax.random.truncated_normal(key, -2, 2, shape) / 0.87962566,
 }
-RELEASED = {  # --init-scale released: law and std of a layer's weights, from its (inputs, outputs)
+RELEASED_INIT = {  # --init-scale released: law and std of a layer's weights, from its (inputs, outputs)
     "patch": ("uniform", lambda inputs, outputs: math.sqrt(2 / inputs)),
     "cls": ("normal", lambda inputs, outputs: 1e-6),
     "qkv": ("normal", lambda inputs, outputs: 0.02),
@@ -86,80 +84,79 @@ RELEASED = {  # --init-scale released: law and std of a layer's weights, from it
 }
 
 
-def dense(fan_in: int, fan_out: int, stack: tuple[int, ...] = (), copies: int = 1, bias: bool = True) -> dict:
+def dense_specs(fan_in: int, fan_out: int, stack: tuple[int, ...] = (), copies: int = 1, bias: bool = True) -> dict:
     """A matmul's weights with Xavier scale. `copies` matrices side by side (q, k, v) are each scaled on their own."""
-    kernel = Weight((*stack, fan_in, copies * fan_out), math.sqrt(2 / (fan_in + fan_out)))
-    return {"kernel": kernel} | ({"bias": Weight((*stack, copies * fan_out), 0.0)} if bias else {})
+    kernel = ParamSpec((*stack, fan_in, copies * fan_out), math.sqrt(2 / (fan_in + fan_out)))
+    return {"kernel": kernel} | ({"bias": ParamSpec((*stack, copies * fan_out), 0.0)} if bias else {})
 
 
-def norm_weights(width: int, stack: tuple[int, ...] = ()) -> dict:
-    return {"scale": Weight((*stack, width), None), "bias": Weight((*stack, width), 0.0)}
+def norm_specs(width: int, stack: tuple[int, ...] = ()) -> dict:
+    return {"scale": ParamSpec((*stack, width), None), "bias": ParamSpec((*stack, width), 0.0)}
 
 
-def block_weights(layers: int, width: int, mlp: int) -> dict:
+def block_specs(layers: int, width: int, mlp: int) -> dict:
     """One transformer block, stacked `layers` deep: the layout of encoder and decoder alike."""
     stack = (layers,)
     return {
-        "norm1": norm_weights(width, stack),
-        "qkv": dense(width, width, stack, copies=3),
-        "out": dense(width, width, stack),
-        "norm2": norm_weights(width, stack),
-        "fc1": dense(width, mlp, stack),
-        "fc2": dense(mlp, width, stack),
+        "norm1": norm_specs(width, stack),
+        "qkv": dense_specs(width, width, stack, copies=3),
+        "out": dense_specs(width, width, stack),
+        "norm2": norm_specs(width, stack),
+        "fc1": dense_specs(width, mlp, stack),
+        "fc2": dense_specs(mlp, width, stack),
     }
 
 
-def weights(cfg: ViTConfig) -> dict:
+def param_specs(cfg: ViTConfig) -> dict:
     """Every array of the encoder. The patch kernel is (P*P*3, D): rows in (y, x, colour) order, no bias (released)."""
     declared = {
-        "patch": dense(cfg.patch * cfg.patch * 3, cfg.width, bias=False),
-        "blocks": block_weights(cfg.layers, cfg.width, cfg.mlp),
-        "norm": norm_weights(cfg.width),
+        "patch": dense_specs(cfg.patch_size * cfg.patch_size * 3, cfg.width, bias=False),
+        "blocks": block_specs(cfg.depth, cfg.width, cfg.mlp_dim),
+        "norm": norm_specs(cfg.width),
     }
-    if cfg.cls:
-        declared["cls"] = {"embedding": Weight((1, cfg.width), 0.02)}
-    if cfg.positions:
-        declared["positions"] = {"table": Weight((cfg.positions**2, cfg.width), 0.02)}
+    if cfg.cls_token:
+        declared["cls"] = {"embedding": ParamSpec((1, cfg.width), 0.02)}
+    if cfg.learned_pos_grid:
+        declared["positions"] = {"table": ParamSpec((cfg.learned_pos_grid**2, cfg.width), 0.02)}
     return declared
 
 
-def is_weight(x: Any) -> bool:
-    return isinstance(x, Weight)
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
 
 
-def initialise(key: jax.Array, declared: dict) -> dict:
+def init_params(key: jax.Array, declared: dict) -> dict:
     """fp32 arrays for declared weights. A key per name: adding a weight disturbs no other."""
-    def draw(path, w: Weight) -> jax.Array:
+    def draw(path, w: ParamSpec) -> jax.Array:
         if not w.std:
             return (jnp.ones if w.std is None else jnp.zeros)(w.shape, jnp.float32)
         own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        return w.std * DRAW[w.law](own, w.shape)
-    return jax.tree_util.tree_map_with_path(draw, declared, is_leaf=is_weight)
+        return w.std * DISTRIBUTIONS[w.law](own, w.shape)
+    return jax.tree_util.tree_map_with_path(draw, declared, is_leaf=is_spec)
 
 
-def rescale(declared: dict, scales: dict) -> dict:
+def with_init_scales(declared: dict, scales: dict) -> dict:
     """Declared weights with other initial scales. `scales` has the form of RELEASED. Biases, norms,
     position tables and layers that it does not name stay as they are."""
-    def other(path: tuple, w: Weight) -> Weight:
+    def other(path: tuple, w: ParamSpec) -> ParamSpec:
         layer = path[-2].key if len(path) > 1 else ""
         if path[-1].key not in ("kernel", "embedding") or layer not in scales:
             return w
         law, std = scales[layer]
-        return Weight(w.shape, std(*w.shape[-2:]), law)
-    return jax.tree_util.tree_map_with_path(other, declared, is_leaf=is_weight)
+        return ParamSpec(w.shape, std(*w.shape[-2:]), law)
+    return jax.tree_util.tree_map_with_path(other, declared, is_leaf=is_spec)
 
 
 def init(key: jax.Array, cfg: ViTConfig) -> dict:
-    return initialise(key, weights(cfg))
+    return init_params(key, param_specs(cfg))
 
 
-def count(declared: dict) -> int:
+def count_params(declared: dict) -> int:
     """Parameters in a tree of declared weights."""
-    return sum(math.prod(w.shape) for w in jax.tree.leaves(declared, is_leaf=is_weight))
+    return sum(math.prod(w.shape) for w in jax.tree.leaves(declared, is_leaf=is_spec))
 
 
-# --------------------------------------------------------------------------------------------------------------- block
-def block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exact_gelu: bool = True,
+def transformer_block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exact_gelu: bool = True,
           cache: tuple[jax.Array, jax.Array, jax.Array] | None = None) -> tuple[jax.Array, dict]:
     """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out.
 
@@ -167,31 +164,30 @@ def block(x: jax.Array, w: dict, heads: int, mask: jax.Array | None = None, exac
     the mask then covers S. Also returns {"keys", "values", "looks"}; what the caller drops is never computed.
     """
     B, Q, D = x.shape
-    qkv = norm_linear(x, w["norm1"], w["qkv"])                                 # (B,Q,3D)
+    qkv = linear(layer_norm(x, w["norm1"]), w["qkv"])                                 # (B,Q,3D)
     q, k, v = (a.reshape(B, Q, heads, D // heads) for a in jnp.split(qkv, 3, axis=-1))
     if cache is not None:
         keys, values, place = cache
         k = jax.lax.dynamic_update_slice_in_dim(keys, k, place, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(values, v, place, axis=1)
-    mixed, looks = attend(q, k, v, mask)
+    mixed, looks = dot_product_attention(q, k, v, mask)
     x = x + linear(mixed.reshape(B, Q, D), w["out"])
-    x = x + gelu_linear(norm_linear(x, w["norm2"], w["fc1"]), w["fc2"], exact_gelu)
+    x = x + gelu_linear(linear(layer_norm(x, w["norm2"]), w["fc1"]), w["fc2"], exact_gelu)
     return x, {"keys": k, "values": v, "looks": looks}
 
 
-def stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (), layer: Any = block, **how: Any) -> tuple[jax.Array, dict]:
+def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (), layer: Any = transformer_block, **how: Any) -> tuple[jax.Array, dict]:
     """Run all L blocks: one compiled body scanned over the leading axis of the weights. cfg gives heads, remat and
     unroll; `how` goes to `layer`. Returns x and the wanted by-products, each with a leading L."""
     def body(x, w):
-        x, extra = layer(x, w, cfg.heads, **how)
+        x, extra = layer(x, w, cfg.num_heads, **how)
         return x, {name: extra[name] for name in wanted}
     if cfg.remat != "none":
         body = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
-    return jax.lax.scan(body, x, blocks, unroll=min(cfg.unroll, cfg.layers))
+    return jax.lax.scan(body, x, blocks, unroll=min(cfg.scan_unroll, cfg.depth))
 
 
-# ------------------------------------------------------------------------------------------------------------- encoder
-def positions(grid: int, width: int) -> np.ndarray:
+def sincos_position_embedding(grid: int, width: int) -> np.ndarray:
     """2-D sin-cos table (N, D) fp32, columns [sin x, cos x, sin y, cos y], omega_i = 10000^(-i/(D/4-1)): MoCo-v3's
     form, as released. It is computed for any grid, so a change of resolution needs no surgery."""
     if width % 4 or width < 8:
@@ -201,19 +197,19 @@ def positions(grid: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
 
-def place(params: dict, grid: int, cfg: ViTConfig) -> Any:
+def position_embedding(params: dict, grid: int, cfg: ViTConfig) -> Any:
     """The table (N, D) that is added to the patches: the formula's, or the learned one, resized (cubic) for another grid."""
-    if not cfg.positions:
-        return positions(grid, cfg.width)
-    table, learned = params["positions"]["table"], (cfg.positions, cfg.positions, cfg.width)
-    if grid == cfg.positions:
+    if not cfg.learned_pos_grid:
+        return sincos_position_embedding(grid, cfg.width)
+    table, learned = params["positions"]["table"], (cfg.learned_pos_grid, cfg.learned_pos_grid, cfg.width)
+    if grid == cfg.learned_pos_grid:
         return table
     return jax.image.resize(table.reshape(learned), (grid, grid, cfg.width), "cubic").reshape(grid * grid, cfg.width)
 
 
-def normalise(images: jax.Array) -> jax.Array:
+def normalize(images: jax.Array) -> jax.Array:
     """uint8 pixels to fp32 with ImageNet mean 0 and deviation 1; done on the device, so that bytes travel."""
-    return (images.astype(jnp.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    return (images.astype(jnp.float32) / 255 - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:
@@ -239,16 +235,16 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
     attention (L,B,H,S,S)  on request; row i says where token i looked
     """
     if images.dtype == jnp.uint8:
-        images = normalise(images)
-    x = linear(patchify(images.astype(cfg.dtype), cfg.patch), params["patch"])  # (B,N,D)
-    x = x + place(params, images.shape[1] // cfg.patch, cfg).astype(cfg.dtype)
-    if cfg.cls:                                                                 # its row of the table is zeros
+        images = normalize(images)
+    x = linear(patchify(images.astype(cfg.dtype), cfg.patch_size), params["patch"])  # (B,N,D)
+    x = x + position_embedding(params, images.shape[1] // cfg.patch_size, cfg).astype(cfg.dtype)
+    if cfg.cls_token:                                                                 # its row of the table is zeros
         cls = jnp.broadcast_to(params["cls"]["embedding"].astype(x.dtype), (x.shape[0], 1, cfg.width))
         x = jnp.concatenate([cls, x], axis=1)                                   # (B,1+N,D)
-    x, extra = stack(x, params["blocks"], cfg, wanted=("looks",) if attention else (), mask=mask)
-    tokens = x[:, int(cfg.cls):]
+    x, extra = transformer_stack(x, params["blocks"], cfg, wanted=("looks",) if attention else (), mask=mask)
+    tokens = x[:, int(cfg.cls_token):]
     out = {"tokens": tokens, "pooled": layer_norm(tokens.mean(1), params["norm"])}
-    if cfg.cls:
+    if cfg.cls_token:
         out["cls"] = x[:, 0]
     if attention:
         out["attention"] = extra["looks"]
@@ -262,14 +258,14 @@ def block_flops(tokens: float, width: int, mlp: int, layers: int) -> float:
 
 def flops(cfg: ViTConfig, resolution: int) -> float:
     """Forward FLOPs of the encoder for one image."""
-    N = (resolution // cfg.patch) ** 2
-    return block_flops(N + cfg.cls, cfg.width, cfg.mlp, cfg.layers) + 2 * N * cfg.patch**2 * 3 * cfg.width
+    N = (resolution // cfg.patch_size) ** 2
+    return block_flops(N + cfg.cls_token, cfg.width, cfg.mlp_dim, cfg.depth) + 2 * N * cfg.patch_size**2 * 3 * cfg.width
 
 
 if __name__ == "__main__":
     print(f"{'encoder':>10} {'layers':>6} {'width':>6} {'heads':>6} {'mlp':>6} {'params':>9}   tokens and GFLOPs an image")
-    for size in FAMILY:
+    for size in ENCODER_SIZES:
         p, sides = {"micro": (8, (32, 64))}.get(size, (16, (160, 224, 384)) if size in ("Ti", "S", "B") else (14, (84, 224, 448)))
-        c = config(f"{size}/{p}")
+        c = vit_config(f"{size}/{p}")
         costs = "   ".join(f"{s}px {(s // p)**2:4d} {flops(c, s) / 1e9:8.3f}" for s in sides)
-        print(f"{size + '/' + str(p):>10} {c.layers:6d} {c.width:6d} {c.heads:6d} {c.mlp:6d} {count(weights(c)) / 1e6:8.1f}M   {costs}")
+        print(f"{size + '/' + str(p):>10} {c.depth:6d} {c.width:6d} {c.num_heads:6d} {c.mlp_dim:6d} {count_params(param_specs(c)) / 1e6:8.1f}M   {costs}")

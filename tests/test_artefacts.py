@@ -12,26 +12,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import checkpoint
 import decoder
 import evaluate
-import features
-import layouts
-import plots
 import vit
+from interop import layouts
+from interop.encoder import Encoder, load_encoder
+from runtime import checkpoint, plots
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SAVED = os.path.join(ROOT, "tests", "artefacts")
 NAMES = {  # of figures: in the saved files, and in today's
     "loss": "loss", "grad_norm": "grad_norm", "lr": "lr",
-    "val_loss": "val_loss", "shuffled_loss": "shuffled_loss", "floor_loss": "floor_loss",
+    "val_loss": "val_loss", "val_loss_shuffled": "val_loss_shuffled", "val_loss_blind": "val_loss_blind",
     "images_seen": "images_seen", "parameters": "parameters", "held_out_pictures": "held_out_pictures",
     "bad_samples": "bad_samples", "exact_match": "exact_match", "word_accuracy": "word_accuracy",
     "colour_accuracy": "colour_accuracy", "shape_accuracy": "shape_accuracy", "size_accuracy": "size_accuracy",
     "place_accuracy": "place_accuracy", "object_accuracy": "object_accuracy", "count_accuracy": "count_accuracy",
     "background_accuracy": "background_accuracy",
 }
-EXACT = ("loss", "grad_norm", "val_loss", "shuffled_loss")
+EXACT = ("loss", "grad_norm", "val_loss", "val_loss_shuffled")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def expected() -> dict:
 
 @pytest.fixture
 def nano(monkeypatch):
-    for family in (vit.FAMILY, decoder.FAMILY):
+    for family in (vit.ENCODER_SIZES, decoder.DECODER_SIZES):
         monkeypatch.setitem(family, "nano", (1, 16, 2, 32))  # as artefacts/nano.py does in a process of its own
 
 
@@ -102,8 +101,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(cache, expected, tmp_path):
             compare(old, new, exact)
     with open(os.path.join(folder, "summary.json"), encoding="utf-8") as f:
         compare(expected["summary"], json.load(f), exact)
-    ours = features.read(os.path.join(folder, "encoder.npz"))[0]
-    theirs = features.read(os.path.join(SAVED, "finished", "encoder.npz"))[0]
+    ours = checkpoint.read_encoder(os.path.join(folder, "encoder.npz"))[0]
+    theirs = checkpoint.read_encoder(os.path.join(SAVED, "finished", "encoder.npz"))[0]
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
@@ -118,7 +117,7 @@ def test_a_saved_run_is_evaluated_without_a_flag(expected, nano, tmp_path, name)
 
 @pytest.mark.parametrize("name, resolution", [("finished", 24), ("clip", 8)])
 def test_a_saved_encoder_gives_the_same_features(expected, nano, name, resolution):
-    encoder = features.load_encoder(os.path.join(SAVED, name))
+    encoder = load_encoder(os.path.join(SAVED, name))
     assert encoder.resolution == resolution
     found = encoder(image(resolution)).pooled[0]
     np.testing.assert_allclose(found, expected["pooled"][name], rtol=1e-5, atol=1e-5)
@@ -127,9 +126,9 @@ def test_a_saved_encoder_gives_the_same_features(expected, nano, name, resolutio
 @pytest.mark.parametrize("name, resolution, cls", [("vit", 24, True), ("siglip", 8, False)])
 def test_an_exported_folder_gives_the_same_features(expected, nano, name, resolution, cls):
     arrays = read_safetensors(os.path.join(SAVED, name, "model.safetensors"))
-    params, cfg, found, _ = layouts.recognise(arrays)
-    assert (found, cfg.cls) == (resolution, cls)
-    pooled = features.Encoder(params, cfg, found)(image(found)).pooled[0]
+    params, cfg, found, _ = layouts.detect(arrays)
+    assert (found, cfg.cls_token) == (resolution, cls)
+    pooled = Encoder(params, cfg, found)(image(found)).pooled[0]
     np.testing.assert_allclose(pooled, expected["pooled"][name], rtol=1e-5, atol=1e-5)
 
 

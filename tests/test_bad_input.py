@@ -8,9 +8,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_data import members, photo, put, spill
 
 import train
+from runtime import checkpoint
+from tests.helpers.samples import members, photo, put, spill
 
 TINY = "resolution=16 steps=1 batch=8 lr=1e-3"
 
@@ -45,29 +46,29 @@ def say(tmp_path, capsys, monkeypatch):
     ("--seed one", "--seed: invalid int value: 'one'"),
     ("--seed 1.5", "--seed: invalid int"),
     ("--seed", "--seed: expected one argument"),
-    ("--flip=yes", "--flip.*ignored explicit argument 'yes'"),
-    ("--flip perhaps", "invalid choice: 'perhaps'"),
+    ("--hflip=yes", "--hflip.*ignored explicit argument 'yes'"),
+    ("--hflip perhaps", "invalid choice: 'perhaps'"),
     ("--dtype float64", "--dtype: invalid choice: 'float64'"),
     ("--decoder huge", "--decoder: invalid choice"),
-    ("--crop big", "--crop: invalid float"),
+    ("--min-crop-area big", "--min-crop-area: invalid float"),
     ("--seed -1", "--seed -1 is out of range: at least 0"),
-    ("--crop 0", "--crop 0.0 is out of range: above 0"),
-    ("--crop 1.5", "--crop 1.5 is out of range"),
-    ("--crop nan", "--crop nan is out of range"),
+    ("--min-crop-area 0", "--min-crop-area 0.0 is out of range: above 0"),
+    ("--min-crop-area 1.5", "--min-crop-area 1.5 is out of range"),
+    ("--min-crop-area nan", "--min-crop-area nan is out of range"),
     ("--keep-ratio 0", "--keep-ratio 0.0 is out of range"),
     ("--keep-ratio 1.01", "--keep-ratio 1.01"),
-    ("--text-length 2", "--text-length 2"),
+    ("--max-text-len 2", "--max-text-len 2"),
     ("--workers 0", "--workers 0"),
-    ("--accum 0", "--accum 0"),
-    ("--val-count 0", "--val-count 0"),
+    ("--grad-accum 0", "--grad-accum 0"),
+    ("--val-samples 0", "--val-samples 0"),
     ("--weight-decay inf", "--weight-decay inf"),
-    ("--clip -1", "--clip -1.0"),
+    ("--grad-clip -1", "--grad-clip -1.0"),
     ("--save-every 0", "--save-every 0"),
     ("--encoder L", "--encoder.*L"),
     ("--encoder L/x", "--encoder.*L/x"),
     ("--encoder L/0", "--encoder.*L/0"),
     ("--encoder XXL/14", "--encoder.*XXL"),
-    ("--devices 9999", "9999 devices"),
+    ("--num-devices 9999", "9999 devices"),
     ("--vocab-size 20", "--vocab-size"),
 ])
 def test_a_bad_flag_is_named(say, argv, says):
@@ -110,7 +111,7 @@ def test_a_bad_curriculum_is_told_by_its_words(say, stages, says):
 
 
 def test_a_batch_that_cannot_be_cut_is_told(say):
-    assert re.search("batch 8 of stage 1 cannot be shared by 1 devices x 3 pieces .*multiple of 3", say("--stages", TINY, "--accum", "3"))
+    assert re.search("batch 8 of stage 1 cannot be shared by 1 devices x 3 pieces .*multiple of 3", say("--stages", TINY, "--grad-accum", "3"))
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -118,7 +119,7 @@ def test_a_batch_that_cannot_be_cut_is_told(say):
     ("--data absent", "absent is no data: .*nothing of that name exists"),
     ("--data none/*.tar", r"no file matches none/\*.tar"),
     ("--data bare.tar", r"no captioned image in bare.tar: 2 without a .txt"),
-    ("--data good.tar --caption absent", r"no field 'absent' \(it has re_caption, n\); name one with --caption"),
+    ("--data good.tar --caption-field absent", r"no field 'absent' \(it has re_caption, n\); name one with --caption-field"),
     ("--data good.tar --val absent.tar", "absent.tar cannot be read as an uncompressed tar: No such file"),
     ("--data one", "one holds 1 sample: give at least three, or held-out pictures with --val"),
     ("--data note.txt", "note.txt is no data"),
@@ -129,9 +130,9 @@ def test_a_batch_that_cannot_be_cut_is_told(say):
     ("--vocab one", "--vocab: one is a folder"),
     ("--vocab twice.txt", "--vocab: twice.txt lists 'a' more than once"),
     ("--vocab long.txt --vocab-size 100", "--vocab-size 100 is less than the 304 pieces of long.txt"),
-    ("--out note.txt", "note.txt"),
-    ("--out note.txt/run", "note.txt"),
-    ("--out /proc/run", "/proc/run"),
+    ("--workdir note.txt", "note.txt"),
+    ("--workdir note.txt/run", "note.txt"),
+    ("--workdir /proc/run", "/proc/run"),
 ])
 def test_a_bad_file_is_named(say, tmp_path, argv, says):
     put("good.tar", members(4))
@@ -150,9 +151,9 @@ def test_a_run_with_other_settings_or_broken_checkpoints_is_not_touched(say, tmp
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "step-00000001.npz").write_bytes(b"PK damaged")
-    assert re.search("every checkpoint in run is damaged: delete them", say("--stages", TINY, "--out", "run"))
-    train.checkpoint.save(str(folder / "step-00000001.npz"), {}, {"step": 1, "config": {"seed": 3}, "data": {"training data": "scenes"}})
-    assert re.search("run holds a run with other settings: --seed is 0, was 3", say("--stages", TINY, "--out", "run"))
+    assert re.search("every checkpoint in run is damaged: delete them", say("--stages", TINY, "--workdir", "run"))
+    checkpoint.save(str(folder / "step-00000001.npz"), {}, {"step": 1, "config": {"seed": 3}, "data": {"training data": "scenes"}})
+    assert re.search("run holds a run with other settings: --seed is 0, was 3", say("--stages", TINY, "--workdir", "run"))
     assert sorted(os.listdir(folder)) == ["step-00000001.npz"]
 
 
@@ -163,7 +164,7 @@ def test_a_run_whose_samples_came_in_another_order_is_not_continued(say, tmp_pat
         put(tmp_path / f"{n:02}.tar", members(2, start=2 * n))
     (tmp_path / "run").mkdir()
     meta = {"step": 1, "config": {}, "data": {"held-out data": "other"}}
-    train.checkpoint.save(str(tmp_path / "run" / "step-00000001.npz"), {}, meta)
+    checkpoint.save(str(tmp_path / "run" / "step-00000001.npz"), {}, meta)
     line = say("pictures", "--stages", TINY, "--data", "*.tar", "--out", "run")
     assert re.search("run holds a run with other settings: .*the held-out data is .*, was other", line)
     moved = "the order of the training data is shuffled whole, was shuffled in windows of 16 tars"
@@ -178,7 +179,7 @@ def test_from_a_shell_too(tmp_path):
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     commands = [
         (["--stages", TINY.replace("batch=8", "batch=12")], eight, 1, "batch 12 of stage 1 cannot be shared by 8 devices"),
-        (["--stages", TINY, "--data", "broken", "--caption", "txt"], {}, 1, "not one usable sample in the data"),
+        (["--stages", TINY, "--data", "broken", "--caption-field", "txt"], {}, 1, "not one usable sample in the data"),
         (["--data", "photo.png"], {}, 1, "photo.png is no data"),
         (["--flavour", "sweet"], {}, 2, "unrecognized arguments: --flavour"),
     ]

@@ -10,41 +10,38 @@ import optax
 import pytest
 
 import bench
-import checkpoint
 import config
-import data
 import decoder
-import features
 import layers
 import masking
-import run
-import tokenizer
 import train
 import vit
 from config import Config
+from inputs import images, tokenizer
+from objectives import registry
+from runtime import checkpoint, curriculum
 
 PAPER = ("ti16", "s16", "b16", "l14", "so400m14", "h14", "g14")
 EPOCH = 1_281_167
 
 
 def recipe(name: str) -> Config:
-    return config.PRESETS[name]
+    return config.RECIPES[name]
 
 
-# ------------------------------------------------------------ schedule
 @pytest.mark.parametrize("name", PAPER)
 def test_stages_are_the_released_ones(name):
     """Steps and warm-up are whole batches of the images; the rest of a batch is left out."""
-    low, high = config.stages(recipe(name))
+    low, high = curriculum.parse_stages(recipe(name).stages)
     assert (low.batch, low.steps, low.warmup) == (32_768, 390_981, 1_563)
     assert (high.batch, high.steps, high.warmup) == (16_384, 62_556, 1_563)
     assert (low.resolution, high.resolution) == (160 if name in ("ti16", "s16", "b16") else 84, 224)
 
 
 def test_a_part_of_a_step_is_left_out():
-    [stage] = config.stages(Config(stages="resolution=32 images=799 batch=100 lr=1e-3 warmup=199"))
+    [stage] = curriculum.parse_stages(Config(stages="resolution=32 images=799 batch=100 lr=1e-3 warmup=199").stages)
     assert (stage.steps, stage.warmup) == (7, 1)
-    [short] = config.stages(Config(stages="resolution=32 images=99 batch=100 lr=1e-3"))
+    [short] = curriculum.parse_stages(Config(stages="resolution=32 images=99 batch=100 lr=1e-3").stages)
     assert (short.steps, short.warmup) == (1, 0)
 
 
@@ -54,19 +51,18 @@ def test_a_part_of_a_step_is_left_out():
 ])
 def test_learning_rate_at_ten_points(number, peak, images, warmup, batch):
     """Against the closed formula: a line to the peak, then half a cosine to 0."""
-    stage = config.stages(recipe("l14"))[number]
+    stage = curriculum.parse_stages(recipe("l14").stages)[number]
     steps, warm = images // batch, warmup // batch
-    rate = train.schedule(stage)
+    rate = curriculum.lr_schedule(stage)
     points = [0, 1, warm // 2, warm - 1, warm, warm + 1, steps // 4, steps // 2, steps - 1, steps]
     for step in points:
         progress = min(max((step - warm) / (steps - warm), 0), 1)
         expected = peak * min(step / warm, 1) * (1 + math.cos(math.pi * progress)) / 2
         assert float(rate(step)) == pytest.approx(expected, rel=2e-5, abs=1e-7 * peak), step
-        logged = train.learning_rate(stage, step)
+        logged = curriculum.learning_rate(stage, step)
         assert logged == pytest.approx(expected, rel=2e-5, abs=1e-7 * peak), step
 
 
-# ------------------------------------------------------------ optimizer
 def small(**changes) -> Config:
     """The l14 recipe with networks that a test can hold."""
     settings = {"encoder": "Ti/16", "decoder": "Ti", "vocab_size": 1000, "cls": True}
@@ -76,7 +72,7 @@ def small(**changes) -> Config:
 @pytest.fixture(scope="module")
 def released() -> dict[str, np.ndarray]:
     cfg = small()
-    flat = checkpoint.flatten(run.init(cfg, config.model(cfg)))
+    flat = checkpoint.flatten(registry.init_params(cfg, registry.model_spec(cfg)))
     return {name: np.asarray(array) for name, array in flat.items()}
 
 
@@ -84,10 +80,10 @@ def test_moments_are_the_released_ones():
     """Of one gradient g: first moment 0.1 g in bfloat16, second 0.05 g squared in float32."""
     cfg = recipe("l14")
     params = {"kernel": jnp.ones((2, 2))}
-    optimizer = train.make_optimizer(cfg, config.stages(cfg)[0])
+    optimizer = train.make_optimizer(cfg, curriculum.parse_stages(cfg.stages)[0])
     _, state = optimizer.update({"kernel": jnp.full((2, 2), 8.0)}, optimizer.init(params), params)
     mu, nu = optax.tree.get(state, "mu")["kernel"], optax.tree.get(state, "nu")["kernel"]
-    assert mu.dtype == jnp.bfloat16 and nu.dtype == jnp.float32 and cfg.clip == 0
+    assert mu.dtype == jnp.bfloat16 and nu.dtype == jnp.float32 and cfg.grad_clip == 0
     np.testing.assert_allclose(mu.astype(np.float32), 0.8, rtol=1e-2)
     np.testing.assert_allclose(nu, 0.05 * 64, rtol=1e-6)
 
@@ -95,9 +91,9 @@ def test_moments_are_the_released_ones():
 def test_decay_is_on_kernels_alone():
     """A step takes lr x 0.2 of every kernel, and nothing of biases, norms, token table and CLS."""
     cfg = small()
-    plan = config.stages(cfg)[0]
+    plan = curriculum.parse_stages(cfg.stages)[0]
     at_peak = dataclasses.replace(plan, warmup=0)
-    params = run.init(cfg, config.model(cfg))
+    params = registry.init_params(cfg, registry.model_spec(cfg))
     params = jax.tree.map(jnp.ones_like, params)
     optimizer = train.make_optimizer(cfg, at_peak)
     no_gradient = jax.tree.map(jnp.zeros_like, params)
@@ -111,28 +107,26 @@ def test_decay_is_on_kernels_alone():
         np.testing.assert_allclose(checkpoint.flatten(updates)[name], -plan.lr * 0.2, rtol=1e-5)
 
 
-# ------------------------------------------------------------ kept tokens
 @pytest.mark.parametrize("pixels,patch,patches,kept", [
     (84, 14, 36, 12), (224, 14, 256, 89), (384, 14, 729, 255),
     (160, 16, 100, 35), (224, 16, 196, 68), (384, 16, 576, 201),
 ])
 def test_kept_counts(pixels, patch, patches, kept):
     assert (pixels // patch) ** 2 == patches
-    assert masking.kept_count(patches, recipe("l14").keep_ratio) == kept == int(patches * 0.35)
+    assert masking.num_kept_tokens(patches, recipe("l14").keep_ratio) == kept == int(patches * 0.35)
 
 
 @pytest.mark.parametrize("name", [*PAPER, "toy", "pictures"])
 def test_order_of_the_kept_tokens(name):
     """The paper's recipes hand them over in the order of the draw; the small ones sort them."""
-    model = config.model(recipe(name))
+    model = registry.model_spec(recipe(name))
     tokens = jnp.broadcast_to(jnp.arange(36.0)[None, :, None], (64, 36, 1))
     keys = jax.random.split(jax.random.key(0), 64)
-    kept, _ = masking.keep(keys, tokens, model.keep_ratio, model.shuffle)
+    kept, _ = masking.keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)
     in_order = np.mean(np.diff(np.asarray(kept)[..., 0], axis=1) > 0)
     assert 0.4 < in_order < 0.6 if name in PAPER else in_order == 1
 
 
-# ------------------------------------------------------------ initial weights
 def released_stds(width: int = 192) -> dict[str, tuple[str, float]]:
     """(law, standard deviation) of the weights of Ti/16 with decoder Ti: both are 192 wide."""
     deep = width**-0.5 * (2 * 12) ** -0.5
@@ -174,12 +168,12 @@ def test_initial_weights_are_the_released_ones(released):
 
 def test_fc2_of_the_encoder_follows_its_width():
     """0.04 at width 192, 0.0173 at 1024."""
-    declared = vit.rescale(vit.weights(vit.config("L/14")), vit.RELEASED)
+    declared = vit.with_init_scales(vit.param_specs(vit.vit_config("L/14")), vit.RELEASED_INIT)
     assert declared["blocks"]["fc2"]["kernel"].std == pytest.approx(math.sqrt(0.3072 / 1024))
 
 
 def test_scales_of_a_deep_decoder_use_depth_12():
-    declared = vit.rescale(decoder.weights(decoder.config("H", 100, 1280)), decoder.RELEASED)
+    declared = vit.with_init_scales(decoder.param_specs(decoder.decoder_config("H", 100, 1280)), decoder.RELEASED_INIT)
     assert declared["blocks"]["out"]["kernel"].std == pytest.approx((24 * 1024) ** -0.5)
     assert declared["blocks"]["fc2"]["kernel"].std == pytest.approx((24 * 1024) ** -0.5)
     assert declared["project"]["kernel"].std == pytest.approx(1280**-0.5)
@@ -192,7 +186,7 @@ def test_which_recipe_starts_how(name):
 
 def test_xavier_is_another_start():
     cfg = small(init_scale="xavier")
-    found = checkpoint.flatten(run.init(cfg, config.model(cfg)))
+    found = checkpoint.flatten(registry.init_params(cfg, registry.model_spec(cfg)))
     assert float(found["encoder/blocks/qkv/kernel"].std()) == pytest.approx(192**-0.5, rel=0.01)
     assert float(found["decoder/embed/embedding"].std()) == pytest.approx(1, rel=0.01)
 
@@ -200,7 +194,7 @@ def test_xavier_is_another_start():
 @pytest.mark.parametrize("objective", ["clip", "openvision", "cappa", "aimv2"])
 def test_rivals_start_with_the_released_scales_too(objective):
     cfg = small(objective=objective, alt="web" if objective == "openvision" else "")
-    found = checkpoint.flatten(run.init(cfg, config.model(cfg)))
+    found = checkpoint.flatten(registry.init_params(cfg, registry.model_spec(cfg)))
     assert float(found["encoder/blocks/qkv/kernel"].std()) == pytest.approx(0.02, rel=0.01)
     out = found[f"{'text' if objective == 'clip' else 'decoder'}/blocks/out/kernel"]
     assert float(out.std()) == pytest.approx((24 * 192) ** -0.5, rel=0.01)
@@ -209,28 +203,27 @@ def test_rivals_start_with_the_released_scales_too(objective):
 def test_a_checkpoint_from_before_the_option(tmp_path, capsys):
     """Its run began with Xavier scales: it is read as such, and continued as nothing else."""
     folder = str(tmp_path / "run")
-    argv = ["--stages", "resolution=16 steps=1 batch=8 lr=1e-3", "--val-count", "4", "--out", folder]
+    argv = ["--stages", "resolution=16 steps=1 batch=8 lr=1e-3", "--val-samples", "4", "--workdir", folder]
     assert train.main(argv) == 0
     [(_, path)] = checkpoint.steps(folder)
     arrays, meta = checkpoint.load(path)
     del meta["config"]["init_scale"]
     checkpoint.save(path, arrays, meta)
-    assert features.newest(folder)[0].init_scale == "xavier"
+    assert checkpoint.load_run_checkpoint(folder)[0].init_scale == "xavier"
     assert train.main(argv) == 0
     assert train.main([*argv, "--init-scale", "released"]) == 1
     assert "--init-scale is 'released', was 'xavier'" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------ sizes, FLOPs
 @pytest.mark.parametrize("name,size", [
     ("ti16", (12, 192, 3, 768)), ("s16", (12, 384, 6, 1536)), ("b16", (12, 512, 8, 2048)),
     ("l14", (12, 768, 12, 3072)), ("so400m14", (27, 1152, 16, 4304)),
     ("h14", (24, 1024, 16, 4096)), ("g14", (24, 1024, 16, 4096)),
 ])
 def test_decoders(name, size):
-    found = config.model(recipe(name)).decoder
-    assert (found.layers, found.width, found.heads, found.mlp) == size
-    assert found.vocab == 32_000 and found.prefix == "causal" and not found.positions
+    found = registry.model_spec(recipe(name)).decoder
+    assert (found.depth, found.width, found.num_heads, found.mlp_dim) == size
+    assert found.vocab == 32_000 and found.prefix == "causal" and not found.learned_pos_grid
 
 
 @pytest.mark.parametrize("argv,paper,within", [
@@ -252,7 +245,6 @@ def test_the_table_of_flops_shows_what_the_paper_has(tmp_path):
     assert shown == [("L/14", "L", 224, 208.9), ("So400m/14", "So400m", 384, 1017.7)]
 
 
-# ------------------------------------------------------------ layers
 def test_norms_add_1e_6_to_the_variance():
     x = jnp.array([[1e-3, -1e-3]])
     found = layers.layer_norm(x, {"scale": jnp.ones(2), "bias": jnp.zeros(2)})
@@ -271,11 +263,10 @@ def test_gelu_is_erf_in_the_encoder_and_tanh_in_the_decoder(exact):
     np.testing.assert_allclose(found[:, 0], erf if exact else tanh, atol=2e-5)
 
 
-# ------------------------------------------------------------ images
 def test_crops_have_the_released_areas_and_aspects():
     """Area 0.4 to 1 of the image and aspect 3/4 to 4/3, up to both ends."""
     rng = np.random.default_rng(0)
-    boxes = np.array([data.crop_box(1000, 1000, recipe("l14").crop, rng) for _ in range(4000)])
+    boxes = np.array([images.random_crop_box(1000, 1000, recipe("l14").min_crop_area, rng) for _ in range(4000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     area, aspect = width * height / 1e6, width / height
     assert 0.4 - 1e-9 <= area.min() < 0.405 and 0.98 < area.max() <= 1 + 1e-9
@@ -283,19 +274,18 @@ def test_crops_have_the_released_areas_and_aspects():
     assert boxes.min() >= 0 and boxes.max() <= 1000 + 1e-9
 
 
-# ------------------------------------------------------------ text
 def test_a_long_caption_keeps_126_pieces_and_its_end():
     """One more than as released, where the last of the 128 places is a token that nothing reads."""
-    length = recipe("l14").text_length
-    tok = tokenizer.Tokenizer(["[PAD]", "[bos]", "[eos]", "[UNK]", "a"])
+    length = recipe("l14").max_text_len
+    tok = tokenizer.WordPiece(["[PAD]", "[bos]", "[eos]", "[UNK]", "a"])
     found = tok.encode("a " * 300, length)
     assert length == 128 and (found[0], found[-1]) == (1, 2)
     assert len(found[1:-1]) == 126 and (found[1:-1] == 4).all()
-    assert int(decoder.target_count(jnp.asarray(found)[None])[0]) == 127
+    assert int(decoder.count_targets(jnp.asarray(found)[None])[0]) == 127
 
 
 def test_pixels_are_normalised_with_imagenets_statistics():
-    found = np.asarray(vit.normalise(jnp.array([[0, 0, 0], [255, 255, 255]], jnp.uint8)))
+    found = np.asarray(vit.normalize(jnp.array([[0, 0, 0], [255, 255, 255]], jnp.uint8)))
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(found, [(0 - mean) / std, (1 - mean) / std], rtol=1e-5)
 
@@ -303,7 +293,7 @@ def test_pixels_are_normalised_with_imagenets_statistics():
 @pytest.mark.parametrize("name", PAPER)
 def test_settings_that_are_numbers(name):
     cfg = recipe(name)
-    assert (cfg.keep_ratio, cfg.b2, cfg.weight_decay, cfg.clip) == (0.35, 0.95, 0.2, 0)
-    assert (cfg.crop, cfg.flip, cfg.gray) == (0.4, False, 0.2)
-    assert (cfg.jitter, cfg.hue, data.JITTERED) == (0.32, 0.08, 0.8)
-    assert (cfg.text_length, cfg.vocab_size, cfg.mu_dtype) == (128, 32_000, "bfloat16")
+    assert (cfg.keep_ratio, cfg.adam_b2, cfg.weight_decay, cfg.grad_clip) == (0.35, 0.95, 0.2, 0)
+    assert (cfg.min_crop_area, cfg.hflip, cfg.grayscale_prob) == (0.4, False, 0.2)
+    assert (cfg.jitter, cfg.hue, images.JITTER_PROB) == (0.32, 0.08, 0.8)
+    assert (cfg.max_text_len, cfg.vocab_size, cfg.mu_dtype) == (128, 32_000, "bfloat16")

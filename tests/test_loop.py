@@ -11,38 +11,35 @@ import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
 
-import checkpoint
 import config
-import evaluate
-import plots
 import train
-from devices import Place
-from interrupt import Interrupt
-from run import Run
+from runtime import checkpoint, curriculum, plots, validation
+from runtime.devices import DataParallel
+from runtime.distributed import PreemptionHandler
+from runtime.run_folder import Run
 
 STAGES = ("resolution=16 steps=3 batch=8 lr=1e-3 warmup=1, resolution=24 steps=3 batch=8 lr=1e-3, "
           "resolution=32 steps=3 batch=8 lr=1e-3")
-FLAGS = ["--stages", STAGES, "--val-count", "16", "--log-every", "1", "--eval-every", "100",
+FLAGS = ["--stages", STAGES, "--val-samples", "16", "--log-every", "1", "--eval-every", "100",
          "--save-every", "100"]
 
 
 def rows(folder) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    timed = ("images_per_second", "data_wait", "seconds")
+    timed = ("images_per_second", "data_wait_fraction", "seconds")
     found = plots.read_metrics(str(folder / "metrics.jsonl"))
     return [{k: v for k, v in r.items() if k not in timed} for r in found]
 
 
-# ---------------------------------------------------------------------------------- host and device
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (7, 0), (7, 1), (7, 6), (350, 100),
                                            (390_981, 1563)])
 def test_the_logged_rate_is_that_of_the_optimizer(steps, warmup):
-    stage = config.Stage(1, 16, 8, 3e-3, steps, warmup, 0, 0)
+    stage = curriculum.Stage(1, 16, 8, 3e-3, steps, warmup, 0, 0)
     near = [n + d for n in (0, warmup, steps) for d in (-1, 0, 1)]
     spread = range(0, steps + 1, max(1, steps // 200))
     counts = sorted({n for n in [*near, *spread] if 0 <= n <= steps})
-    wanted = np.array([float(train.schedule(stage)(n)) for n in counts])
-    found = [train.learning_rate(stage, n) for n in counts]
+    wanted = np.array([float(curriculum.lr_schedule(stage)(n)) for n in counts])
+    found = [curriculum.learning_rate(stage, n) for n in counts]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-9)
     assert all(type(rate) is float for rate in found)
 
@@ -51,7 +48,7 @@ def test_the_loop_computes_nothing_else_and_reads_only_the_step_before(tmp_path,
     """Between two steps the host makes no implicit transfer, starts no eager operation with numbers
     of its own, and reads what the step before returned, never what the step under way returns."""
     dispatched, reads, early, other = [], [], [], []
-    make, get, vote, value = train.make_step, Place.get, Place.vote, ArrayImpl._value
+    make, get, vote, value = train.make_step, DataParallel.get, DataParallel.vote, ArrayImpl._value
     inside = []  # whether the loop is between two steps
 
     def make_step(*args, **how):
@@ -98,27 +95,26 @@ def test_the_loop_computes_nothing_else_and_reads_only_the_step_before(tmp_path,
 
     alive, before, real_batches = [], jax.config.jax_transfer_guard, Run.batches
     monkeypatch.setattr(train, "make_step", make_step)
-    monkeypatch.setattr(Place, "vote", spied_vote)
-    monkeypatch.setattr(Place, "get", staticmethod(spied_get))
+    monkeypatch.setattr(DataParallel, "vote", spied_vote)
+    monkeypatch.setattr(DataParallel, "get", staticmethod(spied_get))
     monkeypatch.setattr(ArrayImpl, "_value", property(spied_value))
     monkeypatch.setattr(Run, "batches", batches)
     stages = "resolution=16 steps=9 batch=8 lr=1e-3 warmup=1"
     try:
-        assert train.main([*FLAGS, "--stages", stages, "--out", str(tmp_path / "run")]) == 0
+        assert train.main([*FLAGS, "--stages", stages, "--workdir", str(tmp_path / "run")]) == 0
     finally:
         leave()
     assert len(dispatched) >= 9 and len(reads) >= 5 * 4
     assert not early and not other
     logged = [r["lr"] for r in rows(tmp_path / "run") if "lr" in r]
-    [stage] = config.stages(config.parse(["--stages", stages])[0])
-    assert logged == [train.learning_rate(stage, n) for n in range(9)]
+    [stage] = curriculum.parse_stages(config.parse_args(["--stages", stages])[0].stages)
+    assert logged == [curriculum.learning_rate(stage, n) for n in range(9)]
 
 
-# --------------------------------------------------------------------------------------- boundaries
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main([*FLAGS, "--out", str(folder)]) == 0
+    assert train.main([*FLAGS, "--workdir", str(folder)]) == 0
     return folder
 
 
@@ -126,7 +122,7 @@ def whole(tmp_path_factory):
 def sigterm(moment: str, step: int):
     """SIGTERM to this process, once: before training step `step`, or as its evaluation begins."""
     with pytest.MonkeyPatch.context() as patch:
-        batches, losses, open_runs, sent = Run.batches, evaluate.HeldOut.losses, [], []
+        batches, losses, open_runs, sent = Run.batches, validation.ValidationSet.losses, [], []
 
         def send() -> None:
             if not sent:
@@ -150,7 +146,7 @@ def sigterm(moment: str, step: int):
         measure = Run.measure
         patch.setattr(Run, "batches", spied_batches)
         patch.setattr(Run, "measure", spied_measure)
-        patch.setattr(evaluate.HeldOut, "losses", spied_losses)
+        patch.setattr(validation.ValidationSet, "losses", spied_losses)
         yield sent
 
 
@@ -160,7 +156,7 @@ def test_interrupted_at_every_stage_boundary(whole, tmp_path, moment, capsys):
     optimizer state and metrics are those of the uninterrupted run. The second interruption at each
     boundary falls in the evaluation that is made again."""
     folder = tmp_path / "run"
-    command = [*FLAGS, "--out", str(folder)]
+    command = [*FLAGS, "--workdir", str(folder)]
     for step in (3, 6, 9):
         for again in (moment, "evaluation"):
             with sigterm(again, step) as sent:
@@ -174,11 +170,10 @@ def test_interrupted_at_every_stage_boundary(whole, tmp_path, moment, capsys):
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
-# ------------------------------------------------------------------------------------------- memory
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_resumed_run_frees_the_arrays_of_its_checkpoint(tmp_path, monkeypatch, step):
     """At a stage boundary, where an evaluation is pending, and inside of a stage."""
-    command = [*FLAGS, "--out", str(tmp_path / "run")]
+    command = [*FLAGS, "--workdir", str(tmp_path / "run")]
     with sigterm("step", step):
         assert train.main(command) == 143
     loaded, alive, latest, batches = [], [], checkpoint.latest, Run.batches
@@ -200,7 +195,6 @@ def test_a_resumed_run_frees_the_arrays_of_its_checkpoint(tmp_path, monkeypatch,
     assert max(alive) == 0
 
 
-# ------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_handlers_are_installed(monkeypatch, first):
     """It is noted, a second one is not caught, and the handlers from before come back."""
@@ -214,7 +208,7 @@ def test_a_signal_while_the_handlers_are_installed(monkeypatch, first):
             os.kill(os.getpid(), first)
         return found
     monkeypatch.setattr(signal, "signal", spied)
-    with Interrupt(Place()) as interrupt:
+    with PreemptionHandler(DataParallel()) as interrupt:
         assert sent and interrupt.signal == first
         assert [signal.getsignal(n) for n in numbers] == [signal.SIG_DFL] * 2
     assert [signal.getsignal(n) for n in numbers] == before

@@ -11,79 +11,56 @@ import decoder
 import layers
 import masking
 import vit
+from tests.helpers.models import matmul_flops, shaken
 
-ENC = vit.ViTConfig(layers=2, width=32, heads=2, mlp=64, patch=8)
-DEC = decoder.DecoderConfig(layers=2, width=32, heads=2, mlp=64, vocab=50, image_width=32)
+ENC = vit.ViTConfig(depth=2, width=32, num_heads=2, mlp_dim=64, patch_size=8)
+DEC = decoder.DecoderConfig(depth=2, width=32, num_heads=2, mlp_dim=64, vocab_size=50, image_width=32)
 
 
 def images(count: int, side: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
 
 
-def shaken(params: dict, seed: int = 0) -> dict:
-    """Parameters with no zero or one left, so that each of them matters."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
-
-
-def matmul_flops(f, *args) -> float:
-    """2 a multiply-add over every matmul in the traced program: an independent count."""
-    def walk(jaxpr, times=1):
-        total = 0
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (contract, _), _ = eqn.params["dimension_numbers"]
-                total += times * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-            inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-            for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
-                if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                    total += walk(getattr(value, "jaxpr", value), inner)
-        return total
-    return walk(jax.make_jaxpr(f)(*args).jaxpr)
-
-
-# ------------------------------------------------------------------------------------------------------------- encoder
 @pytest.mark.parametrize("name,millions", [("Ti/16", 5.5), ("S/16", 21.6), ("B/16", 85.6), ("L/14", 303), ("So400m/14", 412), ("H/14", 631), ("g/14", 1011)])
 def test_family_has_the_papers_sizes(name, millions):
-    assert vit.count(vit.weights(vit.config(name))) / 1e6 == pytest.approx(millions, rel=0.003)
+    assert vit.count_params(vit.param_specs(vit.vit_config(name))) / 1e6 == pytest.approx(millions, rel=0.003)
 
 
 @pytest.mark.parametrize("name", ["X/16", "L", "L/", "L/0", "L/-1", "L/a", "/14", ""])
 def test_unknown_encoder_is_refused(name):
     with pytest.raises(ValueError, match="SIZE/PATCH"):
-        vit.config(name)
+        vit.vit_config(name)
 
 
 def test_any_patch_size_goes():
-    assert vit.config("S/8").patch == 8 and vit.config("S/8").width == 384
+    assert vit.vit_config("S/8").patch_size == 8 and vit.vit_config("S/8").width == 384
 
 
 def test_declared_weights_are_what_init_makes():
     for cls in (False, True):
-        cfg = dataclasses.replace(ENC, cls=cls)
+        cfg = dataclasses.replace(ENC, cls_token=cls)
         params = vit.init(jax.random.key(0), cfg)
-        declared = vit.weights(cfg)
-        assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda w: w.shape, declared, is_leaf=vit.is_weight)
-        assert sum(x.size for x in jax.tree.leaves(params)) == vit.count(declared)
+        declared = vit.param_specs(cfg)
+        assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda w: w.shape, declared, is_leaf=vit.is_spec)
+        assert sum(x.size for x in jax.tree.leaves(params)) == vit.count_params(declared)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
 
 
 def test_a_new_weight_disturbs_no_other():
-    plain, with_cls = (vit.init(jax.random.key(3), dataclasses.replace(ENC, cls=c)) for c in (False, True))
+    plain, with_cls = (vit.init(jax.random.key(3), dataclasses.replace(ENC, cls_token=c)) for c in (False, True))
     del with_cls["cls"]
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), plain, with_cls))
 
 
 @pytest.mark.parametrize("cls", [False, True])
 def test_named_outputs_and_their_shapes(cls):
-    cfg = dataclasses.replace(ENC, cls=cls)
+    cfg = dataclasses.replace(ENC, cls_token=cls)
     params = shaken(vit.init(jax.random.key(0), cfg))
     out = vit.vit(params, images(3, 32), cfg, attention=True)
     S = 16 + cls
     assert {k: v.shape for k, v in out.items()} == {"tokens": (3, 16, 32), "pooled": (3, 32), "attention": (2, 3, 2, S, S)} | ({"cls": (3, 32)} if cls else {})
     np.testing.assert_allclose(out["attention"].sum(-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(out["pooled"], vit.layer_norm(out["tokens"].mean(1), params["norm"]), rtol=1e-5)
+    np.testing.assert_allclose(out["pooled"], layers.layer_norm(out["tokens"].mean(1), params["norm"]), rtol=1e-5)
     assert "attention" not in vit.vit(params, images(1, 32), cfg)
 
 
@@ -96,7 +73,7 @@ def test_bytes_and_normalised_floats_are_the_same_picture():
 
 def test_position_table_by_the_formula_at_any_grid():
     for grid, width in ((2, 8), (6, 96), (16, 1024)):
-        table = vit.positions(grid, width)
+        table = vit.sincos_position_embedding(grid, width)
         for n in range(0, grid * grid, 5):
             y, x, quarter = n // grid, n % grid, width // 4
             for i in range(0, quarter, 3):
@@ -116,7 +93,7 @@ def test_resolution_changes_without_surgery_and_bad_ones_are_refused():
     np.testing.assert_array_equal(vit.vit(params, odd, ENC)["tokens"], vit.vit(params, odd[:, :16, :16], ENC)["tokens"])
 
 
-@pytest.mark.parametrize("change", [{"remat": "dots"}, {"remat": "block"}, {"unroll": 2}])
+@pytest.mark.parametrize("change", [{"remat": "dots"}, {"remat": "block"}, {"scan_unroll": 2}])
 def test_choices_of_memory_and_speed_change_no_number(change):
     params, pictures = shaken(vit.init(jax.random.key(0), ENC)), images(2, 32)
     def loss(params, cfg):
@@ -133,7 +110,7 @@ def plain_attend(q, k, v, mask):
 
 
 def plain_norm_affine(x, scale, shift, kernel, bias):
-    unit = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + layers.EPS)
+    unit = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + layers.LAYER_NORM_EPS)
     return (unit * scale + shift) @ kernel + bias
 
 
@@ -142,8 +119,8 @@ CASES = {  # ours, the same in plain JAX, shapes of what is differentiated
     "norm_affine": (layers.norm_affine, plain_norm_affine, [(2, 3, 8), (8,), (8,), (8, 5), (5,)]),
     "exact gelu": (lambda x, w, b: layers.gelu_affine(x, w, b, True), lambda x, w, b: jax.nn.gelu(x, approximate=False) @ w + b, [(2, 3, 8), (8, 5), (5,)]),
     "tanh gelu": (lambda x, w, b: layers.gelu_affine(x, w, b, False), lambda x, w, b: jax.nn.gelu(x, approximate=True) @ w + b, [(2, 3, 8), (8, 5), (5,)]),
-    "attend": (lambda q, k, v: layers.attend(q, k, v, None), lambda q, k, v: plain_attend(q, k, v, None), [(2, 3, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4)]),
-    "masked": (lambda *qkv: layers.attend(*qkv, jnp.tri(4, dtype=bool)), lambda *qkv: plain_attend(*qkv, jnp.tri(4, dtype=bool)), [(2, 4, 2, 8)] * 3),
+    "attend": (lambda q, k, v: layers.dot_product_attention(q, k, v, None), lambda q, k, v: plain_attend(q, k, v, None), [(2, 3, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4)]),
+    "masked": (lambda *qkv: layers.dot_product_attention(*qkv, jnp.tri(4, dtype=bool)), lambda *qkv: plain_attend(*qkv, jnp.tri(4, dtype=bool)), [(2, 4, 2, 8)] * 3),
 }
 
 
@@ -185,7 +162,7 @@ def test_bfloat16_compute_keeps_fp32_parameters_and_comes_near():
 
 def test_flops_formula_against_a_count_of_the_traced_matmuls():
     for cls in (False, True):
-        cfg = dataclasses.replace(ENC, cls=cls)
+        cfg = dataclasses.replace(ENC, cls_token=cls)
         counted = matmul_flops(lambda p, x: vit.vit(p, x, cfg)["tokens"], vit.init(jax.random.key(0), cfg), images(1, 48))
         assert counted == vit.flops(cfg, 48)
     params, text = decoder.init(jax.random.key(0), DEC), np.ones((1, 13), np.int32)
@@ -193,23 +170,22 @@ def test_flops_formula_against_a_count_of_the_traced_matmuls():
 
 
 def test_l14_costs_what_the_paper_says():
-    both = vit.flops(vit.config("L/14"), 224) + decoder.flops(decoder.config("L", 32000, 1024), masking.kept_count(256, 0.35), 127)
+    both = vit.flops(vit.vit_config("L/14"), 224) + decoder.flops(decoder.decoder_config("L", 32000, 1024), masking.num_kept_tokens(256, 0.35), 127)
     assert both / 1e9 == pytest.approx(208.9, rel=0.02)  # Table 3
 
 
-# ------------------------------------------------------------------------------------------------------------- masking
 @pytest.mark.parametrize("n,ratio", [(1, 0.35), (2, 0.1), (16, 0.35), (256, 0.35), (100, 0.9), (36, 1.0)])
 def test_exactly_k_distinct_patches_in_picture_order(n, ratio):
-    k = masking.kept_count(n, ratio)
+    k = masking.num_kept_tokens(n, ratio)
     assert k == max(1, int(n * ratio))
-    chosen = np.asarray(jax.jit(masking.keep_indices, static_argnums=(1, 2))(jax.random.split(jax.random.key(0), 200), n, k))
+    chosen = np.asarray(jax.jit(masking.sample_keep_indices, static_argnums=(1, 2))(jax.random.split(jax.random.key(0), 200), n, k))
     assert chosen.shape == (200, k) and chosen.dtype == np.int32 and chosen.min() >= 0 and chosen.max() < n
     assert (np.diff(chosen, axis=1) > 0).all()
 
 
 def test_kept_patches_are_uniform():
     """Chi-square over all 20 subsets of 3 out of 6, and over single patches; 99.99% bounds."""
-    chosen = np.asarray(masking.keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3))
+    chosen = np.asarray(masking.sample_keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3))
     _, counts = np.unique(chosen @ [36, 6, 1], return_counts=True)
     assert len(counts) == 20 and ((counts - 1000) ** 2 / 1000).sum() < 52.4  # 19 degrees of freedom
     singles = np.bincount(chosen.ravel(), minlength=6)
@@ -218,31 +194,30 @@ def test_kept_patches_are_uniform():
 
 def test_shuffled_patches_come_in_every_order_alike():
     """Chi-square over the 6 x 5 x 4 orders of 3 out of 6; 99.99% bound for 119 degrees of freedom."""
-    chosen = np.asarray(masking.keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3, True))
+    chosen = np.asarray(masking.sample_keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3, True))
     _, counts = np.unique(chosen @ [36, 6, 1], return_counts=True)
     assert len(counts) == 120 and ((counts - 20_000 / 120) ** 2 * 120 / 20_000).sum() < 183
-    ordered = masking.keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3)
+    ordered = masking.sample_keep_indices(jax.random.split(jax.random.key(1), 20_000), 6, 3)
     assert (np.sort(chosen, axis=1) == ordered).all()  # the same patches: only their order differs
 
 
 def test_kept_tokens_are_those_of_the_indices_whatever_the_batch():
     tokens, keys = jax.random.normal(jax.random.key(0), (5, 12, 3)), jax.random.split(jax.random.key(7), 5)
-    kept, chosen = masking.keep(keys, tokens, 0.35)
+    kept, chosen = masking.keep_random_tokens(keys, tokens, 0.35)
     for b in range(5):
         np.testing.assert_array_equal(kept[b], tokens[b, chosen[b]])
-        np.testing.assert_array_equal(masking.keep(keys[b:b + 1], tokens[b:b + 1], 0.35)[1][0], chosen[b])
-    assert (masking.keep(keys, tokens, 1.0)[0] == tokens).all()
+        np.testing.assert_array_equal(masking.keep_random_tokens(keys[b:b + 1], tokens[b:b + 1], 0.35)[1][0], chosen[b])
+    assert (masking.keep_random_tokens(keys, tokens, 1.0)[0] == tokens).all()
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan")])
 def test_impossible_keep_ratio_is_refused(ratio):
     with pytest.raises(ValueError, match="keep_ratio"):
-        masking.kept_count(16, ratio)
+        masking.num_kept_tokens(16, ratio)
 
 
-# ------------------------------------------------------------------------------------------------------------- decoder
 def decoder_case(prefix: str = "causal", K: int = 4, T: int = 9, **change):
-    cfg = dataclasses.replace(DEC, prefix=prefix, **change)
+    cfg = dataclasses.replace(DEC, prefix_attention=prefix, **change)
     params = shaken(decoder.init(jax.random.key(0), cfg))
     image = jax.random.normal(jax.random.key(1), (3, K, 32))
     text = np.random.default_rng(0).integers(3, 50, (3, T)).astype(np.int32)
@@ -266,27 +241,27 @@ def test_text_sees_the_whole_prefix_and_no_future(prefix):
 
 def test_words_with_positions_differ_by_the_sin_cos_of_their_place():
     cfg, params, _, text = decoder_case(positions=True)
-    added = decoder.words(params, text, cfg) - params["embed"]["embedding"][text]
+    added = decoder.embed_tokens(params, text, cfg) - params["embed"]["embedding"][text]
     place, D = np.arange(9)[:, None], cfg.width
     turn = place / 10000.0 ** (2 * np.arange(D // 2) / D)
     np.testing.assert_allclose(added, np.broadcast_to(np.concatenate([np.sin(turn), np.cos(turn)], 1), added.shape), atol=1e-5)
-    np.testing.assert_allclose(decoder.words(params, text[:, 4:5], cfg, 4), decoder.words(params, text, cfg)[:, 4:5], atol=1e-6)
+    np.testing.assert_allclose(decoder.embed_tokens(params, text[:, 4:5], cfg, 4), decoder.embed_tokens(params, text, cfg)[:, 4:5], atol=1e-6)
 
 
 def test_prefix_option_is_about_image_tokens_alone():
-    causal, both = (np.asarray(decoder.visible(3, 7, p)) for p in ("causal", "bidirectional"))
+    causal, both = (np.asarray(decoder.attention_mask(3, 7, p)) for p in ("causal", "bidirectional"))
     assert (causal == np.tril(np.ones((7, 7), bool))).all()
     assert both[:3, :3].all() and (both[3:] == causal[3:]).all() and not both[:3, 3:].any()
     with pytest.raises(ValueError, match="prefix"):
-        decoder.config("Ti", 10, 10, prefix="sideways")
+        decoder.decoder_config("Ti", 10, 10, prefix_attention="sideways")
     with pytest.raises(ValueError, match="unknown decoder"):
-        decoder.config("XL", 10, 10)
+        decoder.decoder_config("XL", 10, 10)
 
 
 def test_pads_are_no_targets_and_eos_is_one():
     cfg, params, image, text = decoder_case()
     text[:, 5], text[:, 6:] = decoder.EOS, decoder.PAD
-    assert decoder.target_count(text).tolist() == [5, 5, 5]
+    assert decoder.count_targets(text).tolist() == [5, 5, 5]
     longer = np.pad(text, ((0, 0), (0, 6)))
     a, b = (decoder.caption_loss(params, image, t, cfg) for t in (text, longer))
     np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -338,7 +313,7 @@ def test_generation_ends_at_eos():
 
 def test_top_p_draws_from_the_nucleus_in_proportion():
     scores = jnp.log(jnp.array([[0.5, 0.05, 0.3, 0.15]]))
-    drawn = np.asarray(jax.vmap(lambda k: decoder.nucleus(k, scores, 0.75, 1.0))(jax.random.split(jax.random.key(0), 4000))).ravel()
+    drawn = np.asarray(jax.vmap(lambda k: decoder.sample_top_p(k, scores, 0.75, 1.0))(jax.random.split(jax.random.key(0), 4000))).ravel()
     assert set(drawn.tolist()) == {0, 2}  # 0.5 + 0.3 hold 0.75; the rest is out
     assert abs((drawn == 0).mean() - 0.5 / 0.8) < 0.03
-    assert (np.asarray(decoder.nucleus(jax.random.key(0), scores, 1e-6, 1.0)) == 0).all()
+    assert (np.asarray(decoder.sample_top_p(jax.random.key(0), scores, 1e-6, 1.0)) == 0).all()

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import BOMB, TOK, encoded, photo
-from test_faults import AT, HEADER, TAR, J, mended
 
-import checkpoint
 import config
-import shards
-import sources
-import tokenizer
-from data import Order, to_pixels
+from data import WindowedShuffle
 from decoder import BOS, EOS, PAD
+from inputs import files, sources, tar_headers, tar_index, tokenizer
+from inputs.images import decode_and_augment
+from objectives import registry
+from runtime import checkpoint
+from runtime.errors import BadSample, CheckpointError, ConfigError, DataError
+from tests.helpers.samples import AT, BOMB, HEADER, TAR, TOK, J, encoded, mended, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 EVERY = settings(derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -64,7 +64,6 @@ def file(content, suffix=".tar"):
         yield path
 
 
-# ------------------------------------------------------------------------------------------------------------------ tars
 HEADERS = st.builds(lambda name, size, kind: mended(mended(mended(HEADER, 0, name.ljust(100, b"\0")), 124, size.ljust(12, b"\0")), 156, kind),
                     st.sampled_from([b"0.jpg", b"0.txt", b"1.png", b"1.json", b"", b"x"]) | st.binary(max_size=100),
                     st.integers(0, 3000).map(lambda n: b"%o" % n) | st.integers(0, 1 << 90).map(lambda n: b"\x80" + n.to_bytes(12, "big")[1:])
@@ -81,7 +80,7 @@ BLOCKS = st.lists(HEADERS | st.just(bytes(512)) | st.lists(RECORDS, max_size=9).
 def test_any_bytes_as_a_tar(content):
     with file(content) as path:
         try:
-            found = shards.scan(path)
+            found = tar_index.scan_tar(path)
         except ValueError:
             return
         rows = found.rows.reshape(-1, 3, 2)
@@ -90,20 +89,20 @@ def test_any_bytes_as_a_tar(content):
         assert all(n > 0 for n in found.meta["skipped"].values())
         try:
             source = sources.open_source(path)
-        except sources.DataError as problem:
+        except DataError as problem:
             assert "\n" not in str(problem)
             return
         for i in range(len(source)):
-            with contextlib.suppress(sources.BadSample):
+            with contextlib.suppress(BadSample):
                 assert source.caption(i).strip()
-                to_pixels(source.picture(i), 8)
+                decode_and_augment(source.image(i), 8)
 
 
 @MORE
 @given(mutated(TAR, J.offset, AT["000000003.jpg"].offset))
 def test_damage_inside_one_sample_costs_no_other(content):
     with file(content) as path:
-        found = shards.scan(path).rows
+        found = tar_index.scan_tar(path).rows
     images = {content[at:at + size] for at, size in found[:, :2].tolist()}
     texts = {content[at:at + size] for at, size in found[:, 2:4].tolist()}
     for i in (0, 1, 3, 4):
@@ -114,7 +113,7 @@ def test_damage_inside_one_sample_costs_no_other(content):
 @EVERY
 @given(st.binary(max_size=400) | st.lists(RECORDS, max_size=9).map(b"".join))
 def test_any_bytes_as_an_extended_header(content):
-    assert all(len(k) + len(v) < len(content) for k, v in shards.pax(content).items())
+    assert all(len(k) + len(v) < len(content) for k, v in tar_headers.parse_pax(content).items())
 
 
 @EVERY
@@ -122,17 +121,16 @@ def test_any_bytes_as_an_extended_header(content):
 def test_any_bytes_as_an_index(data):
     with file(TAR) as path:
         os.utime(path, (0, 0))
-        whole = shards.scan(path)
-        shards.remember(path, whole)
-        with open(path + shards.SUFFIX, "rb") as f:
+        whole = tar_index.scan_tar(path)
+        tar_index.save_index(path, whole)
+        with open(path + tar_index.INDEX_SUFFIX, "rb") as f:
             index = f.read()
-        with open(path + shards.SUFFIX, "wb") as f:
+        with open(path + tar_index.INDEX_SUFFIX, "wb") as f:
             f.write(data.draw(mutated(index) | st.binary(max_size=300)))
         source = sources.open_source(path)
         assert [source.caption(i) for i in range(len(source))] == [f"a cat {i}" for i in range(5)]
 
 
-# --------------------------------------------------------------------------------------------------------------- samples
 LEAVES = st.none() | st.booleans() | st.floats() | st.integers() | st.text(st.characters(), max_size=9)
 VALUES_OF_JSON = LEAVES | st.lists(LEAVES, max_size=3) | st.dictionaries(st.sampled_from("cd"), LEAVES | st.dictionaries(st.sampled_from("cd"), LEAVES))
 PICTURES = [encoded(photo(), kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")] + [BOMB]
@@ -145,8 +143,8 @@ def test_any_bytes_as_a_picture(content, head):
         with open(path.replace(".jpg", ".txt"), "w") as f:
             f.write("a cat")
         source = sources.open_source(os.path.dirname(path))
-        with contextlib.suppress(sources.BadSample):
-            assert to_pixels(source.picture(0), 8).shape == (8, 8, 3)
+        with contextlib.suppress(BadSample):
+            assert decode_and_augment(source.image(0), 8).shape == (8, 8, 3)
 
 
 @EVERY
@@ -155,7 +153,7 @@ def test_any_bytes_as_a_caption(content, field):
     with file(encoded(photo()), ".png") as path:
         with open(path.replace(".png", ".txt" if field == "txt" else ".json"), "wb") as f:
             f.write(content)
-        with contextlib.suppress(sources.DataError):
+        with contextlib.suppress(DataError):
             caption = sources.open_source(os.path.dirname(path), field).caption(0)
             assert caption.strip() and caption.encode()
 
@@ -174,9 +172,9 @@ def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, l
     if run:
         run_of = in_runs
     with mock.patch("sources.LANES", lanes):
-        order = Order(starts, seed, run_of)
+        order = WindowedShuffle(starts, seed, run_of)
         found = [order(epoch * n + i) for i in range(n)]
-        assert found == [Order(starts, seed, run_of)(epoch * n + i) for i in range(n)]
+        assert found == [WindowedShuffle(starts, seed, run_of)(epoch * n + i) for i in range(n)]
     assert sorted(found) == list(range(n))
     if run:
         samples = np.array(found)
@@ -194,16 +192,15 @@ def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, l
 @EVERY
 @given(SIZES, st.data())
 def test_what_is_left_out_and_the_rest_are_the_whole(sizes, data):
-    whole = sources.Files("x", "txt")
+    whole = files.FileSource("x", "txt")
     whole.starts = np.cumsum([0, *sizes])
     out = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), unique=True)), np.int64)
-    rest = sources.Rest(whole, out)
+    rest = sources.Complement(whole, out)
     kept = [rest.at(i) for i in range(len(rest))]
     assert kept == sorted(set(range(len(whole))) - set(out.tolist()))
     assert np.diff(rest.starts).tolist() == [sum(a <= k < b for k in kept) for a, b in zip(whole.starts, whole.starts[1:])]
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizer
 ANY_TEXT = st.text(st.characters(), max_size=80) | st.text(st.sampled_from("aé.猫 \n\t\r\u0301\u2028\x85\ud800ςΣİ##[]"), max_size=80)
 
 
@@ -213,8 +210,8 @@ def test_any_text_is_encoded_and_a_vocabulary_built_of_it_gives_it_back(text, le
     ids = TOK.encode(text, length)
     end = ids.tolist().index(EOS)
     assert ids.shape == (length,) and ids[0] == BOS and (ids[end + 1:] == PAD).all() and ids.max() < len(TOK)
-    own = tokenizer.build([text], 5000)
-    words = tokenizer.words(text)
+    own = tokenizer.train_vocab([text], 5000)
+    words = tokenizer.basic_tokenize(text)
     if all(len(w) <= tokenizer.LONGEST for w in words):
         assert "".join(own.decode(own.encode(text, 400)).split()) == "".join(words)
     with file(b"", ".txt") as path:
@@ -236,9 +233,8 @@ def test_any_bytes_as_a_vocabulary(content):
         tokenizer.load(path).encode("a cab", 9)
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
-FLAGS = ["--" + name.replace("_", "-") for name in config.Config.__dataclass_fields__] + ["--dry-run", "--no-flip", "--nothing", "-x", "--"]
-VALUES = st.text(max_size=12) | st.integers().map(str) | st.floats().map(str) | st.sampled_from([*config.PRESETS, "L/14", "micro/8", "true", "1e999"])
+FLAGS = ["--" + name.replace("_", "-") for name in config.Config.__dataclass_fields__] + ["--dry-run", "--no-hflip", "--nothing", "-x", "--"]
+VALUES = st.text(max_size=12) | st.integers().map(str) | st.floats().map(str) | st.sampled_from([*config.RECIPES, "L/14", "micro/8", "true", "1e999"])
 NUMBERS = st.integers(-9, 1 << 70).map(str) | st.floats().map(str) | st.text("0123456789.e+-_ nafi", max_size=8)
 WORDS = st.builds("{}={}".format, st.sampled_from(["resolution", "steps", "images", "batch", "lr", "warmup", "x"]), NUMBERS)
 STAGES = st.lists(st.lists(WORDS, max_size=7).map(" ".join), max_size=3).map(",".join)
@@ -249,24 +245,23 @@ STAGES = st.lists(st.lists(WORDS, max_size=7).map(" ".join), max_size=3).map(","
 def test_any_command_line(argv):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            cfg, _ = config.parse(argv)
-            config.check(cfg)
+            cfg, _ = config.parse_args(argv)
+            config.validate(cfg)
         except SystemExit as end:
             assert end.code == 0 or (end.code == 2 and "error: " in said.getvalue())
-        except config.ConfigError as problem:
+        except ConfigError as problem:
             assert str(problem).strip()
 
 
 @MORE
 @given(STAGES | st.text(max_size=60))
 def test_any_curriculum(text):
-    with contextlib.suppress(config.ConfigError):
+    with contextlib.suppress(ConfigError):
         cfg = config.Config(stages=text)
-        config.check(cfg)
-        config.describe(cfg)
+        config.validate(cfg)
+        registry.run_summary(cfg)
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
 def saved():
     with file(b"", ".npz") as path:
         checkpoint.save(path, {"a": np.arange(300, dtype=np.float32), "b": {"c": np.ones((3, 4), np.int32)}}, {"step": 3})
@@ -291,7 +286,7 @@ def test_any_bytes_as_a_checkpoint(content):
     with file(content, ".npz") as path:
         try:
             arrays, meta = checkpoint.load(path)
-        except checkpoint.CheckpointError as problem:
+        except CheckpointError as problem:
             assert path in str(problem)
             return
         assert isinstance(arrays, dict) and isinstance(meta, dict)
@@ -307,5 +302,5 @@ def test_a_checkpoint_that_claims_to_be_huge_is_refused_in_little_memory(count, 
     with zipfile.ZipFile(io.BytesIO(real)) as old, zipfile.ZipFile(held, "w") as new:
         for name in old.namelist():
             new.writestr(name, head.getvalue() + bytes(64) if name == "a.npy" else old.read(name))
-    with file(held.getvalue(), ".npz") as path, pytest.raises(checkpoint.CheckpointError):
+    with file(held.getvalue(), ".npz") as path, pytest.raises(CheckpointError):
         checkpoint.load(path)

@@ -13,37 +13,23 @@ import optax
 import pytest
 from PIL import Image
 
-import checkpoint
 import config
-import evaluate
-import plots
-import run
 import train
+import vit
+from objectives import registry
+from runtime import checkpoint, curriculum, validation
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import arrays, rows, same
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--stages", "resolution=16 steps=6 batch=8 lr=1e-3 warmup=1, resolution=24 steps=5 batch=8 lr=1e-3 warmup=1",
-        "--val-count", "20", "--log-every", "2", "--eval-every", "4", "--save-every", "3", "--workers", "2"]
-
-
-def rows(folder) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    timed = ("images_per_second", "data_wait", "seconds")
-    return [{k: v for k, v in r.items() if k not in timed} for r in plots.read_metrics(os.path.join(folder, "metrics.jsonl"))]
-
-
-def arrays(folder) -> dict:
-    return checkpoint.latest(str(folder))[1]
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+        "--val-samples", "20", "--log-every", "2", "--eval-every", "4", "--save-every", "3", "--workers", "2"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     """An uninterrupted tiny run, in a process of its own: in this one jax has started, with other devices than a run asks for."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = subprocess.run([sys.executable, "train.py", *TINY, "--out", str(folder)], cwd=ROOT, env=cache, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train.py", *TINY, "--workdir", str(folder)], cwd=ROOT, env=cache, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -53,9 +39,9 @@ def test_a_run_leaves_what_it_should(whole):
     assert {"config.json", "vocab.txt", "metrics.jsonl", "curve.png", "samples.png", "summary.json", "encoder.npz", "step-00000011.npz"} <= names
     assert not [n for n in names if n.endswith((".part", ".new"))]
     summary = json.load(open(whole / "summary.json"))
-    assert {"val_loss", "floor_loss", "images_seen", "seconds", "images_per_second", "parameters", "object_accuracy", "exact_match", "word_accuracy",
+    assert {"val_loss", "val_loss_blind", "images_seen", "seconds", "images_per_second", "parameters", "object_accuracy", "exact_match", "word_accuracy",
             "colour_accuracy", "shape_accuracy", "size_accuracy", "place_accuracy"} <= summary.keys()
-    assert summary["images_seen"] == 11 * 8 and 0 < summary["floor_loss"] < 2 and summary["parameters"] > 500_000
+    assert summary["images_seen"] == 11 * 8 and 0 < summary["val_loss_blind"] < 2 and summary["parameters"] > 500_000
     for name in ("curve.png", "samples.png"):
         assert min(Image.open(whole / name).size) > 300
 
@@ -78,17 +64,17 @@ def test_encoder_file_is_the_encoder(whole):
     encoder, meta = checkpoint.load(str(whole / "encoder.npz"))
     full = arrays(whole)
     assert encoder and all(np.array_equal(v, full[f"params/encoder/{k}"]) for k, v in encoder.items())
-    assert meta["encoder"]["patch"] == 8 and meta["resolution"] == 24
+    assert meta["encoder"]["patch_size"] == 8 and meta["resolution"] == 24
 
 
 def test_finished_run_is_left_alone(whole, capsys):
     before = os.stat(whole / "summary.json").st_mtime_ns
-    assert train.main([*TINY, "--out", str(whole)]) == 0
+    assert train.main([*TINY, "--workdir", str(whole)]) == 0
     assert "is finished" in capsys.readouterr().out and os.stat(whole / "summary.json").st_mtime_ns == before
 
 
 def test_other_settings_in_the_same_folder_are_refused(whole, capsys):
-    assert train.main([*TINY, "--out", str(whole), "--keep-ratio", "0.5", "--seed", "3"]) == 1
+    assert train.main([*TINY, "--workdir", str(whole), "--keep-ratio", "0.5", "--seed", "3"]) == 1
     said = capsys.readouterr().err
     assert "--keep-ratio is 0.5, was 0.35" in said and "--seed is 3, was 0" in said
     assert json.load(open(whole / "config.json"))["keep_ratio"] == 0.35
@@ -97,7 +83,7 @@ def test_other_settings_in_the_same_folder_are_refused(whole, capsys):
 @pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_equals_uninterrupted(whole, cache, tmp_path, number, status):
     """A signal in the first or second stage, then the same command: the same parameters, optimizer and metrics, bit for bit."""
-    command = [sys.executable, "train.py", *TINY, "--out", str(tmp_path / "run")]
+    command = [sys.executable, "train.py", *TINY, "--workdir", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, env=cache, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics, wanted = tmp_path / "run" / "metrics.jsonl", {signal.SIGTERM: 1, signal.SIGINT: 5, signal.SIGKILL: 6}[number]
     while process.poll() is None and not (metrics.exists() and len(rows(tmp_path / "run")) >= wanted):
@@ -157,7 +143,7 @@ def test_devices_and_pieces_change_no_number(tmp_path, cache):
 
 
 def test_decay_is_on_matrices_alone():
-    cfg, stage = config.PRESETS["toy"], config.Stage(1, 16, 8, 1e-2, 10, 0, 0, 0)
+    cfg, stage = config.RECIPES["toy"], curriculum.Stage(1, 16, 8, 1e-2, 10, 0, 0, 0)
     params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones((2, 3))}, "embed": {"embedding": jnp.ones((4, 2))}, "norm": {"scale": jnp.ones((2, 3))}}
     optimizer = train.make_optimizer(cfg, stage)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
@@ -166,7 +152,7 @@ def test_decay_is_on_matrices_alone():
 
 
 def test_schedule_warms_up_and_falls_to_zero():
-    rate = train.schedule(config.Stage(1, 16, 8, 3e-3, 100, 10, 0, 0))
+    rate = curriculum.lr_schedule(curriculum.Stage(1, 16, 8, 3e-3, 100, 10, 0, 0))
     values = [float(rate(s)) for s in range(101)]
     assert values[0] == 0 and values[10] == pytest.approx(3e-3) and values[100] == pytest.approx(0, abs=1e-9)
     assert values[55] == pytest.approx(1.5e-3, rel=1e-3) and values[5] == pytest.approx(1.5e-3)
@@ -174,13 +160,13 @@ def test_schedule_warms_up_and_falls_to_zero():
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
-    argv = ["--stages", "resolution=16 steps=40 batch=8 lr=1e30 warmup=0", "--clip", "0", "--val-count", "8", "--out", str(tmp_path / "run")]
+    argv = ["--stages", "resolution=16 steps=40 batch=8 lr=1e30 warmup=0", "--grad-clip", "0", "--val-samples", "8", "--workdir", str(tmp_path / "run")]
     assert train.main(argv) == 1
     said = capsys.readouterr().err
     assert "no longer finite" in said and "lower lr" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("recipe", list(config.PRESETS))
+@pytest.mark.parametrize("recipe", list(config.RECIPES))
 def test_every_recipe_says_what_it_would_be(recipe, capsys):
     assert train.main([recipe, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -192,40 +178,40 @@ def test_every_recipe_says_what_it_would_be(recipe, capsys):
 
 def test_shuffled_pictures_cost_a_model_that_looks(tmp_path):
     """A decoder that copies what the picture says: its loss is low on its own pictures and high on shuffled ones."""
-    from devices import Place
-    from run import Run
-    cfg = config.parse([*TINY, "--out", str(tmp_path / "run")])[0]
-    run = Run(cfg, Place())
+    from runtime.devices import DataParallel
+    from runtime.run_folder import Run
+    cfg = config.parse_args([*TINY, "--workdir", str(tmp_path / "run")])[0]
+    run = Run(cfg, DataParallel())
     run.enter(run.plan[0])
     run.bar.close()
-    params = run.place.copies(train.init(cfg, run.model))
-    captions = [tuple(run.tok.encode(run.val_source.caption(i), cfg.text_length)) for i in range(20)]
+    params = run.parallel.replicate(registry.init_params(cfg, run.model))
+    captions = [tuple(run.tok.encode(run.val_source.caption(i), cfg.max_text_len)) for i in range(20)]
     seen = []
 
     def spy(params, batch):
-        seen.append([tuple(t) for t in np.asarray(batch["text"]).reshape(-1, cfg.text_length)])
+        seen.append([tuple(t) for t in np.asarray(batch["text"]).reshape(-1, cfg.max_text_len)])
         return [np.ones((1,)), np.ones((1,))]
-    run.held.loss, run.place = spy, run.place
-    run.held.place.get = lambda x: x[0]
+    run.held.loss, run.parallel = spy, run.parallel
+    run.held.parallel.unreplicate = lambda x: x[0]
     run.held.losses(params)
     n = len(seen) // 2
     straight, moved = ([t for batch in part for t in batch if any(t)] for part in (seen[:n], seen[n:]))
     assert straight == captions and sorted(moved) == sorted(captions)
     assert all(a != b for a, b in zip(straight, moved))
-    assert run.held.blind() == pytest.approx(run.floor)
-    assert evaluate.HeldOut(cfg, run.val_reader, 16, 8, run.model, run.place).count == 20
+    assert run.held.blind_loss() == pytest.approx(run.floor)
+    assert validation.ValidationSet(cfg, run.val_reader, 16, 8, run.model, run.parallel).count == 20
 
 
 def test_initial_parameters_and_masks_have_keys_of_their_own(monkeypatch):
     """No key of initial parameters is also the key of a sample's mask, whatever its position."""
-    cfg, used = config.PRESETS["toy"], []
-    real = run.vit.initialise
+    cfg, used = config.RECIPES["toy"], []
+    real = vit.initialise
 
     def spied(key, declared):
         used.append(key)
         return real(key, declared)
-    monkeypatch.setattr(run.vit, "initialise", spied)
-    run.init(cfg, config.model(cfg))
+    monkeypatch.setattr(vit, "initialise", spied)
+    registry.init_params(cfg, registry.model_spec(cfg))
     root = jax.random.key(cfg.seed)
     positions = np.concatenate([np.arange(2000), [0x7FFFFFFE, 0x7FFFFFFF]]).astype(np.int32)
     masks = jax.vmap(lambda row: jax.random.fold_in(root, row))(positions)
@@ -240,7 +226,7 @@ def test_a_mask_is_drawn_from_the_seed_and_the_position(monkeypatch):
         draws = jax.vmap(jax.random.uniform)(keys)
         return draws.sum() + 0 * params["w"].sum(), jnp.int32(1)
     monkeypatch.setitem(train.OBJECTIVES, "openvision2", objective)
-    sgd, model = optax.sgd(0.1), config.model(config.PRESETS["toy"])
+    sgd, model = optax.sgd(0.1), registry.model_spec(config.RECIPES["toy"])
     params = {"w": np.zeros((1, 3), np.float32)}
     step = train.make_step(model, sgd, 7, devices=jax.local_devices()[:1])
     rows = np.array([[0, 1, 5000]], np.int32)

@@ -10,10 +10,16 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
 with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
     PROJECT = tomllib.load(file)["project"]
+
+
 with open(os.path.join(ROOT, "constraints.txt"), encoding="utf-8") as file:
     PINS = [Requirement(line.strip()) for line in file if line.strip() and not line.startswith("#")]
+
+
 EXTRAS = ("gpu", "tpu", "test")
 
 

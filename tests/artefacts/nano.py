@@ -17,9 +17,10 @@ NANO = (1, 16, 2, 32)  # layers, width, heads, mlp
 
 def resume(folder: str) -> int:
     import features
+
     import train
     saved, _, _ = features.newest(folder)
-    return train.train(dataclasses.replace(saved, out=folder))
+    return train.train(dataclasses.replace(saved, workdir=folder))
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@ import functools
 import jax
 import numpy as np
 import pytest
-import reference
 import torch
-from reference import linear, norm, tensor
 from torch.nn import functional as F
 
-import baselines
-import config
 import decoder
 import vit
+from benchmarks import torch_reference
+from benchmarks.torch_reference import linear, norm, tensor
+from objectives import registry
 
 B, T, V, SIDE = 4, 12, 53, 32  # 16 patches
-ENC = vit.ViTConfig(layers=2, width=64, heads=4, mlp=112, patch=8)
-DEC = decoder.DecoderConfig(layers=2, width=48, heads=3, mlp=80, vocab=V, image_width=64)
+ENC = vit.ViTConfig(depth=2, width=64, num_heads=4, mlp_dim=112, patch_size=8)
+DEC = decoder.DecoderConfig(depth=2, width=48, num_heads=3, mlp_dim=80, vocab_size=V, image_width=64)
 
 
 def captions(seed):
@@ -38,17 +37,17 @@ TEXT, ALT, REAL = tensor(BATCH["text"]), tensor(BATCH["alt"]), slice(0, B - 1)
 @functools.cache
 def ours(objective, cls=False):
     """(model, parameters, mean loss, gradients) in JAX."""
-    model = config.Model(dataclasses.replace(ENC, cls=cls), DEC, 1.0, objective, length=T)
+    model = registry.ModelSpec(dataclasses.replace(ENC, cls_token=cls), DEC, 1.0, objective, max_text_len=T)
     rng = np.random.default_rng(5)
-    declared = {"encoder": vit.weights(model.encoder)} | baselines.weights(model)
+    declared = {"encoder": vit.param_specs(model.encoder)} | registry.param_specs(model)
 
     def draw(w):  # no zero or one is left
         noise = rng.standard_normal(w.shape, np.float32)
         return np.asarray(1 + 0.1 * noise if w.std is None else (0.05 + w.std) * noise, np.float32)
-    params = jax.tree.map(draw, declared, is_leaf=vit.is_weight)
+    params = jax.tree.map(draw, declared, is_leaf=vit.is_spec)
 
     def mean(params, batch, keys):
-        loss, count = baselines.OBJECTIVES[objective](params, batch, keys, model)
+        loss, count = registry.rival(objective).loss(params, batch, keys, model)
         return loss / count
     one = jax.tree.map(lambda x: x[None], (params, BATCH, KEYS))
     loss, grads = jax.pmap(jax.value_and_grad(mean), "devices", devices=jax.local_devices()[:1])(*one)
@@ -62,7 +61,7 @@ def images():
 def read(params, text):
     """Tokens and feature of captions by CLIP's text encoder."""
     x = F.embedding(text, params["embed"]["embedding"]) + params["positions"]["table"][:text.shape[1]]
-    x = reference.transformer(x, params["blocks"], DEC.heads, "tanh", is_causal=True)
+    x = torch_reference.transformer(x, params["blocks"], DEC.num_heads, "tanh", is_causal=True)
     end = x[torch.arange(len(text)), (text == decoder.EOS).int().argmax(-1)]
     return x, linear(norm(end, params["norm"]), params["project"])
 
@@ -76,26 +75,26 @@ def clip_loss(params, image, text):
 
 
 def clip(params, model):
-    image = linear(reference.encoder(params["encoder"], images(), ENC)[2], params["pair"]["image"])
+    image = linear(torch_reference.encoder(params["encoder"], images(), ENC)[2], params["pair"]["image"])
     return clip_loss(params, image, read(params["text"], TEXT)[1])
 
 
 def openvision(params, model):
-    _, tokens, pooled = reference.encoder(params["encoder"], images(), ENC)
+    _, tokens, pooled = torch_reference.encoder(params["encoder"], images(), ENC)
     image = linear(pooled, params["pair"]["image"])
     web_tokens, web = read(params["text"], ALT)
     prefix = torch.cat([tokens, linear(web_tokens, params["web"])], dim=1)
-    scores = reference.decoder(params["decoder"], prefix, TEXT[:, :-1], dataclasses.replace(DEC, prefix="bidirectional"))
+    scores = torch_reference.decoder(params["decoder"], prefix, TEXT[:, :-1], dataclasses.replace(DEC, prefix_attention="bidirectional"))
     told = F.cross_entropy(scores.flatten(0, 1), TEXT[:, 1:].flatten(), ignore_index=0)
     return 2 * told + (clip_loss(params, image, web) + clip_loss(params, image, read(params["text"], TEXT)[1])) / 2
 
 
 def cross_layers(params):
     """CapPa's blocks as torch's own decoder layers."""
-    for w in reference.layers(params["blocks"]):
-        layer = torch.nn.TransformerDecoderLayer(DEC.width, DEC.heads, DEC.mlp, 0, functools.partial(F.gelu, approximate="tanh"), 1e-6,
+    for w in torch_reference.layers(params["blocks"]):
+        layer = torch.nn.TransformerDecoderLayer(DEC.width, DEC.num_heads, DEC.mlp_dim, 0, functools.partial(F.gelu, approximate="tanh"), 1e-6,
                                                  batch_first=True, norm_first=True)
-        layer.multihead_attn = torch.nn.MultiheadAttention(DEC.width, DEC.heads, kdim=DEC.image_width, vdim=DEC.image_width, batch_first=True)
+        layer.multihead_attn = torch.nn.MultiheadAttention(DEC.width, DEC.num_heads, kdim=DEC.image_width, vdim=DEC.image_width, batch_first=True)
         k, v = w["memory"]["kernel"].split(DEC.width, 1)
         values = {"self_attn.in_proj_weight": w["qkv"]["kernel"].T, "self_attn.in_proj_bias": w["qkv"]["bias"],
                   "multihead_attn.q_proj_weight": w["query"]["kernel"].T, "multihead_attn.k_proj_weight": k.T, "multihead_attn.v_proj_weight": v.T,
@@ -107,7 +106,7 @@ def cross_layers(params):
 
 
 def cappa(params, model):
-    _, tokens, _ = reference.encoder(params["encoder"], images(), ENC)
+    _, tokens, _ = torch_reference.encoder(params["encoder"], images(), ENC)
     memory = norm(tokens, params["encoder"]["norm"])
     at_once = [bool(jax.random.uniform(key) < 0.75) for key in KEYS]
     assert 0 < sum(at_once[REAL]) < B - 1  # both kinds are there
@@ -117,22 +116,22 @@ def cappa(params, model):
     hide = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1).repeat(B, 1, 1)
     hide[at_once] = False
     for layer, values in cross_layers(params["decoder"]):
-        x = torch.func.functional_call(layer, values, (x, memory), {"tgt_mask": hide.repeat_interleave(DEC.heads, 0)}, strict=True)
+        x = torch.func.functional_call(layer, values, (x, memory), {"tgt_mask": hide.repeat_interleave(DEC.num_heads, 0)}, strict=True)
     scores = linear(norm(x, params["decoder"]["norm"]), params["decoder"]["head"])
     return F.cross_entropy(scores.flatten(0, 1), TEXT[:, 1:].flatten(), ignore_index=0)
 
 
 def aimv2(params, model):
-    pictures = (images().float() / 255 - torch.tensor(vit.MEAN)) / torch.tensor(vit.STD)
+    pictures = (images().float() / 255 - torch.tensor(vit.IMAGENET_MEAN)) / torch.tensor(vit.IMAGENET_STD)
     patches = F.unfold(pictures.permute(0, 3, 1, 2), 8, stride=8).view(B, 3, 64, -1).permute(0, 3, 2, 1).flatten(2)    # (B,N,P*P*3)
     targets = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    N, cls = targets.shape[1], int(model.encoder.cls)
+    N, cls = targets.shape[1], int(model.encoder.cls_token)
     prefixes = [int(jax.random.randint(key, (), 1, N)) for key in KEYS]
     mask = torch.ones(B, 1, N + cls, N + cls, dtype=torch.bool).tril()
     for row, prefix in zip(mask, prefixes):
         row[..., :prefix + cls] = True
-    tokens = reference.encoder(params["encoder"], images(), model.encoder, attn_mask=mask)[1]
-    hidden = reference.sequence(params["decoder"], tokens, TEXT[:, :-1], DEC)
+    tokens = torch_reference.encoder(params["encoder"], images(), model.encoder, attn_mask=mask)[1]
+    hidden = torch_reference.sequence(params["decoder"], tokens, TEXT[:, :-1], DEC)
     total = 0
     for b in range(B - 1):
         guesses = linear(hidden[b, :N - 1], params["decoder"]["pixels"])
@@ -145,7 +144,7 @@ def aimv2(params, model):
 @pytest.mark.parametrize("objective, cls", [(clip, False), (openvision, False), (cappa, False), (aimv2, False), (aimv2, True)])
 def test_loss_and_gradient_of_every_parameter(objective, cls):
     model, params, loss, grads = ours(objective.__name__, cls)
-    twin = reference.from_jax(params)
+    twin = torch_reference.from_jax(params)
     theirs = objective(twin, model)
     theirs.backward()
     assert abs(loss - theirs.item()) <= 1e-5 * theirs.item()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import jax
-import libraries
 import numpy as np
 import open_clip.model
 import pytest
@@ -19,13 +18,15 @@ import transformers
 from PIL import Image
 
 import caption
-import checkpoint
 import config
 import convert
-import features
-import run
 import vit
-from layouts import LAYOUTS, arrange
+from interop import transfer
+from interop.encoder import load_encoder
+from interop.layouts import LAYOUTS, to_library
+from objectives import registry
+from runtime import checkpoint
+from tests.parity import libraries
 
 HOLDS = [("transformers", False), ("transformers", True), ("timm", False), ("timm", True), ("open_clip", True)]
 
@@ -37,7 +38,7 @@ def drawn(declared, seed=1):
     def draw(w):
         noise = rng.standard_normal(w.shape, np.float32)
         return 1 + 0.1 * noise if w.std is None else (0.02 + w.std) * noise
-    return jax.tree.map(draw, declared, is_leaf=vit.is_weight)
+    return jax.tree.map(draw, declared, is_leaf=vit.is_spec)
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +50,18 @@ def photo(tmp_path_factory):
 def saved(tmp_path):
     """(cls, positions) -> the path of a small encoder's .npz, of 64 px."""
     def save(cls=False, positions=0):
-        cfg = vit.ViTConfig(layers=3, width=128, heads=2, mlp=440, patch=8, cls=cls, positions=positions)
+        cfg = vit.ViTConfig(depth=3, width=128, num_heads=2, mlp_dim=440, patch_size=8, cls_token=cls, learned_pos_grid=positions)
         path = str(tmp_path / "ours.npz")
-        checkpoint.save(path, drawn(vit.weights(cfg)), {"encoder": dataclasses.asdict(cfg), "resolution": 64})
+        checkpoint.save(path, drawn(vit.param_specs(cfg)), {"encoder": dataclasses.asdict(cfg), "resolution": 64})
         return path
     return save
 
 
-# --------------------------------------------------------------------------------------------------------------- export
 @pytest.mark.parametrize("to, cls", HOLDS)
 @pytest.mark.parametrize("positions, resolution", [(0, 0), (8, 96)])
 def test_the_card_gives_our_features_of_a_photograph(to, cls, positions, resolution, saved, photo, tmp_path, monkeypatch):
-    ours = features.load_encoder(saved(cls, positions), resolution)(photo)
-    convert.export_encoder(saved(cls, positions), to, str(tmp_path / to), resolution)
+    ours = load_encoder(saved(cls, positions), resolution)(photo)
+    transfer.export_encoder(saved(cls, positions), to, str(tmp_path / to), resolution)
     monkeypatch.chdir(tmp_path / to)
     found = {"image": Image.open(photo)}
     with torch.no_grad():
@@ -74,8 +74,8 @@ def test_the_card_gives_our_features_of_a_photograph(to, cls, positions, resolut
 
 @pytest.mark.parametrize("to, cls", HOLDS)
 def test_an_export_comes_back_bit_for_bit(to, cls, saved, tmp_path):
-    convert.export_encoder(saved(cls), to, str(tmp_path / to))
-    convert.import_encoder(str(tmp_path / to), str(tmp_path / "back.npz"))
+    transfer.export_encoder(saved(cls), to, str(tmp_path / to))
+    transfer.import_encoder(str(tmp_path / to), str(tmp_path / "back.npz"))
     (there, meta), (back, again) = checkpoint.load(saved(cls)), checkpoint.load(str(tmp_path / "back.npz"))
     assert meta["encoder"] == again["encoder"] and again["resolution"] == 64
     assert there.keys() == back.keys() and all(np.array_equal(there[name], back[name]) for name in there)
@@ -83,22 +83,22 @@ def test_an_export_comes_back_bit_for_bit(to, cls, saved, tmp_path):
 
 @pytest.mark.parametrize("cls", [False, True])
 def test_transformers_misses_nothing(cls, saved, tmp_path):
-    convert.export_encoder(saved(cls), "transformers", str(tmp_path / "t"))
+    transfer.export_encoder(saved(cls), "transformers", str(tmp_path / "t"))
     _, info = transformers.AutoModel.from_pretrained(str(tmp_path / "t"), output_loading_info=True, **({"add_pooling_layer": False} if cls else {}))
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert type(transformers.AutoImageProcessor.from_pretrained(str(tmp_path / "t"))).__name__.startswith("ViT" if cls else "Siglip")
 
 
-@pytest.mark.parametrize("size", vit.FAMILY)
+@pytest.mark.parametrize("size", vit.ENCODER_SIZES)
 @pytest.mark.parametrize("to, cls", HOLDS)
 def test_every_family_member_has_the_shapes_of_the_library(to, cls, size):
     """No weight exists: ours are views of one zero, theirs are on torch's meta device."""
     import timm
     patch, resolution = (8, 32) if size == "micro" else (14, 84)
-    cfg = vit.config(f"{size}/{patch}", cls=cls)
-    hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.weights(cfg), is_leaf=vit.is_weight)
-    kind, _, files = convert.files(to, cfg, resolution)
-    ours = {name: x.shape for name, x in arrange(hollow, cfg, resolution // patch, LAYOUTS[kind]).items()}
+    cfg = vit.vit_config(f"{size}/{patch}", cls_token=cls)
+    hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=vit.is_spec)
+    kind, _, files = transfer.library_files(to, cfg, resolution)
+    ours = {name: x.shape for name, x in to_library(hollow, cfg, resolution // patch, LAYOUTS[kind]).items()}
     with torch.device("meta"):
         if to == "transformers":
             theirs_cfg = transformers.AutoConfig.for_model(**files["config.json"])
@@ -116,7 +116,6 @@ def test_every_family_member_has_the_shapes_of_the_library(to, cls, size):
         assert ours == {name.removeprefix("vision_model."): tuple(x.shape) for name, x in state.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- import
 def tower(size, patch, resolution, table):
     """open_clip's own tower as the released encoders have it, with random weights. table: our sin-cos one, or open_clip's."""
     layers, width, heads, mlp = size
@@ -131,7 +130,7 @@ def tower(size, patch, resolution, table):
                 x.add_(0.1 * torch.randn_like(x))
         if table == "released":
             model.positional_embedding[0] = 0
-            model.positional_embedding[1:] = torch.from_numpy(vit.positions(resolution // patch, width))
+            model.positional_embedding[1:] = torch.from_numpy(vit.sincos_position_embedding(resolution // patch, width))
     return model
 
 
@@ -146,12 +145,12 @@ def test_an_open_clip_tower_gives_the_same_tokens_here(patch, resolution, table,
     said = capsys.readouterr().out
     assert f"dropped 2: {prefix}proj, logit_scale" in said or f"dropped 2: logit_scale, {prefix}proj" in said
     assert ("is the sin-cos table" in said) == (table == "released")
-    encode = features.load_encoder(str(tmp_path / "out.npz"))
-    assert encode.resolution == resolution and encode.cfg.heads == 2
+    encode = load_encoder(str(tmp_path / "out.npz"))
+    assert encode.resolution == resolution and encode.cfg.num_heads == 2
     images = np.random.default_rng(0).integers(0, 256, (2, resolution, resolution, 3), np.uint8)
     ours = encode(images)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.asarray(vit.normalise(images)).transpose(0, 3, 1, 2).copy())
+        pixels = torch.from_numpy(np.asarray(vit.normalize(images)).transpose(0, 3, 1, 2).copy())
         theirs = model.forward_intermediates(pixels, indices=1, output_fmt="NLC")["image_intermediates"][0]
     assert np.abs(ours.tokens - theirs.numpy()).max() <= 1e-4
     assert np.abs(ours.pooled - model.ln_post(theirs.mean(1)).detach().numpy()).max() <= 1e-4
@@ -162,9 +161,9 @@ def test_half_precision_files_are_read(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "a.bin")
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     for name in ("a.bin", "a.safetensors"):
-        notes = convert.import_encoder(str(tmp_path / name), str(tmp_path / f"{name}.npz"))
-        params, cfg, _ = features.read(str(tmp_path / f"{name}.npz"))
-        assert notes[1] == "its position table is the sin-cos table" and cfg.heads == 1
+        notes = transfer.import_encoder(str(tmp_path / name), str(tmp_path / f"{name}.npz"))
+        params, cfg, _ = checkpoint.read_encoder(str(tmp_path / f"{name}.npz"))
+        assert notes[1] == "its position table is the sin-cos table" and cfg.num_heads == 1
         assert np.array_equal(params["norm"]["scale"], state["ln_post.weight"].float().numpy())
 
 
@@ -198,12 +197,11 @@ def test_files_that_are_no_encoder_are_told_in_a_sentence(tmp_path, capsys):
         assert convert.main(["import", str(path), "--out", str(tmp_path / "out")]) == 0
 
 
-# -------------------------------------------------------------------------------------------------- in a multimodal model
 @pytest.mark.parametrize("cls", [False, True])
 def test_llava_sees_through_it(cls, saved, photo, tmp_path):
     """A tiny random language model reads our tokens, and a training step on a picture and its text reaches the encoder."""
     folder = str(tmp_path / "t")
-    convert.export_encoder(saved(cls), "transformers", folder)
+    transfer.export_encoder(saved(cls), "transformers", folder)
     text = transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     llava = transformers.LlavaConfig(vision_config=transformers.AutoConfig.from_pretrained(folder), text_config=text, image_token_index=39,
                                      image_seq_length=64, vision_feature_select_strategy="default" if cls else "full", vision_feature_layer=-1)
@@ -213,7 +211,7 @@ def test_llava_sees_through_it(cls, saved, photo, tmp_path):
     ids = torch.tensor([[1, *[39] * 64, 5, 6, 7, 2]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "labels": torch.where(ids == 39, -100, ids)}
     before = model(**batch)
-    ours = model.model.multi_modal_projector(torch.from_numpy(features.load_encoder(saved(cls))(photo).tokens))
+    ours = model.model.multi_modal_projector(torch.from_numpy(load_encoder(saved(cls))(photo).tokens))
     assert (before.image_hidden_states - ours[0]).abs().max() <= 1e-4
     before.loss.backward()
     first = next(model.model.vision_tower.parameters())
@@ -222,7 +220,6 @@ def test_llava_sees_through_it(cls, saved, photo, tmp_path):
     assert model(**batch).loss < before.loss
 
 
-# ------------------------------------------------------------------------------------------------------------ the README
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     """Features, captions, export and import as the README has them, on a run that has learned nothing and a small tower."""
     root = pathlib.Path(convert.__file__).parent
@@ -232,14 +229,14 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs/toy").mkdir(parents=True)
     (tmp_path / "docs").symlink_to(root / "docs")
     monkeypatch.chdir(tmp_path)
-    cfg = config.PRESETS["toy"]
-    model = run.Model(*config.models(cfg, cfg.vocab_size), cfg.keep_ratio)
-    checkpoint.save_step("runs/toy", 1270, {"params": run.init(cfg, model)}, {
+    cfg = config.RECIPES["toy"]
+    model = registry.ModelSpec(*registry.model_spec(cfg)[:2], cfg.keep_ratio)
+    checkpoint.save_step("runs/toy", 1270, {"params": registry.init_params(cfg, model)}, {
         "config": dataclasses.asdict(cfg), "vocabulary": ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *map(str, range(99))]})
     torch.save(tower((1, 64, 1, 256), 8, 32, "released").state_dict(), "open_clip_pytorch_model.bin")
     for command in commands:
         script, *words = shlex.split(command)
-        if script == "features.py":
+        if script == "interop/encoder.py":
             done = subprocess.run([sys.executable, root / script, *words], capture_output=True, text=True)
             assert done.stdout == "features.npz: tokens (1, 16, 96), pooled (1, 96)\n", done.stderr
         else:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-import watch
+from runtime import monitoring
 
 
 def events(path):
@@ -24,7 +24,7 @@ def test_points_and_pictures(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "loss": 2.5, "seconds": 10.0}) + "\n")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "curve.png")
-    board = watch.Board(str(tmp_path), 1.7e9)
+    board = monitoring.Board(str(tmp_path), 1.7e9)
     board.row({"step": 8, "val_loss": 1.25, "seconds": 20.0})
     board.picture(str(tmp_path / "curve.png"), 8)
     board.close()

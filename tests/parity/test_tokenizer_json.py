@@ -3,12 +3,12 @@ import json
 
 import pytest
 import tokenizers
-from test_wordpiece import NORMALIZER, PRE_TOKENIZER, TEXTS
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-import tokenizer
 import train
 from caption import load_captioner
+from inputs import tokenizer
+from tests.parity.test_wordpiece import NORMALIZER, PRE_TOKENIZER, TEXTS
 
 CAPTIONS = [text for text in TEXTS if text.isascii() and text.isprintable()][:2000]
 
@@ -44,31 +44,31 @@ def marked(theirs):
 def test_ids_and_text(theirs, tmp_path):
     (tmp_path / "tokenizer.json").write_text(marked(theirs))
     ours = tokenizer.load(str(tmp_path / "tokenizer.json"))
-    assert isinstance(ours, tokenizer.Library) and len(ours) == theirs.get_vocab_size() + 3
+    assert isinstance(ours, tokenizer.HFTokenizer) and len(ours) == theirs.get_vocab_size() + 3
     for text in CAPTIONS[:500]:
         wanted = [i + 3 for i in theirs.encode(text, add_special_tokens=False).ids]
-        assert ours.pieces_of(text) == wanted
+        assert ours.encode_pieces(text) == wanted
         row = ours.encode(text, len(wanted) + 4).tolist()
         assert row == [1, *wanted, 2, 0, 0] and ours.decode(row) == theirs.decode([i - 3 for i in wanted]).strip()
         assert ours.encode(text, 5).tolist()[-1] in (0, 2) and max(wanted, default=3) < len(ours)
-    spelled = ours.pieces_of("a </s> and <s>")
+    spelled = ours.encode_pieces("a </s> and <s>")
     assert not {0, 1, 2} & set(spelled) and "and" in ours.decode([1, *spelled, 2])  # no caption can end itself
     if isinstance(theirs.model, models.BPE):  # (a Unigram model has its marks among its pieces)
         assert not {3, 4} & set(spelled) and ours.decode([1, *spelled, 2]) == "a </s> and <s>"
     assert ours.decode([1, 3, 4, len(ours), 10**6, 2, 9]) == ""
-    again = tokenizer.restore(json.loads(json.dumps(ours.stored)))
-    assert again.pieces_of("two small cats") == ours.pieces_of("two small cats")
+    again = tokenizer.from_state(json.loads(json.dumps(ours.state)))
+    assert again.encode_pieces("two small cats") == ours.encode_pieces("two small cats")
 
 
 def test_native_wordpiece_equals_the_library(tmp_path):
     """A BERT tokenizer.json, written by the library, is read without it, and gives its ids."""
-    built = tokenizer.build(TEXTS[::3], 4000)
+    built = tokenizer.train_vocab(TEXTS[::3], 4000)
     library = tokenizers.Tokenizer(models.WordPiece(built.ids, unk_token="[UNK]", max_input_chars_per_word=100))
     library.normalizer, library.pre_tokenizer = NORMALIZER, PRE_TOKENIZER
     library.save(str(tmp_path / "tokenizer.json"))
     ours = tokenizer.load(str(tmp_path / "tokenizer.json"))
-    assert type(ours) is tokenizer.Tokenizer
-    assert [ours.pieces_of(t) for t in TEXTS[:3000]] == [e.ids for e in library.encode_batch(TEXTS[:3000], add_special_tokens=False)]
+    assert type(ours) is tokenizer.WordPiece
+    assert [ours.encode_pieces(t) for t in TEXTS[:3000]] == [e.ids for e in library.encode_batch(TEXTS[:3000], add_special_tokens=False)]
 
 
 def test_a_file_that_the_library_refuses_is_told(tmp_path):
@@ -80,12 +80,12 @@ def test_a_file_that_the_library_refuses_is_told(tmp_path):
 def test_a_run_carries_its_tokenizer(tmp_path, capsys):
     """Trained a step, the file deleted: the finished run's folder has it, captions are written, and more steps would need no file."""
     (tmp_path / "t.json").write_text(marked(made("bpe")))
-    argv = ["--vocab", str(tmp_path / "t.json"), "--vocab-size", "600", "--stages", "resolution=16 steps=1 batch=4 lr=1e-3", "--val-count", "4",
-            "--out", str(tmp_path / "run")]
+    argv = ["--vocab", str(tmp_path / "t.json"), "--vocab-size", "600", "--stages", "resolution=16 steps=1 batch=4 lr=1e-3", "--val-samples", "4",
+            "--workdir", str(tmp_path / "run")]
     assert train.main(argv) == 0
     (tmp_path / "t.json").unlink()
     (tmp_path / "run" / "summary.json").unlink()
     assert train.main(argv) == 0 and "continuing" in capsys.readouterr().out  # its last measurements, made again
-    assert tokenizer.load(str(tmp_path / "run" / "tokenizer.json")).stored
+    assert tokenizer.load(str(tmp_path / "run" / "tokenizer.json")).state
     assert not (tmp_path / "run" / "vocab.txt").exists()
     assert isinstance(load_captioner(str(tmp_path / "run"))(str(tmp_path / "run" / "curve.png")), str)

@@ -4,13 +4,14 @@ import functools
 import jax
 import numpy as np
 import pytest
-import reference
 import torch
-from reference import tensor
 
 import decoder
+import layers
 import masking
 import vit
+from benchmarks import torch_reference
+from benchmarks.torch_reference import tensor
 
 B, T, V, KEEP = 3, 14, 61, 0.4  # 13 targets: loss pieces of 5 do not divide them
 SIDES = (32, 48)                # 16 and 36 patches
@@ -18,8 +19,8 @@ SIDES = (32, 48)                # 16 and 36 patches
 
 def configs(cls=False, prefix="causal", chunk=0, remat="none", dtype="float32"):
     """A small encoder and decoder; no two sizes are equal, so that a mixed-up axis cannot pass."""
-    enc = vit.ViTConfig(layers=3, width=64, heads=4, mlp=112, patch=8, cls=cls, remat=remat, dtype=dtype)
-    dec = decoder.DecoderConfig(layers=2, width=48, heads=3, mlp=80, vocab=V, image_width=64, prefix=prefix,
+    enc = vit.ViTConfig(depth=3, width=64, num_heads=4, mlp_dim=112, patch_size=8, cls_token=cls, remat=remat, dtype=dtype)
+    dec = decoder.DecoderConfig(depth=2, width=48, num_heads=3, mlp_dim=80, vocab_size=V, image_width=64, prefix_attention=prefix,
                                 loss_chunk=chunk, remat=remat, dtype=dtype)
     return enc, dec
 
@@ -33,7 +34,7 @@ def parameters(cls=False):
     def draw(w):
         noise = rng.standard_normal(w.shape, np.float32)
         return 1 + 0.1 * noise if w.std is None else (0.1 + w.std) * noise
-    return jax.tree.map(draw, {"encoder": vit.weights(enc), "decoder": decoder.weights(dec)}, is_leaf=vit.is_weight)
+    return jax.tree.map(draw, {"encoder": vit.param_specs(enc), "decoder": decoder.param_specs(dec)}, is_leaf=vit.is_spec)
 
 
 def batch(side):
@@ -54,23 +55,23 @@ def error(ours, theirs):
 def loss(params, images, text, enc, dec):
     """The project's mean caption loss, and which patches it kept."""
     tokens = vit.vit(params["encoder"], images, enc)["tokens"]
-    kept, chosen = masking.keep(jax.random.split(jax.random.key(7), B), tokens, KEEP)
+    kept, chosen = masking.keep_random_tokens(jax.random.split(jax.random.key(7), B), tokens, KEEP)
     total = decoder.caption_loss(params["decoder"], kept, text, dec).sum()
-    return total / decoder.target_count(text).sum(), chosen
+    return total / decoder.count_targets(text).sum(), chosen
 
 
 def step(side, enc, dec):
     """Loss, gradient tree and kept patches in JAX; XLA does all its own passes, LLVM hurries, which halves the wait."""
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(3, 4),
                   compiler_options={"xla_backend_optimization_level": 0})
-    (value, chosen), grads = run(parameters(enc.cls), *batch(side), enc, dec)
+    (value, chosen), grads = run(parameters(enc.cls_token), *batch(side), enc, dec)
     return float(value), grads, chosen
 
 
 def torch_step(side, enc, dec, chosen):
     """Loss and gradient tree in PyTorch, of the same patches."""
-    twin, (images, text) = reference.from_jax(parameters(enc.cls)), map(tensor, batch(side))
-    value = reference.mean_loss(twin["encoder"], twin["decoder"], images, tensor(chosen), text, enc, dec)
+    twin, (images, text) = torch_reference.from_jax(parameters(enc.cls_token)), map(tensor, batch(side))
+    value = torch_reference.mean_loss(twin["encoder"], twin["decoder"], images, tensor(chosen), text, enc, dec)
     value.backward()
     return value.item(), jax.tree.map(lambda w: (torch.zeros_like(w) if w.grad is None else w.grad).numpy(), twin)
 
@@ -82,7 +83,7 @@ def test_encoder(side, cls):
     params, images = parameters(cls)["encoder"], batch(side)[0]
     ours = jax.jit(vit.vit, static_argnums=(2, 3))(params, images, enc, True)
     for maps in ([], None):  # with torch's softmax written out, and with its fused attention
-        x, tokens, pooled = reference.encoder(reference.from_jax(params), tensor(images), enc, maps)
+        x, tokens, pooled = torch_reference.encoder(torch_reference.from_jax(params), tensor(images), enc, maps)
         assert error(ours["tokens"], tokens) <= 1e-4
         assert error(ours["pooled"], pooled) <= 1e-4
         assert ("cls" in ours) == cls and (not cls or error(ours["cls"], x[:, 0]) <= 1e-4)
@@ -93,7 +94,7 @@ def test_norm_of_a_faint_token():
     """So faint that the epsilon is a good part of its variance."""
     x = 1e-3 * np.random.default_rng(0).standard_normal((2, 5, 64), np.float32)
     w = {"scale": np.full(64, 1.5, np.float32), "bias": np.full(64, 0.5, np.float32)}
-    assert error(vit.layer_norm(x, w), reference.norm(tensor(x), reference.from_jax(w))) <= 1e-4
+    assert error(layers.layer_norm(x, w), torch_reference.norm(tensor(x), torch_reference.from_jax(w))) <= 1e-4
 
 
 @pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
@@ -103,7 +104,7 @@ def test_logits(prefix, K):
     params, text = parameters()["decoder"], batch(32)[1]
     image_tokens = np.random.default_rng(K).standard_normal((B, K, enc.width), np.float32)
     ours = jax.jit(decoder.logits, static_argnums=3)(params, image_tokens, text, dec)
-    theirs = reference.decoder(reference.from_jax(params), tensor(image_tokens), tensor(text), dec)
+    theirs = torch_reference.decoder(torch_reference.from_jax(params), tensor(image_tokens), tensor(text), dec)
     assert error(ours, theirs) <= 1e-4
 
 
@@ -139,10 +140,10 @@ def test_bfloat16_roughly_agrees(prefix, chunk, remat):
 
 def test_the_wrong_gelu_would_be_seen(monkeypatch):
     right, other = torch.nn.functional.gelu, {"none": "tanh", "tanh": "none"}
-    monkeypatch.setattr(reference.F, "gelu", lambda x, approximate: right(x, approximate=other[approximate]))
+    monkeypatch.setattr(torch_reference.F, "gelu", lambda x, approximate: right(x, approximate=other[approximate]))
     (enc, dec), params, (images, text) = configs(), parameters(), batch(32)
-    twin = reference.from_jax(params)
+    twin = torch_reference.from_jax(params)
     tokens = jax.jit(vit.vit, static_argnums=2)(params["encoder"], images, enc)["tokens"]
-    assert error(tokens, reference.encoder(twin["encoder"], tensor(images), enc)[1]) > 1e-4
+    assert error(tokens, torch_reference.encoder(twin["encoder"], tensor(images), enc)[1]) > 1e-4
     scores = jax.jit(decoder.logits, static_argnums=3)(params["decoder"], tokens, text, dec)
-    assert error(scores, reference.decoder(twin["decoder"], tensor(tokens), tensor(text), dec)) > 1e-4
+    assert error(scores, torch_reference.decoder(twin["decoder"], tensor(tokens), tensor(text), dec)) > 1e-4

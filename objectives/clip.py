@@ -1,0 +1,41 @@
+"""CLIP (arXiv:2103.00020): an image's pooled feature must find its caption in the batch, and the
+caption its image."""
+from typing import Any
+
+import jax
+
+import decoder
+import vit
+from layers import linear
+from objectives.contrastive import (
+    contrastive_loss,
+    encode_text,
+    l2_normalize,
+    logit_scale,
+    pair_specs,
+    text_encoder_flops,
+    text_encoder_specs,
+)
+
+
+def param_specs(model: Any) -> dict:
+    return {"text": text_encoder_specs(model.decoder, model.max_text_len),
+            "pair": pair_specs(model)}
+
+
+def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
+    enc, dec = model.encoder, model.decoder
+    text = text_encoder_flops(dec, text_len) + 2 * enc.width * dec.width
+    return {"encoder": vit.flops(enc, resolution), "text": text}
+
+
+def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
+    pooled = vit.vit(params["encoder"], batch["images"], model.encoder)["pooled"]
+    image = l2_normalize(linear(pooled, params["pair"]["image"]))
+    text = l2_normalize(encode_text(params["text"], batch["text"], model.decoder)[1])
+    real = decoder.count_targets(batch["text"]) > 0
+    return contrastive_loss(image, text, real, logit_scale(params)).sum(), real.sum()
+
+
+def blind_loss(facts: Any) -> float:
+    return facts.matching_nats

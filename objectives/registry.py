@@ -1,0 +1,180 @@
+"""What is trained, by name: the method, or a system that the paper compares it with.
+
+    python train.py --objective clip           contrastive (arXiv:2103.00020)
+    python train.py --objective openvision     contrastive with two captions, and captioning
+                                               (arXiv:2505.04601, 2411.16828)
+    python train.py --objective cappa          captioning by cross-attention, mostly in parallel
+                                               (arXiv:2306.07915)
+    python train.py --objective aimv2          the next patch and the next token (arXiv:2411.14402)
+
+The method's loss is `openvision2_loss` in train.py. Each other system is a module of this folder:
+
+    loss(params, batch, keys, model) -> (sum, count)    two sums over this device's images; the step
+                                                        divides one by the other across all devices
+    validation_loss                                     the same, where it differs from `loss`
+    generate(params, batch, model) -> (B,T) int32       greedy captions, where it makes any
+    param_specs(model) -> {part: specs}                 what it trains beside the encoder
+    flops(model, resolution, text_len) -> {part: FLOPs} forward, for one image
+    blind_loss(facts) -> float or None                  the best possible loss without the image
+
+All share the transformer block (no SwiGLU, no RMSNorm), the plain ViT with mean pooling, and a
+decoder that reads all patch tokens. In these points they differ from their sources on purpose.
+
+Letters: B images, N patches, S = N (+1 with a CLS token), T text positions, D decoder width,
+E encoder width, H heads, V vocabulary size.
+"""
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import decoder
+import masking
+import vit
+from runtime.curriculum import parse_stages
+
+METHOD = "openvision2"
+INIT_DOMAIN = 1 << 31  # folded into the seed's key for initial parameters; masks fold in sample positions,
+                       # which are always below it
+RIVALS = ("clip", "openvision", "cappa", "aimv2")
+CONTRASTIVE = ("clip", "openvision")  # these compare all images of a batch with each other
+
+
+class BlindFacts(NamedTuple):
+    """What is known of a validation set without seeing its images."""
+    batch_sizes: list[int]                     # images in each batch, among which CLIP compares
+    caption_nats: np.ndarray | None            # (n,) entropy of each caption, where it is known
+    caption_tokens: np.ndarray | None          # (n,) tokens of each caption
+    pixel_targets: Callable[[], np.ndarray]    # (n,N,P*P*3), for AIMv2
+
+    @property
+    def nats_per_token(self) -> float | None:
+        if self.caption_nats is None or self.caption_tokens is None:
+            return None
+        return float(self.caption_nats.sum() / self.caption_tokens.sum())
+
+    @property
+    def matching_nats(self) -> float:
+        """The contrastive loss of a guess: log of the batch size, by images."""
+        total = sum(n * np.log(n) for n in self.batch_sizes)
+        return float(total / sum(self.batch_sizes))
+
+
+def rival(name: str) -> ModuleType | None:
+    """The module of a system that is compared, None for the method itself. Only the module that is
+    used gets imported, so that reading or running the method needs no other."""
+    return None if name == METHOD else importlib.import_module(f"objectives.{name}")
+
+
+def param_specs(model: Any) -> dict:
+    """{part: parameter specs} that the model's objective has beside the encoder."""
+    module = rival(model.objective)
+    if module is None:
+        return {"decoder": decoder.param_specs(model.decoder)}
+    return module.param_specs(model)
+
+
+def num_decoder_tokens(model: Any, num_patches: int) -> int:
+    """Patch tokens, of N, that the decoder (or the pooling) reads."""
+    if model.objective == METHOD:
+        return masking.num_kept_tokens(num_patches, model.keep_ratio)
+    return num_patches
+
+
+def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
+    """Forward FLOPs of each part for one image whose captions have `text_len` positions: 2 per
+    multiply-add, matmuls only. The scores of a contrastive batch, 4 B D per image and caption, are
+    left out."""
+    module = rival(model.objective)
+    if module is not None:
+        return module.flops(model, resolution, text_len)
+    num_patches = (resolution // model.encoder.patch_size) ** 2
+    kept = num_decoder_tokens(model, num_patches)
+    return {"encoder": vit.flops(model.encoder, resolution),
+            "decoder": decoder.flops(model.decoder, kept, text_len - 1)}
+
+
+def blind_loss(objective: str, facts: BlindFacts) -> float | None:
+    """The best possible validation loss without the image, None where it is not known."""
+    module = rival(objective)
+    return facts.nats_per_token if module is None else module.blind_loss(facts)
+
+
+def can_caption(objective: str) -> bool:
+    return objective == METHOD or hasattr(rival(objective), "generate")
+
+
+class ModelSpec(NamedTuple):
+    """What a training step needs to know of the networks."""
+    encoder: vit.ViTConfig
+    decoder: decoder.DecoderConfig
+    keep_ratio: float
+    objective: str = METHOD
+    shuffle_kept: bool = False
+    max_text_len: int = 0      # text positions, of which some objectives have a position table
+
+
+def model_spec(cfg: Any) -> ModelSpec:
+    """Encoder, decoder and objective of a run's Config. ValueError for an unknown size."""
+    shared = {"dtype": cfg.dtype, "remat": cfg.remat, "scan_unroll": cfg.scan_unroll}
+    enc = vit.vit_config(cfg.encoder, cls_token=cfg.cls_token,
+                         learned_pos_grid=cfg.learned_pos_grid, **shared)
+    dec = decoder.decoder_config(cfg.decoder, cfg.vocab_size, enc.width,
+                                 prefix_attention=cfg.prefix_attention,
+                                 text_pos_embed=cfg.text_pos_embed, loss_chunk=cfg.loss_chunk,
+                                 **shared)
+    return ModelSpec(enc, dec, cfg.keep_ratio, cfg.objective, cfg.shuffle_kept, cfg.max_text_len)
+
+
+def param_counts(cfg: Any) -> dict[str, int]:
+    """Parameters of the encoder, the decoder, and what else the objective trains."""
+    model = model_spec(cfg)
+    parts = {"encoder": vit.param_specs(model.encoder)} | param_specs(model)
+    return {name: vit.count_params(specs) for name, specs in parts.items()}
+
+
+def init_params(cfg: Any, model: ModelSpec) -> dict:
+    """{"encoder": ..., "decoder": ...} (other parts for a rival): what a new run starts from."""
+    key = jax.random.fold_in(jax.random.key(cfg.seed), INIT_DOMAIN)
+    parts = {"encoder": vit.param_specs(model.encoder)} | param_specs(model)
+    params = {}
+    for n, (name, specs) in enumerate(parts.items()):
+        if cfg.init_scale == "released":
+            scales = vit.RELEASED_INIT if name == "encoder" else decoder.RELEASED_INIT
+            specs = vit.with_init_scales(specs, scales)
+        params[name] = vit.init_params(jax.random.fold_in(key, n), specs)
+    return params
+
+
+def run_summary(cfg: Any) -> str:
+    """What a run is and costs: settings, parameters, and tokens, FLOPs and steps of each stage.
+
+    OpenAI's CLIP papers count a ViT's learned position table and output projection too: with those
+    the L encoder has 304 M parameters."""
+    model = model_spec(cfg)
+    counts = [f"{name} {count / 1e6:.1f} M" for name, count in param_counts(cfg).items()]
+    lines = [json.dumps(dataclasses.asdict(cfg), indent=1), "parameters   " + ", ".join(counts)]
+    total_steps = total_images = total_flops = 0
+    for s in parse_stages(cfg.stages.stages):
+        patch = model.encoder.patch_size
+        num_patches, rest = (s.resolution // patch) ** 2, s.resolution % patch
+        unseen = f" (the last {rest} px at the right and bottom fill none)" if rest else ""
+        parts = flops(model, s.resolution, cfg.max_text_len)
+        forward = sum(parts.values())
+        shares = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts.items())
+        lines.append(
+            f"stage {s.number}      {s.resolution} px: {num_patches} patch tokens{unseen}, "
+            f"{num_decoder_tokens(model, num_patches)} kept, {cfg.max_text_len - 1} text positions; "
+            f"{forward / 1e9:.2f} GFLOPs per image forward ({shares}); {s.steps:,} steps of "
+            f"{s.batch:,} at peak lr {s.lr:g}, warm-up {s.warmup:,} steps")
+        total_steps += s.steps
+        total_images += s.steps * s.batch
+        total_flops += 3 * forward * s.steps * s.batch
+    lines.append(f"in total     {total_steps:,} steps, {total_images:,} images, {total_flops:.3g} "
+                 "FLOPs forward and backward")
+    return "\n".join(lines)

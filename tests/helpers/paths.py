@@ -1,0 +1,4 @@
+"""TODO."""
+import os
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
