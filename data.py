@@ -132,7 +132,7 @@ class Loader:
         raise DataError(f"not one usable sample in the data; the last: {self.source.name(i)} {self.bad[i]}")
 
     def batch(self, positions: range, resolution: int) -> dict[str, Any]:
-        """{"images": (B,R,R,3) uint8, "text" (and "alt"): (B,T) int32, "row": (B,) int32 position in the run, "index": (B,), "bad": {index: reason}}.
+        """{"images": (B,R,R,3) uint8, "text" (and "alt"): (B,T) int32, "sample_index": (B,) int32 position in the run, "source_index": (B,), "bad": {index: reason}}.
         "bad" has each bad sample where its own turn comes in the first epoch: so every host, and a continued run, counts the same."""
         firsts = [self.index(p) for p in positions]
         jobs = list(zip(positions, firsts))
@@ -140,8 +140,8 @@ class Loader:
         done = self.pool.map(lambda piece: [self.sample(p, first, resolution) for p, first in piece], pieces)
         images, texts, index = zip(*itertools.chain.from_iterable(done))
         bad = {i: self.bad[i] for p, i in zip(positions, firsts) if p < len(self.source) and i in self.bad}
-        return {"images": np.stack(images), **dict(zip(self.fields, map(np.stack, zip(*texts)))), "index": np.array(index),
-                "row": np.array([p & 0x7FFFFFFF for p in positions], np.int32), "bad": bad}
+        return {"images": np.stack(images), **dict(zip(self.fields, map(np.stack, zip(*texts)))), "source_index": np.array(index),
+                "sample_index": np.array([p & 0x7FFFFFFF for p in positions], np.int32), "bad": bad}
 
     def prefetch(self, wanted: Iterator[tuple[range, int]], put: Callable[[dict], Any], depth: int = 2) -> Iterator[Any]:
         """(put(batch), batch["bad"]) for each wanted (positions, resolution), made in a thread `depth` ahead of its use: so the next
@@ -240,7 +240,7 @@ if __name__ == "__main__":
     except DataError as problem:
         sys.exit(f"error: {problem}")
     sheet = Image.new("RGB", (8 * 168, 2 * 220), "white")
-    for n, (pixels, i) in enumerate(zip(batch["images"], batch["index"])):
+    for n, (pixels, i) in enumerate(zip(batch["images"], batch["source_index"])):
         sheet.paste(Image.fromarray(pixels), (n % 8 * 168, n // 8 * 220))
         caption = source.caption(i)
         lines = "\n".join(caption[k:k + 27] for k in range(0, min(len(caption), 108), 27))

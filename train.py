@@ -58,7 +58,7 @@ def cast_block_params(params: dict, model: ModelSpec) -> dict:
 def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: int, accum: int = 1,
               devices: list | None = None, shard: bool = False, clip: float = 0.0) -> Callable:
     """The training step, pmapped: (params, opt_state, batch) -> (params, opt_state, metrics), all with a leading axis
-    of local devices; the batch is {"images" (B,R,R,3) uint8, "text" (B,T), "row" (B,)} a device, with a second caption "alt" (B,T) where one is read.
+    of local devices; the batch is {"images" (B,R,R,3) uint8, "text" (B,T), "sample_index" (B,)} a device, with a second caption "alt" (B,T) where one is read.
 
     Sums of loss and words (of what the model's objective counts) cross the devices, and the division comes after: so the update is that of the whole batch,
     however it is shared out, or cut into `accum` pieces. A row's mask is drawn from its position in the run.
@@ -67,7 +67,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     root = jax.random.key(seed)
 
     def piece(params, batch):
-        keys = jax.vmap(lambda row: jax.random.fold_in(root, row))(batch["row"])
+        keys = jax.vmap(lambda row: jax.random.fold_in(root, row))(batch["sample_index"])
         sums, grads = jax.value_and_grad(objective_loss(model.objective), has_aux=True)(cast_block_params(params, model), batch, keys, model)
         return grads, sums
 

@@ -40,12 +40,12 @@ def machine() -> str:
 
 
 def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray]:
-    """Random pixels, and captions that fill their rows: {"images" (B,R,R,3) uint8, "text" (B,T) int32, "row" (B,)}, and with --alt-field
+    """Random pixels, and captions that fill their rows: {"images" (B,R,R,3) uint8, "text" (B,T) int32, "sample_index" (B,)}, and with --alt-field
     a second caption "alt" (B,T)."""
     rng = np.random.default_rng(cfg.seed)
     text = rng.integers(3, cfg.vocab_size, (batch, cfg.max_text_len), dtype=np.int32)
     text[:, 0], text[:, -1] = decoder.BOS, decoder.EOS
-    found = {"images": rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8), "text": text, "row": np.arange(batch, dtype=np.int32)}
+    found = {"images": rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8), "text": text, "sample_index": np.arange(batch, dtype=np.int32)}
     return found | ({"alt": np.roll(text, 1, axis=0)} if cfg.alt_field else {})
 
 
@@ -118,7 +118,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_b2), fused=True)
         self.rates = iter([0.0] + [curriculum.parse_stages(cfg.stages)[0].lr] * 1_000_000)  # a warm-up of one step, as ours
         n = (resolution // model.encoder.patch_size) ** 2
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(cfg.seed), row))(data["row"])
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(cfg.seed), row))(data["sample_index"])
         chosen = masking.sample_keep_indices(keys, n, masking.num_kept_tokens(n, cfg.keep_ratio))
         images, text, chosen = (torch_reference.tensor(x, device) for x in (data["images"], data["text"], chosen))
         loss = torch.compile(torch_reference.mean_loss) if compiled else torch_reference.mean_loss

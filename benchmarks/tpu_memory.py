@@ -83,7 +83,7 @@ def compile_here(cfg: Config, resolution: int, batch: int, topology: str) -> dic
     params = jax.eval_shape(lambda: init_params(cfg, model))
     state = jax.eval_shape(optimizer.init, jax.tree.map(own, params))
     rows = {"images": ((batch // n, resolution, resolution, 3), np.uint8), "text": ((batch // n, cfg.max_text_len), np.int32),
-            "row": ((batch // n,), np.int32)} | ({"alt": ((batch // n, cfg.max_text_len), np.int32)} if cfg.alt_field else {})
+            "sample_index": ((batch // n,), np.int32)} | ({"alt": ((batch // n, cfg.max_text_len), np.int32)} if cfg.alt_field else {})
     every = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype),
                          (params, state, {k: jax.ShapeDtypeStruct(*v) for k, v in rows.items()}))
     try:

@@ -41,7 +41,7 @@ class DataParallel:
 
     def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A process's rows to its devices: (B, ...) becomes (devices, B/devices, ...). Only what the step reads goes."""
-        wanted = {k: batch[k].reshape(len(self.local_devices), -1, *batch[k].shape[1:]) for k in ("images", "text", "alt", "row") if k in batch}
+        wanted = {k: batch[k].reshape(len(self.local_devices), -1, *batch[k].shape[1:]) for k in ("images", "text", "alt", "sample_index") if k in batch}
         return jax.device_put(wanted, self.sharding)
 
     # ------------------------------------------------------------------------------------------------------- parameters

@@ -20,7 +20,7 @@ from vit import vit
 
 def draw_keys(batch: dict) -> jax.Array:
     """Of all draws, one a picture (B,)."""
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch["row"])
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch["sample_index"])
 
 
 def kept_validation_tokens(params: dict, batch: dict, model: Any) -> tuple[jax.Array, jax.Array]:
@@ -87,7 +87,7 @@ class ValidationSet:
         def everyones(name: str) -> np.ndarray:  # of all processes' rows, in order
             mine = np.stack([b[name] for b, _ in self.batches])
             return np.concatenate(parallel.all_gather(mine), axis=1).reshape(-1, *mine.shape[2:])
-        self.index, self.texts = everyones("index"), {name: everyones(name) for name in reader.fields}
+        self.index, self.texts = everyones("source_index"), {name: everyones(name) for name in reader.fields}
         self.can_caption = registry.can_caption(model.objective)
         self.rows = parallel.local_rows(batch), batch
         self.loss, self.captions = make_loss(model, parallel.pmap_devices), make_captions(model, cfg.max_text_len, parallel.pmap_devices)

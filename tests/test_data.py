@@ -168,10 +168,10 @@ def test_a_batch_follows_from_seed_and_position(source):
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(tmp_path):
     whole = open_source(put(tmp_path / "a.tar", members(13)))
-    index = reader(whole).batch(range(13 * 4), 8)["index"].reshape(4, 13)
+    index = reader(whole).batch(range(13 * 4), 8)["source_index"].reshape(4, 13)
     assert all(sorted(epoch) == list(range(13)) for epoch in index.tolist())
     assert len({tuple(e) for e in index.tolist()}) == 4
-    assert reader(whole, augment=None).batch(range(13), 8)["index"].tolist() == list(range(13))
+    assert reader(whole, augment=None).batch(range(13), 8)["source_index"].tolist() == list(range(13))
 
 
 def large(tmp_path, monkeypatch, tars=40, each=30):
@@ -210,7 +210,7 @@ def epoch_of(source, workers=4, seed=0, processes=1, process=0, epoch=0):
     """The samples that one process uses in an epoch of batches of 24."""
     one, n = reader(source, seed=seed, workers=workers), len(source) // 24 * 24
     steps = [range(p + process, p + 24, processes) for p in range(epoch * n, (epoch + 1) * n, 24)]
-    return np.concatenate([one.batch(p, 8)["index"] for p in steps]).tolist()
+    return np.concatenate([one.batch(p, 8)["source_index"] for p in steps]).tolist()
 
 
 def test_training_reads_a_large_set_in_long_runs_and_each_once(tmp_path, monkeypatch, reads):
@@ -252,7 +252,7 @@ def test_a_set_that_fits_in_memory_is_read_once_and_shuffled_whole(tmp_path, rea
     size = sum(os.path.getsize(path) for path in source.paths)
     reads.found.clear()
     one = reader(source, workers=4)
-    epochs = np.array([one.batch(range(240 * e, 240 * e + 240), 8)["index"] for e in range(3)])
+    epochs = np.array([one.batch(range(240 * e, 240 * e + 240), 8)["source_index"] for e in range(3)])
     assert sum(length for _, _, length in reads.found) <= size and len(reads.found) <= 20
     assert all(sorted(e) == list(range(240)) for e in epochs.tolist()) and len({tuple(e) for e in epochs.tolist()}) == 3
     for epoch in epochs // 12:  # 24 samples that follow one another are from all over
@@ -284,7 +284,7 @@ def test_what_is_left_for_training_is_read_in_the_runs_of_the_tars(tmp_path, mon
     assert sum(length for _, _, length in reads.found) <= 1.2 * size and len(reads.found) < 1100 / 8
     reads.found.clear()
     batch = reader(val, augment=None).batch(range(100), 8)
-    assert batch["index"].tolist() == list(range(100)) and len(reads.found) == 100  # image and caption in one
+    assert batch["source_index"].tolist() == list(range(100)) and len(reads.found) == 100  # image and caption in one
     assert [val.caption(i) for i in range(3)] == [train.source.caption(int(i)) for i in val.indices[:3]]
 
 
@@ -299,7 +299,7 @@ def test_a_run_that_cannot_be_read_costs_no_good_sample(tmp_path, monkeypatch):
     source.rows(0)
     monkeypatch.setattr("os.pread", failing)
     one = reader(source, workers=4)
-    index = one.batch(range(1200), 8)["index"]
+    index = one.batch(range(1200), 8)["source_index"]
     assert set(index.tolist()) == set(range(1200)) - {7} and one.bad == {7: "cannot be read (Input/output error)"}
 
 
@@ -312,7 +312,7 @@ def test_samples_larger_than_a_run_may_be_are_read_one_by_one(tmp_path, monkeypa
         files.append((name, content + tail))
     source = open_source(put(tmp_path / "a.tar", files))
     reads.found.clear()
-    assert sorted(reader(source).batch(range(40), 8)["index"]) == list(range(40))
+    assert sorted(reader(source).batch(range(40), 8)["source_index"]) == list(range(40))
     held = sum(end - begin for _, begin, end in source.cache.spans)
     assert held == source.cache.held <= 1 << 20
 
@@ -365,7 +365,7 @@ def test_a_broken_sample_is_told_by_the_batch_of_its_own_turn(tmp_path):
     run = [reader(source).batch(p, 8) for p in steps]
     told = [b["bad"] for b in run]
     assert sorted(i for t in told for i in t) == [3, 4, 9] and not any(told[3:])  # once, in the first epoch
-    assert {i for b in run for i in b["index"].tolist()} == set(range(12)) - {3, 4, 9}
+    assert {i for b in run for i in b["source_index"].tolist()} == set(range(12)) - {3, 4, 9}
     assert told == [bad for _, bad in reader(source, workers=4).prefetch(((p, 8) for p in steps), lambda b: None)]
     for start in range(1, 9):  # continued, by one that has met none of them
         rest = reader(source)
@@ -392,7 +392,7 @@ def test_reading_ahead_passes_errors_on_and_ends_with_its_user():
         yield range(4), 8
         raise last
     ahead = reader(open_source("scenes")).prefetch(wanted(DataError("no more")), lambda b: b)
-    assert len(next(ahead)[0]["row"]) == 4
+    assert len(next(ahead)[0]["sample_index"]) == 4
     with pytest.raises(DataError, match="no more"):
         next(ahead)
     before = set(threading.enumerate())

@@ -231,7 +231,7 @@ def test_a_mask_is_drawn_from_the_seed_and_the_position(monkeypatch):
     step = train.make_step(model, sgd, 7, devices=jax.local_devices()[:1])
     rows = np.array([[0, 1, 5000]], np.int32)
     state = jax.tree.map(lambda x: x[None], sgd.init(params))
-    _, _, metrics = step(params, state, {"row": rows})
+    _, _, metrics = step(params, state, {"sample_index": rows})
     root = jax.random.key(7)
     wanted = sum(float(jax.random.uniform(jax.random.fold_in(root, row))) for row in rows[0])
     assert float(metrics["loss"][0]) == pytest.approx(wanted, rel=1e-5)

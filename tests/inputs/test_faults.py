@@ -36,7 +36,7 @@ def read(where, field="txt"):
     counted = dict(source.skipped)
     for why in batch["bad"].values():
         counted[why] = counted.get(why, 0) + 1
-    return {source.caption(int(i)) for i in batch["index"]}, counted
+    return {source.caption(int(i)) for i in batch["source_index"]}, counted
 
 
 def holds(found, says, victim=False):

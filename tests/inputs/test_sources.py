@@ -39,7 +39,7 @@ def test_a_second_text_comes_with_each_picture(tmp_path):
     source = open_source(put(tmp_path / "a.tar", files), "re_caption")
     both = Loader(source, TOK, 12, 0, None, 2, alt_field="caption").batch(range(6), 16)
     assert np.array_equal(both["text"], reader(source, augment=None).batch(range(6), 16)["text"])
-    assert np.array_equal(both["alt"], [TOK.encode(f"cat {i}", 12) for i in both["index"]])
+    assert np.array_equal(both["alt"], [TOK.encode(f"cat {i}", 12) for i in both["source_index"]])
     with pytest.raises(DataError, match=r"no field 'none' .*--alt-field"):
         Loader(source, TOK, 12, 0, None, 2, alt_field="none").batch(range(2), 16)
 
@@ -65,7 +65,7 @@ def test_one_caption_of_a_list_is_drawn_in_each_epoch(tmp_path, kind):
     def drawn(positions, **how):
         batch = reader(source, **how).batch(positions, 8)
         found = [tokens[text.tobytes()] for text in batch["text"]]
-        assert [i for i, _ in found] == batch["index"].tolist() and not batch["bad"]
+        assert [i for i, _ in found] == batch["source_index"].tolist() and not batch["bad"]
         return found
 
     epochs = drawn(range(6 * 20))
@@ -83,7 +83,7 @@ def test_validation_and_vocabulary_take_the_first_caption_of_a_list(tmp_path, ki
     source = with_lists(tmp_path, kind)
     assert captions(source) == [f"a cat {i}0" for i in range(6)]
     batch = reader(source, augment=None).batch(range(12), 8)
-    assert np.array_equal(batch["text"], [TOK.encode(f"a cat {i}0", 12) for i in batch["index"]])
+    assert np.array_equal(batch["text"], [TOK.encode(f"a cat {i}0", 12) for i in batch["source_index"]])
 
 
 def test_odd_names_are_only_names(tmp_path):
@@ -207,7 +207,7 @@ def test_a_broken_sample_is_replaced_counted_and_named(tmp_path, field, part, ki
     found = [reader(source, workers=w) for w in (1, 4)]
     one, other = (r.batch(range(8), 16) for r in found)
     assert all(np.array_equal(one[k], other[k]) for k in one)
-    assert set(one["index"]) == {0, 2, 3} and np.bincount(one["index"])[2] == 4  # twice an epoch: for itself, and for 1
+    assert set(one["source_index"]) == {0, 2, 3} and np.bincount(one["source_index"])[2] == 4  # twice an epoch: for itself, and for 1
     assert found[0].bad == found[1].bad and list(found[0].bad) == [1] and "\n" not in found[0].bad[1]
     assert one["bad"] == found[0].bad
     everything_broken = sources.Subset(source, np.array([1, 1]))
@@ -224,4 +224,4 @@ def test_odd_but_whole_samples_are_used(tmp_path):
     assert batch["text"][0].tolist() == TOK.encode("a cat", 12).tolist() and batch["text"][2][-1] == 2
     (tmp_path / "all" / "b.JPG").unlink()  # while the run goes on
     gone = reader(source, augment=None)
-    assert gone.batch(range(3), 16)["index"].tolist() == [0, 2, 2] and "cannot be read" in gone.bad[1]
+    assert gone.batch(range(3), 16)["source_index"].tolist() == [0, 2, 2] and "cannot be read" in gone.bad[1]

@@ -270,7 +270,7 @@ out = {}
 for name in t.OTHER:
     model, sgd = t.model(name), optax.sgd(0.05)
     start = t.parameters(model)
-    batch = {k: np.concatenate([v, v[::-1]]) if k != "images" else np.concatenate([v, 255 - v]) for k, v in t.batch().items()} | {"row": np.arange(8)}
+    batch = {k: np.concatenate([v, v[::-1]]) if k != "images" else np.concatenate([v, 255 - v]) for k, v in t.batch().items()} | {"sample_index": np.arange(8)}
     for what, count, accum, shard in (("one", 1, 1, False), t.OTHER[name]):  # one each, for each program is compiled for seconds
         place = Place(count)
         step = train.make_step(model, sgd, 0, accum, place.local, shard)
