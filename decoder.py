@@ -1,13 +1,15 @@
-"""The decoder: a causal transformer over [image tokens ; caption tokens] that predicts the caption (section 2.2).
+"""The decoder: a causal transformer over [image tokens ; caption tokens] (paper section 2.2).
 
-It exists to train the encoder: "simple concatenation of visual tokens in the text decoder", where CapPa has
-cross-attention. The released layout: token table, image projection without bias, pre-norm blocks with tanh gelu, final
-norm, untied head without bias, and no position embedding (but for --text-pos-embed): the causal mask alone orders the words.
+It predicts the caption and exists only to train the encoder: "simple concatenation of visual tokens
+in the text decoder", where CapPa has cross-attention. The released layout: token embedding, image
+projection without bias, pre-norm blocks with tanh GELU, final norm, untied head without bias. There
+is no position embedding (but for --text-pos-embed): the causal mask alone orders the tokens.
 
-Letters: B images, K image tokens, T text positions, S = K + T, D width, H heads, V words, E encoder width, L layers.
-Text is [bos] words [eos], padded with 0. The word at place t is predicted from all image tokens and the words before t.
+Letters: B images, K image tokens, T text positions, S = K + T, D width, H heads, V vocabulary size,
+E encoder width, L layers. Text is [bos] tokens [eos], padded with 0. Each token is predicted from
+all image tokens and the tokens before it.
 
-    python decoder.py        shows who may look at whom, and the decoders by size
+    python decoder.py        prints the attention mask, and the decoders by size
 """
 import dataclasses
 from typing import Any
@@ -16,15 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers import layer_norm, linear
-from vit import ParamSpec, block_flops, block_specs, count_params, dense_specs, init_params, norm_specs, transformer_block, transformer_stack
+from layers import (
+    ParamSpec,
+    count_params,
+    dense_specs,
+    init_params,
+    layer_norm,
+    linear,
+    norm_specs,
+)
+from vit import block_flops, block_specs, transformer_block, transformer_stack
 
-PAD, BOS, EOS = 0, 1, 2
+PAD, BOS, EOS = 0, 1, 2  # those of inputs/tokenizer.py; a test compares them
 # The paper names no decoder for So400m and g. We take those that OpenVision 1 released: So400m's
 # has the size of its encoder, which also gives the FLOPs in the paper; g's is the same as H's.
-#           layers, width, heads, mlp
-DECODER_SIZES = {
-    "micro": (3, 96, 3, 384),  # ours: for the toy
+DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
+    "micro": (3, 96, 3, 384),          # ours: for the toy
     "Ti": (12, 192, 3, 768),
     "S": (12, 384, 6, 1536),
     "B": (12, 512, 8, 2048),
@@ -32,8 +41,8 @@ DECODER_SIZES = {
     "So400m": (27, 1152, 16, 4304),
     "H": (24, 1024, 16, 4096),
 }
-RELEASED_DEPTH = 12  # the released blocks scale by this depth, whatever the decoder's own depth is
-RELEASED_INIT = {  # --init-scale released, in the form of vit.RELEASED
+RELEASED_DEPTH = 12  # the released init scales by this depth, whatever the decoder's own depth is
+RELEASED_INIT = {    # --init-scale released, in the form of vit.RELEASED_INIT
     "embed": ("normal", lambda inputs, outputs: 0.02),
     "project": ("normal", lambda inputs, outputs: inputs**-0.5),
     "qkv": ("normal", lambda inputs, outputs: inputs**-0.5),
@@ -50,24 +59,26 @@ class DecoderConfig:
     width: int
     num_heads: int
     mlp_dim: int
-    vocab_size: int                 # V
-    image_width: int           # E
-    prefix_attention: str = "causal"     # "causal": the mask is causal everywhere (released v2; the paper's "vanilla autoregressive");
-                               # "bidirectional": image tokens see each other both ways (released v1)
+    vocab_size: int                   # V
+    image_width: int                  # E
+    prefix_attention: str = "causal"  # "causal": the mask is causal everywhere (released v2; the
+                                      # paper's "vanilla autoregressive"); "bidirectional": image
+                                      # tokens attend to each other both ways (released v1)
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
-    text_pos_embed: bool = False    # sin-cos positions for the words, which the released decoder has not
-    loss_chunk: int = 0        # text positions a piece of the loss; 0 for all at once
+    text_pos_embed: bool = False      # sin-cos positions for text; the released decoder has none
+    loss_chunk: int = 0               # text positions per chunk of the loss; 0 for all at once
 
 
-def decoder_config(name: str, vocab: int, image_width: int, **changes: Any) -> DecoderConfig:
-    """The decoder of that size. ValueError for an unknown name or prefix."""
-    if name not in DECODER_SIZES:
-        raise ValueError(f"unknown decoder {name!r}: it must be one of {', '.join(DECODER_SIZES)}")
-    cfg = DecoderConfig(*DECODER_SIZES[name], vocab_size=vocab, image_width=image_width, **changes)
+def decoder_config(size: str, vocab_size: int, image_width: int, **changes: Any) -> DecoderConfig:
+    """The decoder of that size. ValueError for an unknown size or prefix_attention."""
+    if size not in DECODER_SIZES:
+        raise ValueError(f"unknown decoder {size!r}: it must be one of {', '.join(DECODER_SIZES)}")
+    cfg = DecoderConfig(*DECODER_SIZES[size], vocab_size, image_width, **changes)
     if cfg.prefix_attention not in ("causal", "bidirectional"):
-        raise ValueError(f"unknown prefix {cfg.prefix_attention!r}: it must be causal or bidirectional")
+        raise ValueError(f"unknown prefix_attention {cfg.prefix_attention!r}: it must be causal or "
+                         "bidirectional")
     return cfg
 
 
@@ -85,145 +96,179 @@ def init(key: jax.Array, cfg: DecoderConfig) -> dict:
     return init_params(key, param_specs(cfg))
 
 
-def attention_mask(K: int, S: int, prefix: str) -> jax.Array:
-    """(S,S) bool, row i True where token i may look: itself and what stands before it; with a bidirectional prefix
-    also the K image tokens among each other. Text sees the whole prefix and no future either way."""
+# -------------------------------------------------------------------------------- sequence
+def attention_mask(K: int, S: int, prefix_attention: str) -> jax.Array:
+    """(S,S) bool, True where token i (row) attends to token j: to itself and to what is before it.
+    With a bidirectional prefix the K image tokens attend to each other too. Text attends to the
+    complete prefix and never to the future."""
     i, j = jnp.arange(S)[:, None], jnp.arange(S)[None, :]
-    return (j <= i) | ((i < K) & (j < K)) if prefix == "bidirectional" else j <= i
+    causal_mask = j <= i
+    if prefix_attention == "causal":
+        return causal_mask
+    return causal_mask | ((i < K) & (j < K))
 
 
 def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig, first: int = 0) -> jax.Array:
-    """Vectors (B,T,D) of text (B,T), which begins at position `first`."""
+    """text (B,T) to vectors (B,T,D). `first` is the position of its first token."""
     x = params["embed"]["embedding"].astype(cfg.dtype)[text]
-    if cfg.text_pos_embed:
-        omega = 10000.0 ** (-np.arange(cfg.width // 2) / (cfg.width // 2))
-        angle = (first + jnp.arange(text.shape[1]))[:, None] * omega
-        x = x + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1).astype(cfg.dtype)
-    return x
+    if not cfg.text_pos_embed:
+        return x
+    omega = 10000.0 ** (-np.arange(cfg.width // 2) / (cfg.width // 2))
+    angle = (first + jnp.arange(text.shape[1]))[:, None] * omega                         # (T,D/2)
+    return x + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1).astype(cfg.dtype)
 
 
-def embed_sequence(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """image_tokens (B,K,E), text (B,T) int32 to the sequence (B,K+T,D)."""
+def embed_sequence(params: dict, image_tokens: jax.Array, text: jax.Array,
+                   cfg: DecoderConfig) -> jax.Array:
+    """image_tokens (B,K,E) and text (B,T) int32 to the sequence (B,K+T,D)."""
     image = linear(image_tokens.astype(cfg.dtype), params["project"])
     return jnp.concatenate([image, embed_tokens(params, text, cfg)], axis=1)
 
 
 @jax.named_scope("decoder")
-def hidden_states(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """What comes out of the blocks, before the norm: (B,K+T,D)."""
+def hidden_states(params: dict, image_tokens: jax.Array, text: jax.Array,
+                  cfg: DecoderConfig) -> jax.Array:
+    """The output of the blocks, before the final norm: (B,K+T,D)."""
     K, T = image_tokens.shape[1], text.shape[1]
     x = embed_sequence(params, image_tokens, text, cfg)
-    return transformer_stack(x, params["blocks"], cfg, mask=attention_mask(K, K + T, cfg.prefix_attention), exact_gelu=False)[0]
+    mask = attention_mask(K, K + T, cfg.prefix_attention)
+    return transformer_stack(x, params["blocks"], cfg, mask=mask, exact_gelu=False)[0]
 
 
-def text_features(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """What the head reads: (B,T,D), one vector a text position, which predicts the word that comes next."""
-    return layer_norm(hidden_states(params, image_tokens, text, cfg)[:, image_tokens.shape[1]:], params["norm"])
+def text_features(params: dict, image_tokens: jax.Array, text: jax.Array,
+                  cfg: DecoderConfig) -> jax.Array:
+    """What the head reads: (B,T,D), one vector per text position, which predicts the next token."""
+    x = hidden_states(params, image_tokens, text, cfg)
+    return layer_norm(x[:, image_tokens.shape[1]:], params["norm"])
 
 
 def logits(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """(B,T,V) fp32. For looking at; the loss never holds so much at once."""
-    return linear(text_features(params, image_tokens, text, cfg), params["head"]).astype(jnp.float32)
+    """(B,T,V) fp32. For inspection; the loss never holds so much at once."""
+    features = text_features(params, image_tokens, text, cfg)
+    return linear(features, params["head"]).astype(jnp.float32)
 
 
-def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """Cross-entropy of each caption: (B,) fp32, summed over its words and eos. Bos and pad are no targets.
-    The mean loss is this over `target_count`. The released code multiplies that by 2, which under Adam is no change."""
-    return token_cross_entropy(params, text_features(params, image_tokens, text[:, :-1], cfg), text[:, 1:], cfg)
+# ------------------------------------------------------------------------------------ loss
+def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array,
+                 cfg: DecoderConfig) -> jax.Array:
+    """Cross-entropy of each caption, (B,) fp32, summed over its tokens and eos. Bos and pad are no
+    targets. The mean loss is this over `count_targets`. The released code multiplies that by 2,
+    which changes nothing under Adam."""
+    features = text_features(params, image_tokens, text[:, :-1], cfg)
+    return token_cross_entropy(params, features, text[:, 1:], cfg)
 
 
-def token_cross_entropy(params: dict, hidden: jax.Array, targets: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """Cross-entropy of the words targets (B,T) by the head on hidden (B,T,D): (B,) fp32, summed over what is not pad.
+def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
+                        cfg: DecoderConfig) -> jax.Array:
+    """Cross-entropy of targets (B,T) by the head on features (B,T,D): (B,) fp32, summed over what
+    is not pad.
 
-    The logits exist for one piece of `loss_chunk` text positions at a time, in the backward pass too: at V = 32,000,
-    the batch's logits would weigh more than all else together."""
-    B, T, D = hidden.shape
+    The logits of only `loss_chunk` text positions exist at a time, in the backward pass too: with
+    V = 32,000 the logits of a batch would take more memory than all else."""
+    B, T, D = features.shape
 
     @jax.named_scope("loss")
-    def piece(hidden, targets):                                                          # (B,C,D), (B,C)
-        scores = linear(hidden, params["head"]).astype(jnp.float32)                      # (B,C,V)
-        right = jnp.arange(cfg.vocab_size) == targets[..., None]
-        losses = jax.nn.logsumexp(scores, axis=-1) - jnp.where(right, scores, 0).sum(-1)
+    def chunk_loss(features: jax.Array, targets: jax.Array) -> jax.Array:
+        scores = linear(features, params["head"]).astype(jnp.float32)                    # (B,C,V)
+        is_target = jnp.arange(cfg.vocab_size) == targets[..., None]
+        target_scores = jnp.where(is_target, scores, 0).sum(-1)
+        losses = jax.nn.logsumexp(scores, axis=-1) - target_scores
         return jnp.where(targets != PAD, losses, 0).sum(-1)
 
     C = cfg.loss_chunk
     if not 0 < C < T:
-        return piece(hidden, targets)
-    short = -T % C                                                                       # pad targets add nothing
-    hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0))).reshape(B, -1, C, D).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, short))).reshape(B, -1, C).swapaxes(0, 1)
-    add = jax.checkpoint(lambda total, part: (total + piece(*part), None), prevent_cse=False)
-    return jax.lax.scan(add, jnp.zeros(B, jnp.float32), (hidden, targets))[0]
+        return chunk_loss(features, targets)
+    padding = -T % C  # pads cost 0
+    features = jnp.pad(features, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    chunks = (features.reshape(B, -1, C, D).swapaxes(0, 1),                              # (T/C,B,C,D)
+              targets.reshape(B, -1, C).swapaxes(0, 1))
+
+    def add(total: jax.Array, chunk: tuple) -> tuple:
+        return total + chunk_loss(*chunk), None
+    add = jax.checkpoint(add, prevent_cse=False)
+    return jax.lax.scan(add, jnp.zeros(B, jnp.float32), chunks)[0]
 
 
 def count_targets(text: jax.Array) -> jax.Array:
-    """(B,) words and eos to predict in each row of text (B,T)."""
+    """(B,) tokens, eos included, that are predicted in each row of text (B,T)."""
     return (text[:, 1:] != PAD).sum(-1)
 
 
+# ------------------------------------------------------------------------------ generation
 def sample_top_p(key: jax.Array, scores: jax.Array, top_p: float, temperature: float) -> jax.Array:
-    """Draw from the smallest set of words that together hold top_p of the probability. scores (B,V) to words (B,)."""
+    """scores (B,V) to tokens (B,), drawn from the smallest set of tokens that together hold
+    top_p of the probability."""
     p = jax.nn.softmax(scores / temperature, axis=-1)
     order = jnp.argsort(-p, axis=-1)
     ranked = jnp.take_along_axis(p, order, axis=-1)
-    ranked = jnp.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0)                    # the first always stays
-    drawn = jax.random.categorical(key, jnp.log(ranked), axis=-1)
-    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+    before = ranked.cumsum(-1) - ranked
+    ranked = jnp.where(before < top_p, ranked, 0)  # the first always stays
+    rank = jax.random.categorical(key, jnp.log(ranked), axis=-1)
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
 
 
-def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: int, key: jax.Array | None = None,
-             top_p: float = 0.9, temperature: float = 1.0) -> jax.Array:
-    """Captions (B,length) int32 for image_tokens (B,K,E): bos, words, eos, pad. Greedy without a key, else top-p.
+def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: int,
+             key: jax.Array | None = None, top_p: float = 0.9,
+             temperature: float = 1.0) -> jax.Array:
+    """Captions (B,length) int32 for image_tokens (B,K,E): bos, tokens, eos, pad. Greedy without a
+    key, otherwise top-p sampling.
 
-    Keys and values of all that was read are kept, so each word costs one token's work. Without a key this equals
-    taking the best word of `logits` again and again."""
+    The keys and values of the tokens so far are cached, so that each new token costs one token's
+    work. Without a key the result equals taking the best token of `logits` again and again."""
     B, K, _ = image_tokens.shape
     S, Dh = K + length, cfg.width // cfg.num_heads
-    bos = jnp.full((B, 1), BOS, jnp.int32)
-    see = attention_mask(K, S, cfg.prefix_attention)
+    mask = attention_mask(K, S, cfg.prefix_attention)
 
-    def read(tokens, cache, place):
-        """tokens (B,Q,D) go to `place`; returns scores (B,V) after the last of them, and the fuller cache."""
-        rows = jax.lax.dynamic_slice_in_dim(see, place, tokens.shape[1], axis=0)
+    def append(x: jax.Array, cache: tuple, position: Any) -> tuple:
+        """x (B,Q,D) goes to `position`: scores (B,V) after its last token, and the new cache."""
+        rows = jax.lax.dynamic_slice_in_dim(mask, position, x.shape[1], axis=0)          # (Q,S)
 
-        def body(x, layer):
+        def body(x: jax.Array, layer: tuple) -> tuple:
             w, keys, values = layer
-            x, extra = transformer_block(x, w, cfg.num_heads, mask=rows, exact_gelu=False, cache=(keys, values, place))
-            return x, (extra["keys"], extra["values"])
-        x, cache = jax.lax.scan(body, tokens, (params["blocks"], *cache))
-        return linear(layer_norm(x[:, -1], params["norm"]), params["head"]).astype(jnp.float32), cache
+            x, extras = transformer_block(x, w, cfg.num_heads, mask=rows, exact_gelu=False,
+                                          cache=(keys, values, position))
+            return x, (extras["keys"], extras["values"])
+        x, cache = jax.lax.scan(body, x, (params["blocks"], *cache))
+        features = layer_norm(x[:, -1], params["norm"])
+        return linear(features, params["head"]).astype(jnp.float32), cache
 
-    def choose(scores, t):
-        if key is None:
-            return scores.argmax(-1).astype(jnp.int32)
-        return sample_top_p(jax.random.fold_in(key, t), scores, top_p, temperature).astype(jnp.int32)
-
-    def write(state, t):
+    def write_token(state: tuple, t: jax.Array) -> tuple:
         scores, cache, done = state
-        word = jnp.where(done, PAD, choose(scores, t))
-        scores, cache = read(embed_tokens(params, word[:, None], cfg, t), cache, K + t)
-        return (scores, cache, done | (word == EOS)), word
+        if key is None:
+            token = scores.argmax(-1).astype(jnp.int32)
+        else:
+            token_key = jax.random.fold_in(key, t)
+            token = sample_top_p(token_key, scores, top_p, temperature).astype(jnp.int32)
+        token = jnp.where(done, PAD, token)                                              # (B,)
+        scores, cache = append(embed_tokens(params, token[:, None], cfg, t), cache, K + t)
+        return (scores, cache, done | (token == EOS)), token
 
     empty = jnp.zeros((cfg.depth, B, S, cfg.num_heads, Dh), cfg.dtype)
-    scores, cache = read(embed_sequence(params, image_tokens, bos, cfg), (empty, empty), 0)
-    _, told = jax.lax.scan(write, (scores, cache, jnp.zeros(B, bool)), jnp.arange(1, length))
-    return jnp.concatenate([bos, told.T], axis=1)
+    bos = jnp.full((B, 1), BOS, jnp.int32)
+    scores, cache = append(embed_sequence(params, image_tokens, bos, cfg), (empty, empty), 0)
+    start = (scores, cache, jnp.zeros(B, bool))
+    _, tokens = jax.lax.scan(write_token, start, jnp.arange(1, length))
+    return jnp.concatenate([bos, tokens.T], axis=1)
 
 
 def flops(cfg: DecoderConfig, K: int, T: int) -> float:
-    """Forward FLOPs of the decoder for one image with K image tokens and T text positions, 2 a multiply-add."""
-    return (block_flops(K + T, cfg.width, cfg.mlp_dim, cfg.depth) + 2 * K * cfg.image_width * cfg.width
-            + 2 * T * cfg.width * cfg.vocab_size)
+    """Forward FLOPs for one image with K image tokens and T text positions, 2 per multiply-add."""
+    blocks = block_flops(K + T, cfg.width, cfg.mlp_dim, cfg.depth)
+    return blocks + 2 * K * cfg.image_width * cfg.width + 2 * T * cfg.width * cfg.vocab_size
 
 
 if __name__ == "__main__":
-    K, words = 4, ["[bos]", "a", "red", "circle"]
-    for prefix in ("causal", "bidirectional"):
-        print(f"{prefix} prefix: {K} image tokens, then text. A row looks at the columns with an x.")
-        names = [f"patch {i}" for i in range(K)] + words
-        for name, row in zip(names, attention_mask(K, K + len(words), prefix).tolist()):
-            print(f"{name:>8}  " + " ".join("x" if may else "." for may in row))
-    print(f"\n{'decoder':>8} {'layers':>6} {'width':>6} {'params':>8}   GFLOPs an image, 89 image and 127 text tokens")
-    for size, (layers, width, *_) in DECODER_SIZES.items():
+    names = ["patch 0", "patch 1", "patch 2", "patch 3", "[bos]", "a", "red", "circle"]
+    for prefix_attention in ("causal", "bidirectional"):
+        print(f"{prefix_attention} prefix: 4 image tokens, then text. A row attends to the columns "
+              "with an x.")
+        rows = attention_mask(4, len(names), prefix_attention).tolist()
+        for name, row in zip(names, rows):
+            print(f"{name:>8}  " + " ".join("x" if attends else "." for attends in row))
+    print("\n decoder  depth  width   params   GFLOPs per image, 89 image and 127 text tokens")
+    for size in DECODER_SIZES:
         c = decoder_config(size, vocab_size=32000, image_width=1024)
-        print(f"{size:>8} {layers:6d} {width:6d} {count_params(param_specs(c)) / 1e6:7.1f}M   {flops(c, 89, 127) / 1e9:.1f}")
+        millions = count_params(param_specs(c)) / 1e6
+        gflops = flops(c, 89, 127) / 1e9
+        print(f"{size:>8} {c.depth:6d} {c.width:6d} {millions:7.1f}M   {gflops:.1f}")

@@ -25,7 +25,14 @@ from evaluation.visualize import draw_all
 from inputs import images, sources
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.errors import BadSample, CheckpointError, ConfigError, ConvertError, DataError, LayoutError
+from runtime.errors import (
+    BadSample,
+    CheckpointError,
+    ConfigError,
+    ConvertError,
+    DataError,
+    LayoutError,
+)
 
 
 def probes(readers: tuple[str, ...]) -> Callable[[EvalContext], dict]:

@@ -1,10 +1,11 @@
 """The operations of a transformer block: linear layer, layer norm, GELU and attention.
 
-They hold no parameters and know no model. Parameters come as {"kernel", "bias"} or
-{"scale", "bias"}. Matmuls run in the dtype of x; norm statistics and softmax run in fp32.
+The operations are functions of inputs and parameters, which come as {"kernel", "bias"} or
+{"scale", "bias"}; specs declare such parameters. Matmuls run in the dtype of x; norm statistics and
+softmax run in fp32.
 
-`linear` and `gelu_linear` have hand-written gradients, because XLA's are slow on a CPU and keep more
-memory than needed. Milliseconds per training step on two cores (toy with 4-pixel patches / Ti/16 at
+`linear` and `gelu_linear` have hand-written gradients, because XLA's are slow on a CPU and keep
+more memory than needed. Milliseconds per training step on two cores (toy with 4-pixel patches / Ti/16 at
 160 px) and planned GiB of Ti/16: these two 107 / 1,612 / 1.49; plain autodiff 123 / 1,782 / 2.35.
 Each function shows its forward formula first and the gradient below it.
 
@@ -12,6 +13,8 @@ Letters: B images, Q query tokens, S key tokens, D width, F output width, H head
 """
 import functools
 import math
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +109,7 @@ def gelu_linear(x: jax.Array, w: dict, exact: bool) -> jax.Array:
 
 
 def fusion_barrier(tree: tuple) -> tuple:
-    """On a CPU, keeps XLA from merging what computes `tree` into what reads it. Nothing elsewhere."""
+    """On a CPU, XLA does not merge what computes `tree` into what reads it. Nothing elsewhere."""
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier,
                                       default=lambda x: x)
 
@@ -124,3 +127,69 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array,
     attention_weights = jax.nn.softmax(scores, axis=-1)
     outputs = attention_weights.astype(v.dtype) @ v                      # (B,H,Q,Dh)
     return outputs.swapaxes(1, 2), attention_weights
+
+
+# ------------------------------------------------------------------------------ parameters
+class ParamSpec(NamedTuple):
+    """One array, declared once: initialization and counts derive from it."""
+    shape: tuple[int, ...]
+    std: float | None                  # standard deviation; 0 gives zeros, None gives ones
+    distribution: str = "normal"       # a key of DISTRIBUTIONS
+
+
+DISTRIBUTIONS = {  # samples with standard deviation 1, from (key, shape)
+    "normal": jax.random.normal,
+    "uniform": lambda key, shape: jax.random.uniform(key, shape, minval=-(3**0.5), maxval=3**0.5),
+    # a normal cut at two standard deviations has a standard deviation of 0.87962566
+    "truncated": lambda key, shape: jax.random.truncated_normal(key, -2, 2, shape) / 0.87962566,
+}
+
+
+def dense_specs(fan_in: int, fan_out: int, stack: tuple[int, ...] = (), copies: int = 1,
+                bias: bool = True) -> dict:
+    """A linear layer with Xavier scale, stacked over layers where `stack` is (L,). `copies`
+    matrices side by side (q, k, v) are each scaled on their own."""
+    xavier = math.sqrt(2 / (fan_in + fan_out))
+    specs = {"kernel": ParamSpec((*stack, fan_in, copies * fan_out), xavier)}
+    if bias:
+        specs["bias"] = ParamSpec((*stack, copies * fan_out), 0.0)
+    return specs
+
+
+def norm_specs(width: int, stack: tuple[int, ...] = ()) -> dict:
+    return {"scale": ParamSpec((*stack, width), None), "bias": ParamSpec((*stack, width), 0.0)}
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def init_params(key: jax.Array, specs: dict) -> dict:
+    """fp32 arrays for a tree of specs. Each name has a key of its own, so that a new parameter
+    changes no other."""
+    def draw(path: tuple, spec: ParamSpec) -> jax.Array:
+        if spec.std is None:
+            return jnp.ones(spec.shape, jnp.float32)
+        if spec.std == 0:
+            return jnp.zeros(spec.shape, jnp.float32)
+        name = jax.tree_util.keystr(path).encode()
+        param_key = jax.random.fold_in(key, zlib.crc32(name))
+        return spec.std * DISTRIBUTIONS[spec.distribution](param_key, spec.shape)
+    return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
+
+
+def count_params(specs: dict) -> int:
+    """Parameters in a tree of specs."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def with_init_scales(specs: dict, scales: dict) -> dict:
+    """The same specs with other initial scales: {layer: (distribution, std from (inputs, outputs))}
+    (keys of vit.RELEASED_INIT). Biases, norms, position tables and layers without an entry stay as they are."""
+    def rescale(path: tuple, spec: ParamSpec) -> ParamSpec:
+        layer = path[-2].key if len(path) > 1 else ""
+        if path[-1].key not in ("kernel", "embedding") or layer not in scales:
+            return spec
+        distribution, std = scales[layer]
+        return ParamSpec(spec.shape, std(*spec.shape[-2:]), distribution)
+    return jax.tree_util.tree_map_with_path(rescale, specs, is_leaf=is_spec)

@@ -24,7 +24,7 @@ def sample_keep_indices(keys: jax.Array, num_tokens: int, num_kept: int,
     """(B,K) int32: for each image K distinct patches, every subset equally likely.
 
     keys (B,) holds one key per image, so that an image's draw does not depend on the device or the
-    batch row where it lands. The indices are sorted, or in random order where `shuffled` (released).
+    batch row where it lands. The indices are sorted; where `shuffled` (released), in random order.
     """
     noise = jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys)     # (B,N)
     _, keep_indices = jax.lax.top_k(noise, num_kept)                               # (B,K)
@@ -46,7 +46,8 @@ if __name__ == "__main__":
     grid = 8
     for ratio in (1.0, 0.75, 0.5, 0.35, 0.1):
         K = num_kept_tokens(grid * grid, ratio)
-        kept = set(sample_keep_indices(jax.random.split(jax.random.key(0), 1), grid * grid, K)[0].tolist())
+        keys = jax.random.split(jax.random.key(0), 1)
+        kept = sample_keep_indices(keys, grid * grid, K)[0].tolist()
         print(f"keep ratio {ratio}: the decoder reads {K} of {grid * grid} patches (#)")
         for row in range(grid):
             patches = range(row * grid, (row + 1) * grid)

@@ -29,7 +29,13 @@ from runtime.checkpoint import read_encoder
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
 from runtime.curriculum import Stage, learning_rate, lr_schedule, parse_stages
 from runtime.devices import DataParallel, all_gather, global_norm, local_shard, reduce_scatter
-from runtime.distributed import PEER_LOST, Preempted, PreemptionHandler, abort_process, initialize_distributed
+from runtime.distributed import (
+    PEER_LOST,
+    Preempted,
+    PreemptionHandler,
+    abort_process,
+    initialize_distributed,
+)
 from runtime.errors import CheckpointError, ConfigError, DataError, DistributedError, TrainingError
 from runtime.run_folder import FolderLock, Run
 

@@ -55,8 +55,8 @@ def word_attention(captioner: Captioner, tokens: np.ndarray) -> tuple[np.ndarray
     def run(params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         text = decoder.generate(params, tokens, cfg, captioner.settings.max_text_len)
         x, mask = decoder.embed_sequence(params, tokens, text[:, :-1], cfg), decoder.attention_mask(N, N + text.shape[1] - 1, cfg.prefix_attention)
-        _, extra = vit.transformer_stack(x, params["blocks"], cfg, wanted=("looks",), mask=mask, exact_gelu=False)
-        return text, extra["looks"].mean((0, 2))[:, N:, :N]
+        _, extra = vit.transformer_stack(x, params["blocks"], cfg, wanted=("attention_weights",), mask=mask, exact_gelu=False)
+        return text, extra["attention_weights"].mean((0, 2))[:, N:, :N]
     text, looks = map(np.asarray, run(captioner.params["decoder"], tokens))
     share = looks.sum(-1)
     return text, looks / share[..., None], share

@@ -20,6 +20,7 @@ import optax
 from tqdm import tqdm
 
 import decoder
+import layers
 import vit
 from evaluation.questions import KINDS, blind_accuracy, make_questions, question_scenes, summary
 from inputs import images, scenes, tokenizer
@@ -47,7 +48,7 @@ def tokens(encoder: Encoder, images: np.ndarray, batch: int = 256) -> np.ndarray
 
 def reader_specs(cfg: decoder.DecoderConfig, E: int) -> dict:
     """The connector's first layer reads a token and its place in the grid; its second one is the language model's projection."""
-    return {"connector": vit.dense_specs(E + cfg.width, cfg.image_width), "model": decoder.param_specs(cfg)}
+    return {"connector": layers.dense_specs(E + cfg.width, cfg.image_width), "model": decoder.param_specs(cfg)}
 
 
 def vqa_mask(N: int, Q: int, T: int) -> np.ndarray:
@@ -106,7 +107,7 @@ def train_reader(seen: tuple[np.ndarray, np.ndarray], asked: tuple[list, list], 
     image, unseen = ((x - mean) / deviation for x in seen)
     E = image.shape[-1]
     cfg = decoder.decoder_config(size, len(tok), 4 * decoder.DECODER_SIZES[size][1])
-    params = vit.init_params(jax.random.key(seed), reader_specs(cfg, E))
+    params = layers.init_params(jax.random.key(seed), reader_specs(cfg, E))
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, steps // 5), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.05))
 

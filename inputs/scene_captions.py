@@ -6,7 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from inputs.scenes import BESIDE, COLOURS, PATTERNS, PLACES, POINT, ROWS, SHAPES, SIZES, TAILS, TONES, WORDINGS, WORDS, WRONG
+from inputs.scenes import (
+    BESIDE,
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    POINT,
+    ROWS,
+    SHAPES,
+    SIZES,
+    TAILS,
+    TONES,
+    WORDINGS,
+    WORDS,
+    WRONG,
+)
 
 NUMBERS = ("no", "one", "two", "three")
 CAPTION_FIELDS = ("txt", "web", "conditioned")

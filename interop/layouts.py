@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import layers
 import vit
 from runtime.errors import LayoutError
 
@@ -135,7 +136,7 @@ def detect(arrays: dict[str, np.ndarray], heads: int = 0) -> tuple[dict, vit.ViT
     kind, prefix = found[0]
     layout, inside = LAYOUTS[kind], {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     cfg, G = sizes(inside, layout, heads)
-    nothing = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=vit.is_spec)  # takes no memory
+    nothing = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=layers.is_spec)  # takes no memory
     wanted = {name: x.shape for name, x in to_library(nothing, cfg, G, layout).items()}
     stem = layout.norm1.partition("{}")[0]
     wrong = [f"{name} is missing" if name not in inside else f"{name} is {inside[name].shape}, not {shape}"

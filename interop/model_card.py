@@ -3,6 +3,7 @@ import json
 import os
 from typing import Any
 
+import layers
 import vit
 from runtime import plots
 
@@ -57,7 +58,7 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, figur
     sizes = {"layers": cfg.depth, "width": cfg.width, "heads": cfg.num_heads, "mlp": cfg.mlp_dim, "patch": cfg.patch_size, "resolution": resolution,
              "patch tokens": (resolution // cfg.patch_size) ** 2, "CLS token": "yes, which nothing reads" if cfg.cls_token else "no",
              "positions": f"learned, {cfg.learned_pos_grid} x {cfg.learned_pos_grid}" if cfg.learned_pos_grid else "2-D sin-cos",
-             "parameters": f"{vit.count_params(vit.param_specs(cfg)) / 1e6:.1f} M"}
+             "parameters": f"{layers.count_params(vit.param_specs(cfg)) / 1e6:.1f} M"}
     front = ["---", *([f"library_name: {library}"] if kind != "npz" else []), "pipeline_tag: image-feature-extraction",
              "tags: [openvision2, vision-encoder]", "---", ""]
     parts = [

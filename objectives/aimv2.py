@@ -13,8 +13,7 @@ import numpy as np
 
 import decoder
 import vit
-from layers import layer_norm, linear
-from vit import dense_specs
+from layers import dense_specs, layer_norm, linear
 
 PIXEL_WEIGHT = 0.4  # of the pixel loss beside the text loss (its table 9c)
 

@@ -13,8 +13,16 @@ import jax.numpy as jnp
 import decoder
 import vit
 from decoder import BOS, EOS, PAD
-from layers import dot_product_attention, gelu_linear, layer_norm, linear
-from vit import ParamSpec, block_specs, dense_specs, norm_specs
+from layers import (
+    ParamSpec,
+    dense_specs,
+    dot_product_attention,
+    gelu_linear,
+    layer_norm,
+    linear,
+    norm_specs,
+)
+from vit import block_specs
 
 PARALLEL_PROB = 0.75  # of a caption to be predicted in parallel (its section 3, released config)
 

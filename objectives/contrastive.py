@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import decoder
 import vit
 from decoder import EOS
-from layers import layer_norm, linear
-from vit import ParamSpec, block_specs, dense_specs, norm_specs
+from layers import ParamSpec, dense_specs, layer_norm, linear, norm_specs
+from vit import block_specs
 
 INIT_TEMPERATURE = 0.07  # CLIP's first temperature; its inverse stays below MAX_SCALE
 MAX_SCALE = 100

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import decoder
 import vit
-from layers import linear
+from layers import dense_specs, linear
 from objectives.contrastive import (
     contrastive_loss,
     encode_text,
@@ -22,7 +22,6 @@ from objectives.contrastive import (
     text_encoder_flops,
     text_encoder_specs,
 )
-from vit import dense_specs
 
 CAPTION_WEIGHT, CONTRASTIVE_WEIGHT = 2.0, 1.0  # released config
 

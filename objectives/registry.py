@@ -34,6 +34,7 @@ import jax
 import numpy as np
 
 import decoder
+import layers
 import masking
 import vit
 from runtime.curriculum import parse_stages
@@ -135,7 +136,7 @@ def param_counts(cfg: Any) -> dict[str, int]:
     """Parameters of the encoder, the decoder, and what else the objective trains."""
     model = model_spec(cfg)
     parts = {"encoder": vit.param_specs(model.encoder)} | param_specs(model)
-    return {name: vit.count_params(specs) for name, specs in parts.items()}
+    return {name: layers.count_params(specs) for name, specs in parts.items()}
 
 
 def init_params(cfg: Any, model: ModelSpec) -> dict:
@@ -146,8 +147,8 @@ def init_params(cfg: Any, model: ModelSpec) -> dict:
     for n, (name, specs) in enumerate(parts.items()):
         if cfg.init_scale == "released":
             scales = vit.RELEASED_INIT if name == "encoder" else decoder.RELEASED_INIT
-            specs = vit.with_init_scales(specs, scales)
-        params[name] = vit.init_params(jax.random.fold_in(key, n), specs)
+            specs = layers.with_init_scales(specs, scales)
+        params[name] = layers.init_params(jax.random.fold_in(key, n), specs)
     return params
 
 

@@ -168,12 +168,12 @@ def test_initial_weights_are_the_released_ones(released):
 
 def test_fc2_of_the_encoder_follows_its_width():
     """0.04 at width 192, 0.0173 at 1024."""
-    declared = vit.with_init_scales(vit.param_specs(vit.vit_config("L/14")), vit.RELEASED_INIT)
+    declared = layers.with_init_scales(vit.param_specs(vit.vit_config("L/14")), vit.RELEASED_INIT)
     assert declared["blocks"]["fc2"]["kernel"].std == pytest.approx(math.sqrt(0.3072 / 1024))
 
 
 def test_scales_of_a_deep_decoder_use_depth_12():
-    declared = vit.with_init_scales(decoder.param_specs(decoder.decoder_config("H", 100, 1280)), decoder.RELEASED_INIT)
+    declared = layers.with_init_scales(decoder.param_specs(decoder.decoder_config("H", 100, 1280)), decoder.RELEASED_INIT)
     assert declared["blocks"]["out"]["kernel"].std == pytest.approx((24 * 1024) ** -0.5)
     assert declared["blocks"]["fc2"]["kernel"].std == pytest.approx((24 * 1024) ** -0.5)
     assert declared["project"]["kernel"].std == pytest.approx(1280**-0.5)

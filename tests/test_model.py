@@ -23,7 +23,7 @@ def images(count: int, side: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("name,millions", [("Ti/16", 5.5), ("S/16", 21.6), ("B/16", 85.6), ("L/14", 303), ("So400m/14", 412), ("H/14", 631), ("g/14", 1011)])
 def test_family_has_the_papers_sizes(name, millions):
-    assert vit.count_params(vit.param_specs(vit.vit_config(name))) / 1e6 == pytest.approx(millions, rel=0.003)
+    assert layers.count_params(vit.param_specs(vit.vit_config(name))) / 1e6 == pytest.approx(millions, rel=0.003)
 
 
 @pytest.mark.parametrize("name", ["X/16", "L", "L/", "L/0", "L/-1", "L/a", "/14", ""])
@@ -41,8 +41,8 @@ def test_declared_weights_are_what_init_makes():
         cfg = dataclasses.replace(ENC, cls_token=cls)
         params = vit.init(jax.random.key(0), cfg)
         declared = vit.param_specs(cfg)
-        assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda w: w.shape, declared, is_leaf=vit.is_spec)
-        assert sum(x.size for x in jax.tree.leaves(params)) == vit.count_params(declared)
+        assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda w: w.shape, declared, is_leaf=layers.is_spec)
+        assert sum(x.size for x in jax.tree.leaves(params)) == layers.count_params(declared)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
 
 

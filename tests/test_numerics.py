@@ -273,7 +273,7 @@ def test_kept_tokens_are_the_drawn_ones(n):
                                              (4, 200, decoder.DecoderConfig(2, 96, 3, 192, vocab_size=200, image_width=96))])
 def test_question_reader(B, V, cfg):
     N, Q, T, E = 4, 2, 5, cfg.image_width
-    params = double(shaken(vit.init_params(jax.random.key(0), vqa.reader_specs(cfg, E))))
+    params = double(shaken(layers.init_params(jax.random.key(0), vqa.reader_specs(cfg, E))))
     image, rng = normal(0, B, N, E), np.random.default_rng(1)
     text, answer = rng.integers(1, V, (B, Q, T)).astype(np.int32), rng.random((B, Q, T)) < 0.4
     model, place = params["model"], np.broadcast_to(vit.sincos_position_embedding(2, cfg.width), (B, N, cfg.width))

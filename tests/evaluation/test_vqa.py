@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import decoder
+import layers
 import vit
 from evaluation import questions, vqa
 from inputs import scene_captions, scenes
@@ -143,7 +144,7 @@ def test_it_follows_from_the_seed():
 def test_questions_side_by_side_are_read_as_if_alone():
     """Of one picture, in another order, with another beside them, or with padding in between: the scores stay."""
     rng, cfg = np.random.default_rng(0), decoder.config("micro", 50, 384)
-    params = vit.init_params(jax.random.key(0), vqa.reader_specs(cfg, 7))
+    params = layers.init_params(jax.random.key(0), vqa.reader_specs(cfg, 7))
     image, text = rng.normal(size=(2, 4, 7)).astype(np.float32), rng.integers(3, 50, (2, 3, 6))
     together = vqa.read(params, image, text, cfg)
     for q in range(3):
@@ -156,7 +157,7 @@ def test_questions_side_by_side_are_read_as_if_alone():
 def test_right_is_what_greedy_words_come_to():
     """Word for word: written one after another by the likeliest, until the end."""
     rng, cfg = np.random.default_rng(1), decoder.config("micro", 4, 384)
-    params = vit.init_params(jax.random.key(1), vqa.reader_specs(cfg, 7))
+    params = layers.init_params(jax.random.key(1), vqa.reader_specs(cfg, 7))
     image, asked = rng.normal(size=(64, 4, 7)).astype(np.float32), rng.integers(3, 4, (64, 1, 3))
     text, true = np.zeros((64, 1, 6), int), rng.integers(2, 4, (64, 2))
     true = np.where((true[:, :1] == 2) & (np.arange(2) == 1), 0, true)           # an answer ends with 2

@@ -20,7 +20,25 @@ from inputs import tar_index
 from inputs.sources import open_source
 from runtime.errors import DataError
 from tests.helpers.paths import ROOT
-from tests.helpers.samples import AT, HEADER, LAST, NEXT, TAR, J, T, chunk, encoded, members, mended, photo, put, reader, sample, spill, tar_of
+from tests.helpers.samples import (
+    AT,
+    HEADER,
+    LAST,
+    NEXT,
+    TAR,
+    J,
+    T,
+    chunk,
+    encoded,
+    members,
+    mended,
+    photo,
+    put,
+    reader,
+    sample,
+    spill,
+    tar_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
 KEYS = (0, 1, 3, 4)  # the good ones; 2 is the victim

@@ -15,7 +15,20 @@ from inputs import sources
 from inputs.images import decode_and_augment
 from inputs.sources import open_source
 from runtime.errors import DataError
-from tests.helpers.samples import BOMB, TOK, TRAINING, chunk, encoded, members, opened, photo, put, reader, sample, spill
+from tests.helpers.samples import (
+    BOMB,
+    TOK,
+    TRAINING,
+    chunk,
+    encoded,
+    members,
+    opened,
+    photo,
+    put,
+    reader,
+    sample,
+    spill,
+)
 
 
 def captions(source):

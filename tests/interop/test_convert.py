@@ -12,6 +12,7 @@ from PIL import Image
 import caption
 import config
 import convert
+import layers
 import train
 import vit
 from interop import layouts, model_card, transfer
@@ -29,7 +30,7 @@ def encoder(cls=False, positions=0):
     """A small encoder with no weight that is 0 or 1, and no two sizes equal."""
     cfg = vit.ViTConfig(depth=2, width=48, num_heads=3, mlp_dim=80, patch_size=8, cls_token=cls, learned_pos_grid=positions)
     rng = np.random.default_rng(3)
-    return jax.tree.map(lambda w: rng.standard_normal(w.shape, np.float32), vit.param_specs(cfg), is_leaf=vit.is_spec), cfg
+    return jax.tree.map(lambda w: rng.standard_normal(w.shape, np.float32), vit.param_specs(cfg), is_leaf=layers.is_spec), cfg
 
 
 def picture(seed=0, size=(37, 29)):
@@ -59,11 +60,11 @@ def test_there_and_back_bit_for_bit(kind, cls, positions, prefix):
 def test_sizes_of_the_family_are_read_off_the_shapes(size):
     for kind, cls in HOLDS:
         cfg = vit.vit_config(f"{size}/14", cls_token=cls)
-        hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=vit.is_spec)
+        hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=layers.is_spec)
         arrays = to_library(hollow, cfg, 4, LAYOUTS[kind])
         assert layouts.sizes(arrays, LAYOUTS[kind], 0) == (cfg, 4)
         extra = {"siglip": 1, "timm": 1, "vit": 1}.get(kind, 0) * cfg.width + (4 * 4 + cls) * cfg.width  # patch bias, and the table
-        assert sum(x.size for x in arrays.values()) == vit.count_params(vit.param_specs(cfg)) + extra
+        assert sum(x.size for x in arrays.values()) == layers.count_params(vit.param_specs(cfg)) + extra
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

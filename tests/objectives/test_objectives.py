@@ -50,7 +50,7 @@ def model(name: str, cls: bool = False) -> registry.ModelSpec:
 
 def parameters(of: registry.ModelSpec) -> dict:
     declared = {"encoder": vit.param_specs(of.encoder)} | registry.param_specs(of)
-    return shaken(vit.init_params(jax.random.key(0), declared))
+    return shaken(layers.init_params(jax.random.key(0), declared))
 
 
 def sums(name: str, found: dict, devices: int = 1, **how) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import decoder
+import layers
 import vit
 from benchmarks import torch_reference
 from benchmarks.torch_reference import linear, norm, tensor
@@ -44,7 +45,7 @@ def ours(objective, cls=False):
     def draw(w):  # no zero or one is left
         noise = rng.standard_normal(w.shape, np.float32)
         return np.asarray(1 + 0.1 * noise if w.std is None else (0.05 + w.std) * noise, np.float32)
-    params = jax.tree.map(draw, declared, is_leaf=vit.is_spec)
+    params = jax.tree.map(draw, declared, is_leaf=layers.is_spec)
 
     def mean(params, batch, keys):
         loss, count = registry.rival(objective).loss(params, batch, keys, model)

@@ -20,6 +20,7 @@ from PIL import Image
 import caption
 import config
 import convert
+import layers
 import vit
 from interop import transfer
 from interop.encoder import load_encoder
@@ -38,7 +39,7 @@ def drawn(declared, seed=1):
     def draw(w):
         noise = rng.standard_normal(w.shape, np.float32)
         return 1 + 0.1 * noise if w.std is None else (0.02 + w.std) * noise
-    return jax.tree.map(draw, declared, is_leaf=vit.is_spec)
+    return jax.tree.map(draw, declared, is_leaf=layers.is_spec)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_every_family_member_has_the_shapes_of_the_library(to, cls, size):
     import timm
     patch, resolution = (8, 32) if size == "micro" else (14, 84)
     cfg = vit.vit_config(f"{size}/{patch}", cls_token=cls)
-    hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=vit.is_spec)
+    hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=layers.is_spec)
     kind, _, files = transfer.library_files(to, cfg, resolution)
     ours = {name: x.shape for name, x in to_library(hollow, cfg, resolution // patch, LAYOUTS[kind]).items()}
     with torch.device("meta"):

@@ -34,7 +34,7 @@ def parameters(cls=False):
     def draw(w):
         noise = rng.standard_normal(w.shape, np.float32)
         return 1 + 0.1 * noise if w.std is None else (0.1 + w.std) * noise
-    return jax.tree.map(draw, {"encoder": vit.param_specs(enc), "decoder": decoder.param_specs(dec)}, is_leaf=vit.is_spec)
+    return jax.tree.map(draw, {"encoder": vit.param_specs(enc), "decoder": decoder.param_specs(dec)}, is_leaf=layers.is_spec)
 
 
 def batch(side):

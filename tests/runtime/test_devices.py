@@ -11,6 +11,7 @@ import pytest
 
 import config
 import evaluate
+import layers
 import vit
 from evaluation import vqa
 from objectives import registry
@@ -126,7 +127,7 @@ def trained(tmp_path) -> tuple:
     checkpoint.save_step(str(tmp_path), 2, {"params": params, "opt": {"mu": params}}, {"config": dataclasses.asdict(cfg)})
     encoder = registry.model_spec(cfg).encoder
     checkpoint.save(str(tmp_path / "encoder.npz"), params["encoder"], {"encoder": dataclasses.asdict(encoder), "resolution": 16})
-    return tmp_path, sum(registry.param_counts(cfg).values()), vit.count_params(vit.param_specs(encoder))
+    return tmp_path, sum(registry.param_counts(cfg).values()), layers.count_params(vit.param_specs(encoder))
 
 
 def test_a_models_size_is_read_from_heads_of_files(trained, monkeypatch):
