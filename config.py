@@ -3,10 +3,9 @@
     python train.py -h               every flag, with what to do about it
     python train.py l14 --dry-run    what the paper's L/14 run would be: sizes, tokens, FLOPs, steps
 
-A recipe is a Config with a name. Its stages are the curriculum, each written as
-"resolution=84 images=12.8e9 batch=32768 lr=1e-3 warmup=5e7". The switch from one stage to the next is
-CLIPA's: long at low resolution, then short at high (paper section 2.1).
-"""
+A recipe is a Config with a name. Its stages are the curriculum, each written as "resolution=84
+images=12.8e9 batch=32768 lr=1e-3 warmup=5e7". The switch from one stage to the next is CLIPA's:
+long at low resolution, then short at high (paper section 2.1). """
 import argparse
 import dataclasses
 import functools

@@ -1,11 +1,14 @@
-"""Train the encoder from captions alone (paper section 2.2), through the stages of the CLIPA curriculum (2.1).
+"""Train the encoder from captions alone (paper section 2.2), through a CLIPA curriculum (2.1).
 
-    python train.py                      the toy: embedded pictures, minutes on a laptop's CPU
-    python train.py pictures --data DIR  your pictures, likewise
+    python train.py                      the toy: embedded images, minutes on a laptop's CPU
+    python train.py images --data DIR    your images, likewise
     python train.py l14 --data ...       the paper's L/14 recipe, on TPUs or GPUs, by this same file
 
-The method is `method` below, and `make_step` around it is the one training step there is: on one CPU, on eight pretend
-devices, on the chips of a TPU machine. What a run leaves in its folder is in runtime/run_folder.py; started again on that folder, it goes on from its last checkpoint.
+The method is `openvision2_loss`. `make_step` around it is the one training step: on one CPU, on
+eight simulated devices, and on the chips of a TPU pod. runtime/run_folder.py says what a run leaves
+in its folder. The same command, started again on that folder, continues from the last checkpoint.
+
+Letters: B images per device, R pixels per side, N patches, K kept patches, T text positions.
 """
 import contextlib
 import errno
@@ -40,89 +43,130 @@ from runtime.errors import CheckpointError, ConfigError, DataError, DistributedE
 from runtime.run_folder import FolderLock, Run
 
 
-def openvision2_loss(params: dict, batch: dict, keys: jax.Array, model: ModelSpec) -> tuple[jax.Array, jax.Array]:
-    """OpenVision 2: the summed caption loss of a batch, and the words in it. This, and its gradient, is all the training signal there is."""
-    tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]         # every patch is encoded
-    kept, _ = keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)                         # a random third is kept
-    losses = decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder)  # and must tell the caption
+# ------------------------------------------------------------------------------ the method
+def openvision2_loss(params: dict, batch: dict, keys: jax.Array,
+                     model: ModelSpec) -> tuple[jax.Array, jax.Array]:
+    """The summed caption loss of a batch, and the number of its tokens. This loss and its gradient
+    are the only training signal. keys (B,): one per image, for its draw of patches."""
+    tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]         # (B,N,E)
+    kept, _ = keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)      # (B,K,E)
+    losses = decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder)  # (B,)
     return losses.sum(), decoder.count_targets(batch["text"]).sum()
 
 
 def objective_loss(name: str) -> Callable:
-    """The loss function of an objective: the method's, above, or that of a module in objectives/."""
-    return openvision2_loss if name == registry.METHOD else registry.rival(name).loss
+    """The loss function of an objective: the method's, above, or that of a module of
+    objectives/."""
+    if name == registry.METHOD:
+        return openvision2_loss
+    return registry.rival(name).loss
 
 
 def cast_block_params(params: dict, model: ModelSpec) -> dict:
-    """The blocks' matmul weights in the dtype of the matmuls, cast before the loops over layers and not in them: XLA would
-    hold these copies either way, and so the gradients too take half the bytes until they are summed, in fp32."""
+    """The matmul weights of the blocks in the dtype of the matmuls, cast before the scan over
+    layers.
+
+    XLA would hold these copies anyway. Cast here, the gradients too take half the memory until they
+    are summed, in fp32."""
     def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x.astype(model.encoder.dtype) if "blocks" in (p.key for p in path) and not path[-2].key.startswith("norm") else x
+        in_block = any(entry.key == "blocks" for entry in path)
+        in_norm = path[-2].key.startswith("norm") if len(path) > 1 else False
+        return x.astype(model.encoder.dtype) if in_block and not in_norm else x
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: int, accum: int = 1,
-              devices: list | None = None, shard: bool = False, clip: float = 0.0) -> Callable:
-    """The training step, pmapped: (params, opt_state, batch) -> (params, opt_state, metrics), all with a leading axis
-    of local devices; the batch is {"images" (B,R,R,3) uint8, "text" (B,T), "sample_index" (B,)} a device, with a second caption "alt" (B,T) where one is read.
+# ------------------------------------------------------------------------- the training step
+def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: int,
+              grad_accum: int = 1, devices: list | None = None, zero1: bool = False,
+              grad_clip: float = 0.0) -> Callable:
+    """The pmapped step (params, opt_state, batch) -> (params, opt_state, metrics).
 
-    Sums of loss and words (of what the model's objective counts) cross the devices, and the division comes after: so the update is that of the whole batch,
-    however it is shared out, or cut into `accum` pieces. A row's mask is drawn from its position in the run.
-    With `shard`, each device keeps the optimizer state of its own slice of the parameters, updates that, and all
-    exchange the new slices (ZeRO, arXiv:1910.02054, stage 1): the same update in less memory."""
-    root = jax.random.key(seed)
+    All have a leading axis of local devices. A device's batch is {"images" (B,R,R,3) uint8, "text"
+    (B,T), "sample_index" (B,)}, and "alt" (B,T) where the objective reads a second caption.
 
-    def piece(params, batch):
-        keys = jax.vmap(lambda row: jax.random.fold_in(root, row))(batch["sample_index"])
-        sums, grads = jax.value_and_grad(objective_loss(model.objective), has_aux=True)(cast_block_params(params, model), batch, keys, model)
-        return grads, sums
+    Loss and token count are summed over all devices before one is divided by the other. So the
+    update is that of the global batch, however it is divided over devices or cut into `grad_accum`
+    pieces. An image's patches are drawn from the seed and its sample_index, its position in the
+    run.
 
-    def step(params, opt_state, batch):
-        mine = params
-        if shard:  # cut now: a late look at the old parameters would keep their bytes from the new ones
-            mine, params = jax.lax.optimization_barrier((jax.tree.map(local_shard, params), params))
-        if accum == 1:
-            grads, sums = piece(params, batch)
-        else:
-            parts = jax.tree.map(lambda x: x.reshape(accum, -1, *x.shape[1:]), batch)
-            none = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params), (jnp.float32(0), jnp.int32(0))
-            (grads, sums), _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, piece(params, part)), None), none, parts)
+    With `zero1`, each device keeps the optimizer state of its own shard of the parameters and
+    updates that shard; then all devices exchange the new shards (ZeRO stage 1, arXiv:1910.02054).
+    The update is the same, in less memory."""
+    root_key = jax.random.key(seed)
+    loss_fn = jax.value_and_grad(objective_loss(model.objective), has_aux=True)
+
+    def loss_and_grads(params: dict, batch: dict) -> tuple:
+        keys = jax.vmap(lambda index: jax.random.fold_in(root_key, index))(batch["sample_index"])
+        return loss_fn(cast_block_params(params, model), batch, keys, model)
+
+    def accumulate(params: dict, batch: dict) -> tuple:
+        pieces = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+
+        def add(total: tuple, piece: dict) -> tuple:
+            return jax.tree.map(jnp.add, total, loss_and_grads(params, piece)), None
+        start = ((jnp.float32(0), jnp.int32(0)), zeros)
+        return jax.lax.scan(add, start, pieces)[0]
+
+    def step(params: dict, opt_state: Any, batch: dict) -> tuple:
+        own_params = params
+        if zero1:  # sharded now: a later read of the old parameters would keep their memory
+            shards = jax.tree.map(local_shard, params)
+            own_params, params = jax.lax.optimization_barrier((shards, params))
+        sums, grads = (loss_and_grads if grad_accum == 1 else accumulate)(params, batch)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        loss, words = jax.lax.psum(sums, "devices")
-        words = jnp.maximum(words, 1)
-        grads = jax.tree.map(lambda g: g / words, jax.tree.map(reduce_scatter, grads) if shard else jax.lax.psum(grads, "devices"))
-        norm = global_norm(grads, params) if shard else optax.tree.norm(grads)
-        if clip:
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / norm), grads)
+        loss, num_tokens = jax.lax.psum(sums, "devices")
+        num_tokens = jnp.maximum(num_tokens, 1)
+        if zero1:
+            grads = jax.tree.map(reduce_scatter, grads)
+        else:
+            grads = jax.lax.psum(grads, "devices")
+        grads = jax.tree.map(lambda g: g / num_tokens, grads)
+        grad_norm = global_norm(grads, params) if zero1 else optax.tree.norm(grads)
+        if grad_clip:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1, grad_clip / grad_norm), grads)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, opt_state, mine)
-            mine = optax.apply_updates(mine, updates)
-        params = jax.tree.map(lambda x, p: all_gather(x, p.shape), mine, params) if shard else mine
-        return params, opt_state, {"loss": loss / words, "grad_norm": norm}
+            updates, opt_state = optimizer.update(grads, opt_state, own_params)
+            own_params = optax.apply_updates(own_params, updates)
+        if zero1:
+            own_params = jax.tree.map(lambda x, p: all_gather(x, p.shape), own_params, params)
+        return own_params, opt_state, {"loss": loss / num_tokens, "grad_norm": grad_norm}
 
     return jax.pmap(step, axis_name="devices", donate_argnums=(0, 1), devices=devices)
 
 
 def make_optimizer(cfg: Config, stage: Stage) -> optax.GradientTransformation:
-    """AdamW (b1 0.9, as released) with decay on matrices alone: not on biases, norms, or the word table."""
-    def matrices(params):
+    """AdamW (b1 0.9, as released). Only matrices decay: not biases, norms, or the token
+    embedding."""
+    def is_matrix(params: dict) -> dict:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-    return optax.adamw(lr_schedule(stage), b1=0.9, b2=cfg.adam_b2, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=matrices)
+    return optax.adamw(lr_schedule(stage), b1=0.9, b2=cfg.adam_b2, mu_dtype=cfg.mu_dtype,
+                       weight_decay=cfg.weight_decay, mask=is_matrix)
 
 
 def initial_params(cfg: Config, model: ModelSpec) -> dict:
-    """What a new run starts from: fresh parameters, or --init-encoder's encoder with a fresh decoder. ConfigError where it does not fit."""
+    """What a new run starts from: initialized parameters, or --init-encoder's encoder with an
+    initialized decoder. ConfigError where that encoder does not fit."""
     params = init_params(cfg, model)
-    if cfg.init_encoder:
-        params["encoder"], found, _ = read_encoder(cfg.init_encoder)
-        sizes = ((name, getattr(found, name), getattr(model.encoder, name)) for name in ("depth", "width", "num_heads", "mlp_dim", "patch_size", "cls_token", "learned_pos_grid"))
-        if differ := [f"{name} {theirs}, not {ours}" for name, theirs, ours in sizes if theirs != ours]:
-            raise ConfigError(f"--init-encoder {cfg.init_encoder} has {'; '.join(differ)}: change --encoder, --cls-token or --learned-pos-grid to suit it")
+    if not cfg.init_encoder:
+        return params
+    params["encoder"], imported, _ = read_encoder(cfg.init_encoder)
+    differences = []
+    for name in ("depth", "width", "num_heads", "mlp_dim", "patch_size", "cls_token",
+                 "learned_pos_grid"):
+        theirs, ours = getattr(imported, name), getattr(model.encoder, name)
+        if theirs != ours:
+            differences.append(f"{name} {theirs}, not {ours}")
+    if differences:
+        raise ConfigError(f"--init-encoder {cfg.init_encoder} has {'; '.join(differences)}: change "
+                          "--encoder, --cls-token or --learned-pos-grid to suit it")
     return params
 
 
+# ------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
-    """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that
+    stopped it."""
     sys.setswitchinterval(0.0005)  # seconds that a thread which makes batches may hold Python while the loop wants it; 0.005 is what it was
     validate(cfg)
     tune_cpu(sum(param_counts(cfg).values()), [] if cfg.distributed else [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)], cfg.num_devices)

@@ -1,9 +1,8 @@
 """AIMv2 (arXiv:2411.14402): the decoder predicts each next patch and each next caption token.
 
-The encoder's patches attend to a prefix of random length and to the patches before them. Both losses
-are means over an image's own patches and tokens, as the paper writes them. In use the encoder has no
-mask; the random prefixes prepare it for that.
-"""
+The encoder's patches attend to a prefix of random length and to the patches before them. Both
+losses are means over an image's own patches and tokens, as the paper writes them. In use the
+encoder has no mask; the random prefixes prepare it for that. """
 import dataclasses
 from typing import Any
 

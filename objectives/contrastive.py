@@ -71,8 +71,8 @@ def contrastive_loss(image: jax.Array, text: jax.Array, real: jax.Array,
     """CLIP's loss of each of this device's images, (B,): the mean of two cross-entropies, of its
     caption among all captions of the global batch and of its image among all images.
 
-    image and text (B,D) have unit length. Rows that are not `real` (B,) are no candidates and cost 0.
-    """
+    image and text (B,D) have unit length. Rows that are not `real` (B,) are no candidates and cost
+    0. """
     all_gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
     match = scale * (image * text).sum(-1)
 
