@@ -27,141 +27,107 @@ def arg(group: str, default: Any, text: str, choices: tuple = (), low: float | N
         "resumable": resumable})
 
 
-DECODERS = tuple(decoder.DECODER_SIZES)
-REMAT = tuple(vit.REMAT)
-model_arg, data_arg, optim_arg, system_arg = (
-    functools.partial(arg, group) for group in ("model", "data", "optimization", "system"))
+DECODERS, REMAT = tuple(decoder.DECODER_SIZES), tuple(vit.REMAT)
+DTYPES = ("float32", "bfloat16")
+model_arg = functools.partial(arg, "model")
+data_arg = functools.partial(arg, "data")
+optim_arg = functools.partial(arg, "optimization")
+system_arg = functools.partial(arg, "system")
+resumable_arg = functools.partial(arg, "system", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    encoder: str = model_arg(
-        "micro/8", "encoder, SIZE/PATCH as in Ti/16 or L/14 (python vit.py lists them); out of "
-        "memory: take a smaller one")
-    decoder: str = model_arg(
-        "micro", "caption decoder, by size (python decoder.py lists them)",
-        DECODERS)
-    objective: str = model_arg(
-        registry.METHOD, "what is trained: the method, or a system it is compared with "
-        "(objectives/), where keep_ratio and prefix_attention play no part",
-        (registry.METHOD, *registry.RIVALS))
-    keep_ratio: float = model_arg(
-        0.35, "share of patch tokens that the decoder reads, drawn anew in each step; lower is "
-        "faster", above=0, high=1)
-    shuffle_kept: bool = model_arg(
-        False, "give the kept tokens to the decoder in random order, as released, not in their order "
-        "in the image")
-    prefix_attention: str = model_arg(
-        "causal", "whether image tokens in the decoder attend to earlier ones only, or to all",
-        ("causal", "bidirectional"))
-    text_pos_embed: bool = model_arg(
-        False, "give caption tokens sin-cos positions; as released only the causal mask orders them")
-    cls_token: bool = model_arg(
-        False, "give the encoder a CLS token, as the released weights have")
-    learned_pos_grid: int = model_arg(
-        0, "grid side of a learned position table; 0 for the sin-cos formula, which fits any grid",
-        low=0, high=1 << 12)
-    init_encoder: str = model_arg(
-        "", "start from this encoder: a run's folder, its encoder.npz, or what convert.py imported; "
-        "the decoder is initialized from scratch")
-    init_scale: str = model_arg(
-        "xavier", "scale of the initial weights: Xavier's, or the released code's "
-        "(docs/fidelity.md)", ("xavier", "released"))
+    encoder: str = model_arg("micro/8", "encoder, SIZE/PATCH as in Ti/16 or L/14 (python vit.py "
+                             "lists them); out of memory: take a smaller one")
+    decoder: str = model_arg("micro", "caption decoder (python decoder.py lists them)", DECODERS)
+    objective: str = model_arg(registry.METHOD, "what is trained: the method, or a system it is "
+                               "compared with (objectives/)", (registry.METHOD, *registry.RIVALS))
+    keep_ratio: float = model_arg(0.35, "share of patch tokens that the decoder reads, drawn anew "
+                                  "in each step; lower is faster", above=0, high=1)
+    shuffle_kept: bool = model_arg(False, "give the kept tokens to the decoder in random order, as "
+                                   "released, not in their order in the image")
+    prefix_attention: str = model_arg("causal", "image tokens in the decoder attend to earlier "
+                                      "ones only, or to all", ("causal", "bidirectional"))
+    text_pos_embed: bool = model_arg(False, "give caption tokens sin-cos positions; as released "
+                                     "only the causal mask orders them")
+    cls_token: bool = model_arg(False, "give the encoder a CLS token, as the released weights have")
+    learned_pos_grid: int = model_arg(0, "grid side of a learned position table; 0 for the sin-cos "
+                                      "formula, which fits any grid", low=0, high=1 << 12)
+    init_encoder: str = model_arg("", "start from this encoder: a run's folder, its encoder.npz, "
+                                  "or what convert.py imported; the decoder starts from scratch")
+    init_scale: str = model_arg("xavier", "scale of the initial weights: Xavier's, or the released "
+                                "code's (docs/fidelity.md)", ("xavier", "released"))
 
-    data: str = data_arg(
-        "", "training images: scenes, a folder of images with .txt captions, or tars "
-        "('shards/*.tar', 'shards/{00000..00011}.tar')")
-    val: str = data_arg(
-        "", "validation images, likewise; without it a tenth of --data is split off, --val-samples "
-        "at most")
-    caption_field: str = data_arg(
-        "txt", "where captions are: txt for KEY.txt, or the name of a field in KEY.json, such as "
-        "re_caption; of scenes: txt, web or conditioned")
-    alt_field: str = data_arg(
-        "", "a second text of each image, which --objective openvision reads: another field of "
-        "KEY.json; of scenes: web")
+    data: str = data_arg("", "training images: scenes, a folder of images with .txt captions, or "
+                         "tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
+    val: str = data_arg("", "validation images, likewise; without it a tenth of --data is split "
+                        "off, --val-samples at most")
+    caption_field: str = data_arg("txt", "where captions are: txt for KEY.txt, or a field of "
+                                  "KEY.json, such as re_caption; of scenes: txt, web or "
+                                  "conditioned")
+    alt_field: str = data_arg("", "a second text of each image, which --objective openvision "
+                              "reads: another field of KEY.json; of scenes: web")
     val_samples: int = data_arg(512, "validation images in an evaluation", low=2, high=1 << 30)
-    max_text_len: int = data_arg(
-        128, "text positions: start, tokens and end; longer captions are cut", low=3, high=1 << 20)
-    vocab: str = data_arg(
-        "", "a WordPiece vocab.txt, such as BERT's, or any tokenizer.json; without it a vocab.txt "
-        "is built from the captions")
-    vocab_size: int = data_arg(
-        32000, "rows of the token embedding, and the most tokens of a vocabulary that is built",
-        low=8, high=1 << 30)
-    min_crop_area: float = data_arg(
-        0.4, "least area of the random-resized crop, as a share of the image; 1 for no crop",
-        above=0, high=1)
-    hflip: bool = data_arg(
-        False, "mirror half of the images; makes captions that say left or right untrue")
-    jitter: float = data_arg(
-        0.0, "color jitter: brightness, contrast and saturation change by up to this share, in four "
-        "images of five", low=0, high=1)
-    hue: float = data_arg(
-        0.0, "hue changes with the jitter, by up to this share of the color circle; makes captions "
-        "that name colors untrue", low=0, high=0.5)
-    grayscale_prob: float = data_arg(
-        0.0, "share of training images that lose their color", low=0, high=1)
+    max_text_len: int = data_arg(128, "text positions: start, tokens and end; longer captions are "
+                                 "cut", low=3, high=1 << 20)
+    vocab: str = data_arg("", "a WordPiece vocab.txt, such as BERT's, or any tokenizer.json; "
+                          "without it a vocab.txt is built from the captions")
+    vocab_size: int = data_arg(32000, "rows of the token embedding, and the most tokens of a "
+                               "vocabulary that is built", low=8, high=1 << 30)
+    min_crop_area: float = data_arg(0.4, "least area of the random-resized crop, as a share of the "
+                                    "image; 1 for no crop", above=0, high=1)
+    hflip: bool = data_arg(False, "mirror half of the images; captions that say left become untrue")
+    jitter: float = data_arg(0.0, "color jitter: brightness, contrast and saturation change by up "
+                             "to this share, in four images of five", low=0, high=1)
+    hue: float = data_arg(0.0, "hue changes with the jitter, by up to this share of the color "
+                          "circle; makes captions that name colors untrue", low=0, high=0.5)
+    grayscale_prob: float = data_arg(0.0, "share of training images that lose their color", low=0,
+                                     high=1)
 
-    stages: str = optim_arg(
-        "", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L warmup=W, where warmup "
-        "counts steps or images as the length does; a comma between stages")
+    stages: str = optim_arg("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L "
+                            "warmup=W, with a comma between stages; warmup counts as the length "
+                            "does")
     weight_decay: float = optim_arg(0.2, "AdamW's decay, on matrices only", low=0, high=1e9)
     adam_b2: float = optim_arg(0.95, "AdamW's second-moment decay", low=0, high=0.999999)
-    grad_clip: float = optim_arg(
-        0.0, "largest gradient norm; 0 for no clipping; set 1 if the loss spikes", low=0, high=1e9)
-    grad_accum: int = optim_arg(
-        1, "pieces that a batch is cut into, for the same update in less memory", low=1,
-        high=1 << 20, resumable=True)
+    grad_clip: float = optim_arg(0.0, "largest gradient norm; 0 for no clipping; set 1 if the loss "
+                                 "spikes", low=0, high=1e9)
+    grad_accum: int = optim_arg(1, "pieces that a batch is cut into, for the same update in less "
+                                "memory", low=1, high=1 << 20, resumable=True)
     seed: int = optim_arg(0, "drives all that is random", low=0, high=(1 << 31) - 1)
 
-    dtype: str = system_arg(
-        "float32", "of activations and matmuls; bfloat16 on TPU and GPU", ("float32", "bfloat16"))
-    mu_dtype: str = system_arg(
-        "float32", "of AdamW's first moment; bfloat16 saves memory, as released",
-        ("float32", "bfloat16"))
-    remat: str = system_arg(
-        "none", "activation checkpointing: what the backward pass computes again; out of memory: "
-        "dots, then block", REMAT, resumable=True)
-    loss_chunk: int = system_arg(
-        0, "text positions whose logits exist at once; 0 for all; out of memory: lower it", low=0,
-        high=1 << 20, resumable=True)
-    scan_unroll: int = system_arg(
-        1, "layers per scan step; more can be faster on a CPU and compiles longer", low=1,
-        high=1024, resumable=True)
-    zero1: bool = system_arg(
-        False, "shard the optimizer state over the devices: same update, less memory",
-        resumable=True)
-    num_devices: int = system_arg(
-        0, "local devices to use; 0 for all (a CPU with several cores is two, for small models; any "
-        "number up to its cores can be named)", low=0, high=1 << 20, resumable=True)
-    distributed: bool = system_arg(
-        False, "start as one of several processes, on several hosts or on one (a TPU pod needs no "
-        "such flag)", resumable=True)
-    workdir: str = system_arg(
-        "", "the run's folder; a run that is there is continued (default: runs/ and the recipe's "
-        "name)", resumable=True)
-    workers: int = system_arg(2, "threads that decode images", low=1, high=1024, resumable=True)
-    log_every: int = system_arg(
-        20, "steps between lines of metrics.jsonl", low=1, high=1 << 40, resumable=True)
-    eval_every: int = system_arg(
-        200, "steps between evaluations on validation images", low=1, high=1 << 40, resumable=True)
-    save_every: int = system_arg(
-        400, "steps between checkpoints", low=1, high=1 << 40, resumable=True)
-    keep_checkpoints: int = system_arg(
-        2, "checkpoints that are kept, the newest", low=1, high=1 << 20, resumable=True)
-    keep_every: int = system_arg(
-        0, "checkpoints at multiples of this step are kept for good; 0 for none", low=0,
-        high=1 << 40, resumable=True)
-    max_bad_fraction: float = system_arg(
-        0.1, "largest share of bad samples among those read, above which a run stops (judged from "
-        "1,000 samples on)", low=0, high=1, resumable=True)
-    tensorboard: bool = system_arg(
-        False, "also write TensorBoard event files, with the numbers of metrics.jsonl, curve.png and "
-        "samples.png", resumable=True)
-    profile: bool = system_arg(
-        False, "trace the steps 10 to 14 of this start, into the folder profile of the run",
-        resumable=True)
+    dtype: str = system_arg("float32", "of activations and matmuls; bfloat16 on TPU and GPU",
+                            DTYPES)
+    mu_dtype: str = system_arg("float32", "of AdamW's first moment; bfloat16 saves memory, as "
+                               "released", DTYPES)
+    remat: str = resumable_arg("none", "activation checkpointing: what the backward pass computes "
+                               "again; out of memory: dots, then block", REMAT)
+    loss_chunk: int = resumable_arg(0, "text positions whose logits exist at once; 0 for all; out "
+                                    "of memory: lower it", low=0, high=1 << 20)
+    scan_unroll: int = resumable_arg(1, "layers per scan step; more can be faster on a CPU and "
+                                     "compiles longer", low=1, high=1024)
+    zero1: bool = resumable_arg(False, "shard the optimizer state over the devices: same update, "
+                                "less memory")
+    num_devices: int = resumable_arg(0, "local devices to use, up to a CPU's cores; 0 for all (a "
+                                     "CPU is two for small models)", low=0, high=1 << 20)
+    distributed: bool = resumable_arg(False, "start as one of several processes, on several hosts "
+                                      "or on one (a TPU pod needs no such flag)")
+    workdir: str = resumable_arg("", "the run's folder; a run that is there is continued (default: "
+                                 "runs/ and the recipe's name)")
+    workers: int = resumable_arg(2, "threads that decode images", low=1, high=1024)
+    log_every: int = resumable_arg(20, "steps between lines of metrics.jsonl", low=1, high=1 << 40)
+    eval_every: int = resumable_arg(200, "steps between evaluations", low=1, high=1 << 40)
+    save_every: int = resumable_arg(400, "steps between checkpoints", low=1, high=1 << 40)
+    keep_checkpoints: int = resumable_arg(2, "newest checkpoints that are kept",
+                                          low=1, high=1 << 20)
+    keep_every: int = resumable_arg(0, "checkpoints at multiples of this step are kept for good; 0 "
+                                    "for none", low=0, high=1 << 40)
+    max_bad_fraction: float = resumable_arg(0.1, "largest share of bad samples among those read, "
+                                            "above which a run stops (from 1,000 samples on)",
+                                            low=0, high=1)
+    tensorboard: bool = resumable_arg(False, "also write TensorBoard event files")
+    profile: bool = resumable_arg(False, "trace the steps 10 to 14 of this start, into the run's "
+                                  "folder profile")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -197,8 +163,8 @@ def paper_recipe(encoder: str, decoder_size: str, low_resolution: int) -> Config
     epoch = 1_281_167  # the recipe counts in ImageNet epochs
     return Config(
         encoder=encoder, decoder=decoder_size, dtype="bfloat16", mu_dtype="bfloat16",
-        remat="block", loss_chunk=16, shuffle_kept=True, init_scale="released", jitter=0.32, hue=0.08,
-        grayscale_prob=0.2, workers=32, log_every=50, eval_every=2000, save_every=1000,
+        remat="block", loss_chunk=16, shuffle_kept=True, init_scale="released", jitter=0.32,
+        hue=0.08, grayscale_prob=0.2, workers=32, log_every=50, eval_every=2000, save_every=1000,
         val_samples=2048, caption_field="re_caption",
         stages=f"resolution={low_resolution} images={10_000 * epoch} batch=32768 lr=1.024e-3 "
                f"warmup={40 * epoch}, "
@@ -207,8 +173,8 @@ def paper_recipe(encoder: str, decoder_size: str, low_resolution: int) -> Config
 
 RECIPES = {
     "toy": Config(
-        encoder="micro/4", data="scenes", min_crop_area=1.0, max_text_len=28, vocab_size=192, grad_clip=1.0,
-        weight_decay=0.05,
+        encoder="micro/4", data="scenes", min_crop_area=1.0, max_text_len=28, vocab_size=192,
+        grad_clip=1.0, weight_decay=0.05,
         stages="resolution=24 steps=350 batch=64 lr=2e-3 warmup=100, "
                "resolution=32 steps=920 batch=64 lr=2e-3 warmup=20"),
     "pictures": Config(
@@ -240,8 +206,8 @@ def validate(cfg: Config, num_devices: int = 1) -> None:
         raise ConfigError(f"--objective {cfg.objective} contrasts all images of a batch with one "
                           f"another, which --grad-accum {cfg.grad_accum} would part: leave it at 1")
     if cfg.objective == "openvision" and not cfg.alt_field:
-        raise ConfigError("--objective openvision reads a web caption beside the dense one: name its "
-                          "field with --alt-field")
+        raise ConfigError("--objective openvision reads a web caption beside the dense one: name "
+                          "its field with --alt-field")
     if cfg.alt_field and cfg.objective != "openvision":
         raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
                           "leave it out, or take that")
@@ -252,7 +218,8 @@ def validate(cfg: Config, num_devices: int = 1) -> None:
                               f"{stage.number} needs a resolution of {2 * patch} or more")
         if stage.resolution < patch:
             raise ConfigError(f"--stages: resolution {stage.resolution} of stage {stage.number} is "
-                              f"below the patch size {patch} of {cfg.encoder}: take {patch} or more")
+                              f"below the patch size {patch} of {cfg.encoder}: take {patch} or "
+                              "more")
         multiple = num_devices * cfg.grad_accum
         if stage.batch % multiple:
             raise ConfigError(f"--stages: batch {stage.batch} of stage {stage.number} cannot be "
@@ -308,7 +275,8 @@ def parse_args(argv: list[str]) -> tuple[Config, bool]:
                         help="the settings that flags change (default: toy)")
     named = [word for word in argv if word in RECIPES] or ["toy"]
     add_flags(parser, recipe=RECIPES[named[0]])
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and end")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what the run would be, and end")
     refuse_old_flags(parser, argv)
     found, unknown = parser.parse_known_args(argv)
     given = vars(found)

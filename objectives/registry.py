@@ -40,8 +40,9 @@ import vit
 from runtime.curriculum import parse_stages
 
 METHOD = "openvision2"
-INIT_DOMAIN = 1 << 31  # folded into the seed's key for initial parameters; masks fold in sample positions,
-                       # which are always below it
+# Folded into the seed's key for initial parameters. Masks fold in sample indices, which are below
+# it. So no key serves both.
+INIT_DOMAIN = 1 << 31
 RIVALS = ("clip", "openvision", "cappa", "aimv2")
 CONTRASTIVE = ("clip", "openvision")  # these compare all images of a batch with each other
 
@@ -161,16 +162,17 @@ def run_summary(cfg: Any) -> str:
     counts = [f"{name} {count / 1e6:.1f} M" for name, count in param_counts(cfg).items()]
     lines = [json.dumps(dataclasses.asdict(cfg), indent=1), "parameters   " + ", ".join(counts)]
     total_steps = total_images = total_flops = 0
-    for s in parse_stages(cfg.stages.stages):
+    for s in parse_stages(cfg.stages):
         patch = model.encoder.patch_size
         num_patches, rest = (s.resolution // patch) ** 2, s.resolution % patch
         unseen = f" (the last {rest} px at the right and bottom fill none)" if rest else ""
+        kept = num_decoder_tokens(model, num_patches)
         parts = flops(model, s.resolution, cfg.max_text_len)
         forward = sum(parts.values())
         shares = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts.items())
         lines.append(
             f"stage {s.number}      {s.resolution} px: {num_patches} patch tokens{unseen}, "
-            f"{num_decoder_tokens(model, num_patches)} kept, {cfg.max_text_len - 1} text positions; "
+            f"{kept} kept, {cfg.max_text_len - 1} text positions; "
             f"{forward / 1e9:.2f} GFLOPs per image forward ({shares}); {s.steps:,} steps of "
             f"{s.batch:,} at peak lr {s.lr:g}, warm-up {s.warmup:,} steps")
         total_steps += s.steps

@@ -2,8 +2,6 @@
 
 A stage starts from the parameters before it and a new optimizer state. The learning rate rises
 linearly from 0 during the warm-up and falls to 0 along a cosine.
-
-    python -m runtime.curriculum       prints the stages of the paper's L/14 recipe
 """
 import dataclasses
 import math
@@ -50,8 +48,8 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
             warmup = warmup // given["batch"]
         if warmup >= steps:
             raise ConfigError(f"--stages: the warm-up of {part.strip()!r} is as long as the stage")
-        stages.append(Stage(len(stages) + 1, given["resolution"], given["batch"], given["lr"], steps,
-                            warmup, start, first_image))
+        stages.append(Stage(len(stages) + 1, given["resolution"], given["batch"], given["lr"],
+                            steps, warmup, start, first_image))
         start += steps
         first_image += steps * given["batch"]
     return tuple(stages)
