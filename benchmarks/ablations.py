@@ -52,8 +52,9 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
 
 
-READ = ("all", "colour", "shape", "size", "place", "relation", "count", "word", "presence")  # kinds of question, and their mean
+READ = ("all", "color", "shape", "size", "place", "relation", "count", "word", "presence")  # kinds of question, and their mean
 QUALITY = (*READ, "probe")
+OLD_NAMES = {"colour": "color", "probe colour": "probe color", "probe tone": "probe background_color"}  # of figures, in earlier results
 TABLES = {
     "keep": Table("Share of patch tokens kept (the paper's Table 7), equal images",
                   {"keep-100": "100%", "keep-90": "90%", "keep-75": "75%", "keep-50": "50%", "base": "35%", "keep-25": "25%", "keep-10": "10%"},
@@ -82,6 +83,9 @@ def load(path: str = RESULTS) -> dict:
             found = json.load(f)
         if not isinstance(found, dict) or not all(isinstance(found.get(k), dict) for k in ("cells", "costs")):
             raise ValueError("it is no table of cells")
+        for seeds in found["cells"].values():
+            for seed, figures in seeds.items():
+                seeds[seed] = {OLD_NAMES.get(name, name): value for name, value in figures.items()}
         return found
     except FileNotFoundError:
         return {"machine": "", "costs": {}, "cells": {}}

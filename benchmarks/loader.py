@@ -38,7 +38,7 @@ def photograph(rng: np.random.Generator) -> Image.Image:
     fall = np.maximum(np.hypot(fy, fx), 1 / WIDTH) ** -1.3
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((4, HEIGHT, WIDTH))) * fall, s=(HEIGHT, WIDTH))
     noise /= noise.std(axis=(1, 2), keepdims=True)
-    pixels = 128 + 45 * noise[:1] + 15 * noise[1:]  # light varies more than colour does
+    pixels = 128 + 45 * noise[:1] + 15 * noise[1:]  # light varies more than color does
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
     pen = ImageDraw.Draw(image)
     for _ in range(12):

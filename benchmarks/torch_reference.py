@@ -83,7 +83,7 @@ def encoder(params, images, cfg, maps=None, **see):
     dtype, P = getattr(torch, cfg.dtype), cfg.patch_size
     x = images.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(s, device=x.device).view(3, 1, 1) for s in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    kernel = params["patch"]["kernel"].view(P, P, 3, -1).permute(3, 2, 0, 1)     # rows are (y, x, colour)
+    kernel = params["patch"]["kernel"].view(P, P, 3, -1).permute(3, 2, 0, 1)     # rows are (y, x, color)
     x = F.conv2d(((x - mean) / std).to(dtype), kernel.to(dtype), stride=P)       # (B,D,G,G)
     table = positions(x.shape[-1], x.shape[1], x.device)
     x = x.flatten(2).transpose(1, 2) + table.to(dtype)                           # (B,N,D)

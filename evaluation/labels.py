@@ -1,7 +1,7 @@
 """Pictures with labels: what is asked about them when features are judged.
 
 A scene's labels come from its record. Of other data they are fields of KEY.json (--label-fields caption,group), or the text of KEY.txt.
-A label is one text a picture, or one for each place of a scene; "" where there is nothing to tell, as the colour of what
+A label is one text a picture, or one for each place of a scene; "" where there is nothing to tell, as the color of what
 stands in an empty place.
 
 Letters: n pictures, H heads (places where a label is told: 4, or 1), R pixels a side.
@@ -22,7 +22,7 @@ from runtime.errors import BadSample, DataError
 
 RAW_SIZE = 24              # pixels a side of the raw pictures that stand beside the features
 UNSEEN = 1 << 30      # from this training scene on, none was ever trained on
-SCENE_LABELS = ("colour", "shape", "size", "place", "count", "word", "tone", "pattern")
+SCENE_LABELS = ("color", "shape", "size", "place", "count", "word", "background_color", "pattern")
 class LabeledImages:
     """Samples of a source and their labels {name: (n,H) of str}. What is decoded or encoded is kept."""
 
@@ -64,11 +64,11 @@ class LabeledImages:
 
 
 def scene_labels(record: dict[str, Any]) -> dict[str, list[str]]:
-    """Of colour, shape and size one a place; of place whether it is taken; the rest one a scene."""
+    """Of color, shape and size one a place; of place whether it is taken; the rest one a scene."""
     there = {o["place"]: o for o in record["objects"]}
-    told = {name: [there.get(place, {}).get(name, "") for place in scenes.PLACES] for name in ("colour", "shape", "size")}
+    told = {name: [there.get(place, {}).get(name, "") for place in scenes.PLACES] for name in ("color", "shape", "size")}
     return told | {"place": ["taken" if place in there else "free" for place in scenes.PLACES], "count": [str(len(there))],
-                   "word": [record["word"] or ""], "tone": [record["tone"]], "pattern": [record["pattern"]]}
+                   "word": [record["word"] or ""], "background_color": [record["background_color"]], "pattern": [record["pattern"]]}
 
 
 @functools.lru_cache(4)

@@ -1,6 +1,6 @@
 """Questions about the embedded scenes, each with its one right answer, and what of them is had right without looking.
 
-They are made from the record: colour, shape, size, place, what lies beside what, how many, which word is written (as TextVQA and OCR ask of
+They are made from the record: color, shape, size, place, what lies beside what, how many, which word is written (as TextVQA and OCR ask of
 photographs), and whether something is there (as POPE asks: as often yes as no, and what is not there shares an attribute with what is).
 
     python -m evaluation.questions         asks about three scenes
@@ -12,7 +12,7 @@ import numpy as np
 
 from inputs import scene_captions, scenes
 
-KINDS = ("colour", "shape", "size", "place", "relation", "count", "word", "presence")
+KINDS = ("color", "shape", "size", "place", "relation", "count", "word", "presence")
 COUNTS = ("zero", "one", "two", "three")
 SIDES = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}  # axis (row, column) of a place, and the way along it
 OWN = 1 << 20               # added to the seed of the scenes: these are pictures that no run was trained on
@@ -28,12 +28,12 @@ def names(thing: dict[str, str], objects: list[dict[str, str]], without: str = "
     the like, none of which says the attribute `without`."""
     found = []
     for size in ("", thing["size"]):
-        for colour in ("", thing["colour"]):
+        for color in ("", thing["color"]):
             for shape in ("object", thing["shape"]):
-                said = {k: v for k, v in (("size", size), ("colour", colour), ("shape", shape)) if v not in ("", "object")}
+                said = {k: v for k, v in (("size", size), ("color", color), ("shape", shape)) if v not in ("", "object")}
                 if without in said or len(said) > 2:
                     continue
-                text = " ".join(w for w in (size, colour, shape) if w)
+                text = " ".join(w for w in (size, color, shape) if w)
                 if said and sum(all(o[k] == v for k, v in said.items()) for o in objects) == 1:
                     found.append(text)
                 if without != "place" and len(said) < 2:
@@ -52,7 +52,7 @@ def questions(scene: dict[str, Any], key: tuple[int, ...]) -> list[tuple[str, st
     def ask(kind: str, answer: str, *wordings: str) -> None:
         asked.append((kind, pick(wordings) + "?", answer))
 
-    for kind, wordings in (("colour", ("what colour is the {}", "which colour has the {}")), ("shape", ("what shape is the {}", "which shape has the {}")),
+    for kind, wordings in (("color", ("what color is the {}", "which color has the {}")), ("shape", ("what shape is the {}", "which shape has the {}")),
                            ("size", ("what size is the {}", "is the {} big or small")), ("place", ("where is the {}", "in which corner is the {}"))):
         thing = pick(objects)
         if called := names(thing, objects, kind):
@@ -66,9 +66,9 @@ def questions(scene: dict[str, Any], key: tuple[int, ...]) -> list[tuple[str, st
                 beside.append((side, pick(called), there[0]))
     if beside:
         side, called, there = pick(beside)
-        ask("relation", f"{there['colour']} {there['shape']}", f"what is {side} the {called}", f"which object is {side} the {called}")
+        ask("relation", f"{there['color']} {there['shape']}", f"what is {side} the {called}", f"which object is {side} the {called}")
 
-    which, options = pick((("", [""]), ("colour", list(scenes.COLOURS)), ("size", list(scenes.SIZES))))
+    which, options = pick((("", [""]), ("color", list(scenes.COLORS)), ("size", list(scenes.SIZES))))
     if which and rng.random() < 0.75:
         options = [o[which] for o in objects]
     value = pick(options)
@@ -77,12 +77,12 @@ def questions(scene: dict[str, Any], key: tuple[int, ...]) -> list[tuple[str, st
     if scene["word"]:
         ask("word", scene["word"], "what does the text say", "which word is written")
 
-    there = {(o["colour"], o["shape"]) for o in objects}
-    false = [(c, s) for c in scenes.COLOURS for s in scenes.SHAPES if (c, s) not in there and any(c == a or s == b for a, b in there)]
-    mixed = [(c, s) for c, s in false if any(c == a for a, _ in there) and any(s == b for _, b in there)]  # the colour of one, the shape of another
-    for answer, (colour, shape) in (("yes", pick(sorted(there))), ("no", pick(mixed if mixed and rng.random() < 0.5 else false))):
-        article = "an" if colour[0] in "aeiou" else "a"
-        ask("presence", answer, f"is there {article} {colour} {shape}", f"do you see {article} {colour} {shape}")
+    there = {(o["color"], o["shape"]) for o in objects}
+    false = [(c, s) for c in scenes.COLORS for s in scenes.SHAPES if (c, s) not in there and any(c == a or s == b for a, b in there)]
+    mixed = [(c, s) for c, s in false if any(c == a for a, _ in there) and any(s == b for _, b in there)]  # the color of one, the shape of another
+    for answer, (color, shape) in (("yes", pick(sorted(there))), ("no", pick(mixed if mixed and rng.random() < 0.5 else false))):
+        article = "an" if color[0] in "aeiou" else "a"
+        ask("presence", answer, f"is there {article} {color} {shape}", f"do you see {article} {color} {shape}")
     return asked
 
 

@@ -1,4 +1,4 @@
-"""What the encoder sees, in pictures: features as colours, where patches look, and where the decoder looks as it says each word.
+"""What the encoder sees, in pictures: features as colors, where patches look, and where the decoder looks as it says each word.
 
 pca.png        patch tokens along their three strongest directions over all pictures, as red, green and blue: alike is alike
 attention.png  where one patch (framed; the one with the most contrast) looks, in each layer, mean over heads
@@ -27,7 +27,7 @@ FRAME = (255, 60, 60)
 
 def pca_colors(tokens: np.ndarray) -> np.ndarray:
     """tokens (B,N,D) to (B,N,3) in 0..1: their coordinates along the three strongest directions of all B*N, each between its own 2nd
-    and 98th percentile. A direction's sign is that of its greatest weight, so that colours do not depend on the solver."""
+    and 98th percentile. A direction's sign is that of its greatest weight, so that colors do not depend on the solver."""
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(0)
     directions = np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :3]
@@ -76,7 +76,7 @@ def image_tile(pixels: np.ndarray) -> Image.Image:
 
 
 def spotlight(pixels: np.ndarray, looks: np.ndarray, covered: float) -> Image.Image:
-    """The picture, in its own colours where looks (N,) go, and dark where they do not."""
+    """The picture, in its own colors where looks (N,) go, and dark where they do not."""
     light = grid(looks / max(looks.max(), 1e-9), covered).convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     dark = Image.eval(image_tile(pixels).convert("L"), lambda v: 20 + v // 6).convert("RGB")
     return Image.composite(image_tile(pixels), dark, light)

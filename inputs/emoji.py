@@ -3,7 +3,7 @@ encoder for about ten minutes on two cores; the other's, never seen, tell whethe
 
 The pictures come from public npm packages (MIT; the drawings: Google's Apache 2.0, Twitter's CC-BY 4.0) and lie afterwards in
 WebDataset tars as img2dataset writes them, so this file is also an example of how to pack pictures of your own. A sample's `txt`
-and `caption` are its short name; `re_caption` says more: the name, another name, the kind, and the colours, which are counted in the picture.
+and `caption` are its short name; `re_caption` says more: the name, another name, the kind, and the colors, which are counted in the picture.
 
     python -m inputs.emoji [--pack-only]        fetches and packs (emoji/), trains (runs/emoji), and says how well it sees
 """
@@ -29,8 +29,8 @@ from runtime.cpu_tuning import enable_compilation_cache
 from runtime.errors import BadSample
 
 VERSION, VENDORS, SHARD = "16.0.0", ("google", "twitter"), 1000
-TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
-COLOURS = {"black": (25, 25, 25), "white": (245, 245, 245), "gray": (140, 145, 150), "red": (215, 45, 50), "orange": (245, 135, 35), "yellow": (255, 205, 60),
+SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
+COLORS = {"black": (25, 25, 25), "white": (245, 245, 245), "gray": (140, 145, 150), "red": (215, 45, 50), "orange": (245, 135, 35), "yellow": (255, 205, 60),
            "green": (70, 160, 70), "blue": (55, 125, 215), "light blue": (150, 205, 240), "purple": (140, 85, 190), "pink": (245, 150, 185),
            "brown": (135, 85, 60), "beige": (245, 215, 185)}
 
@@ -68,19 +68,19 @@ def short(emoji: dict) -> str:
     return plain(emoji["name"] if coded and emoji["name"] else name)
 
 
-def colours(image: Image.Image) -> list[str]:
-    """The one or two colours that fill most of what is drawn, each a fifth of it at least."""
+def colors(image: Image.Image) -> list[str]:
+    """The one or two colors that fill most of what is drawn, each a fifth of it at least."""
     pixels = np.asarray(image.convert("RGBA")).reshape(-1, 4).astype(np.int32)
     drawn = pixels[pixels[:, 3] > 127, :3]
-    nearest = ((drawn[:, None] - np.array(list(COLOURS.values()))) ** 2).sum(-1).argmin(-1)
-    counts = np.bincount(nearest, minlength=len(COLOURS))
-    return [list(COLOURS)[i] for i in np.argsort(-counts, kind="stable")[:2] if counts[i] > 0.2 * len(drawn)]
+    nearest = ((drawn[:, None] - np.array(list(COLORS.values()))) ** 2).sum(-1).argmin(-1)
+    counts = np.bincount(nearest, minlength=len(COLORS))
+    return [list(COLORS)[i] for i in np.argsort(-counts, kind="stable")[:2] if counts[i] > 0.2 * len(drawn)]
 
 
 def dense(emoji: dict, name: str, image: Image.Image) -> str:
     """All that is known of a picture, in one of three wordings; which one follows from the name, so that the vendors agree."""
     other = next((n for n in (plain(emoji["name"] or ""), *map(plain, emoji["short_names"])) if n and n not in name and not any(c.isdigit() for c in n)), "")
-    kind, group, seen = plain(emoji["subcategory"]).removeprefix("other "), emoji["category"].lower(), " and ".join(colours(image))
+    kind, group, seen = plain(emoji["subcategory"]).removeprefix("other "), emoji["category"].lower(), " and ".join(colors(image))
     also, painted = other and f", also called {other}", seen and f"mostly {seen}"
     return (f"a picture of {name}{also}. a kind of {kind} from {group}" + (f", {painted}." if painted else "."),
             f"{name}{also}: {kind}, from {group}" + (f". it is {painted}." if painted else "."),
@@ -95,10 +95,10 @@ def samples(packages: str, vendor: str) -> Iterator[dict]:
         with open(os.path.join(base, "emoji.json"), encoding="utf-8") as f:
             listed = json.load(f)
         for emoji in listed:
-            kinds, tones = [(emoji, "")], [t for t in TONES if t in emoji.get("skin_variations", {})]
+            kinds, tones = [(emoji, "")], [t for t in SKIN_TONES if t in emoji.get("skin_variations", {})]
             if tones:
                 tone = tones[zlib.crc32(emoji["unified"].encode()) % len(tones)]
-                kinds.append((emoji["skin_variations"][tone], f" with {TONES[tone]} skin"))
+                kinds.append((emoji["skin_variations"][tone], f" with {SKIN_TONES[tone]} skin"))
             for drawn, skin in kinds:
                 if drawn[f"has_img_{vendor}"]:
                     path = os.path.join("img", vendor, "64", drawn["image"])

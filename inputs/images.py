@@ -9,9 +9,9 @@ from runtime.errors import BadSample
 
 CROP_ATTEMPTS = 100           # at a crop, before the whole image is taken
 CROP_ASPECTS = (0.75, 1.33)   # width / height of a crop: TensorFlow's defaults, which the release keeps
-JITTER_PROB = 0.8           # probability that an image's colours are jittered
+JITTER_PROB = 0.8           # probability that an image's colors are jittered
 TINY = np.float32(1e-12)  # in place of 0 as a divisor
-JITTER_BLOCK = 8192             # pixels whose colours change at a time: so intermediate results stay in the cache
+JITTER_BLOCK = 8192             # pixels whose colors change at a time: so intermediate results stay in the cache
 CHANNEL_HUES = np.arange(0, 6, 2, dtype=np.float32)[:, None]  # of red, green and blue, in sixths of the circle
 EXIF_TRANSPOSE = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # what undoes a camera's orientation, 2 to 8
 
@@ -21,8 +21,8 @@ class Augment(NamedTuple):
     min_crop_area: float = 0.4    # least area of the random-resized crop; 1 for none
     hflip: bool = False   # off: a mirrored picture makes "left of" a lie, and letters unreadable
     jitter: float = 0.0  # brightness, contrast and saturation by a factor of 1 +- this
-    hue: float = 0.0     # hue by +- this share of the colour circle
-    grayscale_prob: float = 0.0    # chance of a picture without colour
+    hue: float = 0.0     # hue by +- this share of the color circle
+    grayscale_prob: float = 0.0    # chance of a picture without color
 
 
 def random_crop_box(width: int, height: int, least: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -59,7 +59,7 @@ def adjust_saturation(x: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_hue(x: np.ndarray, shift: float) -> np.ndarray:
-    """HSV's hue turned by a share of the colour circle, half of it at most: greatest and least
+    """HSV's hue turned by a share of the color circle, half of it at most: greatest and least
     channel stay. A channel is greatest within a sixth of the circle from its own hue, and least
     from two sixths on."""
     red, green, blue = x

@@ -1,6 +1,6 @@
 """The embedded data set: small pictures with dense captions, drawn by Pillow as a function of (seed, split, index).
 
-A scene has one to three objects (two at most beside a word), each with a colour, shape, size and place, on a background with a tone and a pattern,
+A scene has one to three objects (two at most beside a word), each with a color, shape, size and place, on a background with a color and a pattern,
 and half of the scenes have a short word written across one row. Captions are dense, in three wordings, and come with
 the record that they state: so a generated caption can be graded in any wording (`parse`, `grade`), and the lowest loss
 that can be had without looking at the picture is a closed formula (`surprise`). It stands in for the paper's
@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 128  # pixels of a drawn scene; readers resize it
-COLOURS = {"red": (214, 40, 40), "orange": (245, 132, 31), "yellow": (250, 217, 50), "green": (46, 160, 67),
+COLORS = {"red": (214, 40, 40), "orange": (245, 132, 31), "yellow": (250, 217, 50), "green": (46, 160, 67),
            "cyan": (70, 205, 220), "blue": (40, 80, 220), "purple": (130, 50, 180), "pink": (250, 130, 190)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 17.0, "big": 27.0}  # radius in pixels
-TONES = {"white": (250, 250, 250), "gray": (178, 178, 178), "tan": (222, 190, 140), "mint": (178, 226, 196)}
+BACKGROUND_COLORS = {"white": (250, 250, 250), "gray": (178, 178, 178), "tan": (222, 190, 140), "mint": (178, 226, 196)}
 INK = (10, 10, 10)  # of outlines and letters
 PATTERNS = ("plain", "striped", "dotted")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
@@ -51,9 +51,9 @@ def sample_scene(seed: int, split: str, index: int) -> dict[str, Any]:
     free = [i for i in range(4) if row is None or i // 2 != ROWS.index(row)]
     count = 1 + pick(range(len(free) - (not word)))
     places = sorted(free.pop(pick(range(len(free)))) for _ in range(count))
-    objects = [{"size": pick(tuple(SIZES)), "colour": pick(tuple(COLOURS)), "shape": pick(SHAPES), "place": PLACES[i]}
+    objects = [{"size": pick(tuple(SIZES)), "color": pick(tuple(COLORS)), "shape": pick(SHAPES), "place": PLACES[i]}
                for i in places]
-    return {"objects": objects, "tone": pick(tuple(TONES)), "pattern": pick(PATTERNS), "word": word, "row": row,
+    return {"objects": objects, "background_color": pick(tuple(BACKGROUND_COLORS)), "pattern": pick(PATTERNS), "word": word, "row": row,
             "wording": pick(range(WORDINGS)), "jitter": list(u), "web": alt_text(objects, word, v), "choices": choices}
 
 
@@ -68,10 +68,10 @@ def alt_text(objects: list[dict], word: str | None, u: Iterator[float]) -> str:
     if kind < POINT:
         named = pick(objects)
     elif kind < POINT + WRONG:
-        named = {"colour": pick(tuple(COLOURS)), "shape": pick(SHAPES)}
+        named = {"color": pick(tuple(COLORS)), "shape": pick(SHAPES)}
     else:
         return pick(BESIDE)
-    return f"{named['colour']} {named['shape']}{pick(TAILS)}"
+    return f"{named['color']} {named['shape']}{pick(TAILS)}"
 
 
 @functools.cache
@@ -87,13 +87,13 @@ def outline(shape: str) -> np.ndarray:
 
 
 @functools.cache
-def background(tone: str, pattern: str) -> Image.Image:
-    """A tone, and a darker one where the pattern is."""
-    picture = Image.new("RGB", (SIDE, SIDE), TONES[tone])
+def background(background_color: str, pattern: str) -> Image.Image:
+    """A color, and a darker one where the pattern is."""
+    picture = Image.new("RGB", (SIDE, SIDE), BACKGROUND_COLORS[background_color])
     if pattern != "plain":
         y, x = np.mgrid[:SIDE, :SIDE]
         on = (x + y) // 8 % 2 == 0 if pattern == "striped" else (x % 16 - 8) ** 2 + (y % 16 - 8) ** 2 < 16
-        picture.paste(tuple(c - 24 for c in TONES[tone]), None, Image.fromarray((on * 255).astype(np.uint8)))
+        picture.paste(tuple(c - 24 for c in BACKGROUND_COLORS[background_color]), None, Image.fromarray((on * 255).astype(np.uint8)))
     return picture
 
 
@@ -110,21 +110,21 @@ def lettering(word: str) -> Image.Image:
 def render(scene: dict[str, Any]) -> Image.Image:
     """The picture of a record: RGB, 128 x 128."""
     u = iter(scene["jitter"])
-    picture = background(scene["tone"], scene["pattern"]).copy()
+    picture = background(scene["background_color"], scene["pattern"]).copy()
     pen = ImageDraw.Draw(picture)
     for o in scene["objects"]:
         row, column = divmod(PLACES.index(o["place"]), 2)
         x, y = ((i + 0.5) * SIDE / 2 + (next(u) - 0.5) * 8 for i in (column, row))
         r = SIZES[o["size"]] + (next(u) - 0.5) * 4
         shade = (next(u) - 0.5) * 20
-        colour = tuple(int(min(255, max(0, c + shade))) for c in COLOURS[o["colour"]])
+        color = tuple(int(min(255, max(0, c + shade))) for c in COLORS[o["color"]])
         if o["shape"] in ("circle", "ring"):
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=INK, width=5)
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=color, outline=INK, width=5)
             if o["shape"] == "ring":
                 hole = r * 0.4
-                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=TONES[scene["tone"]], outline=INK, width=2)
+                pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=BACKGROUND_COLORS[scene["background_color"]], outline=INK, width=2)
         else:
-            pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=colour, outline=INK, width=5)
+            pen.polygon([(x + a * r, y + b * r) for a, b in outline(o["shape"]).tolist()], fill=color, outline=INK, width=5)
     if scene["word"]:
         mask = lettering(scene["word"])
         x = (SIDE - mask.width) / 2 + (next(u) - 0.5) * 6

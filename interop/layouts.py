@@ -107,9 +107,9 @@ def sizes(arrays: dict[str, np.ndarray], layout: Layout, heads: int) -> tuple[vi
         if arrays[name].ndim != axes or 0 in arrays[name].shape:
             raise LayoutError(f"{name} is {arrays[name].shape}, and should have {axes} axes")
         return arrays[name].shape
-    D, colours, P, across = shape(layout.patch, 4)
-    if colours != 3 or across != P:
-        raise LayoutError(f"{layout.patch.replace('*', 'weight')} is {(D, colours, P, across)}, not (width, 3, patch, patch)")
+    D, channels, P, across = shape(layout.patch, 4)
+    if channels != 3 or across != P:
+        raise LayoutError(f"{layout.patch.replace('*', 'weight')} is {(D, channels, P, across)}, not (width, 3, patch, patch)")
     L = next(i for i in range(len(arrays) + 1) if layout.norm1.format(i).replace("*", "weight") not in arrays)
     M = shape(layout.fc1.format(0), 2)[0]
     cls = bool(layout.cls) and (layout.cls in arrays or not layout.batched)  # open_clip's always has one

@@ -26,7 +26,7 @@ NAMES = {  # of figures: in the saved files, and in today's
     "val_loss": "val_loss", "val_loss_shuffled": "val_loss_shuffled", "val_loss_blind": "val_loss_blind",
     "images_seen": "images_seen", "parameters": "parameters", "held_out_pictures": "held_out_pictures",
     "bad_samples": "bad_samples", "exact_match": "exact_match", "word_accuracy": "word_accuracy",
-    "colour_accuracy": "colour_accuracy", "shape_accuracy": "shape_accuracy", "size_accuracy": "size_accuracy",
+    "colour_accuracy": "color_accuracy", "shape_accuracy": "shape_accuracy", "size_accuracy": "size_accuracy",
     "place_accuracy": "place_accuracy", "object_accuracy": "object_accuracy", "count_accuracy": "count_accuracy",
     "background_accuracy": "background_accuracy",
 }

@@ -39,7 +39,7 @@ def say(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, says", [
-    ("--colour red", "unrecognized arguments: --colour"),
+    ("--color red", "unrecognized arguments: --color"),
     ("--see 1", "unrecognized arguments"),
     ("l15", "invalid choice: 'l15'"),
     ("toy toy", "unrecognized arguments: toy"),
@@ -85,7 +85,7 @@ def test_a_bad_flag_is_named(say, argv, says):
     ("resolution=32 batch=8 lr=1e-3", r"lacks steps or images \(one of the two\)"),
     ("resolution=32 batch=8 lr=1e-3 steps=5 images=40", "lacks steps or images"),
     (TINY + ",", "lacks resolution"),
-    (TINY + " colour=3", "'colour=3' is not one of resolution="),
+    (TINY + " color=3", "'color=3' is not one of resolution="),
     (TINY + " steps=4", "'steps=4' is not one of .* each once"),
     ("32 px", "'32' is not one of"),
     (TINY.replace("=16", "=sixteen"), "'resolution=sixteen' wants a whole number"),

@@ -40,9 +40,9 @@ FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (40, 20), "green"
 KINDS = {
     "rgb": (halves("RGB", "red", "blue"), "PNG", {}, (255, 0, 0), (0, 0, 255)),
     "rgba on white": (halves("RGBA", (0, 0, 0, 0), (255, 0, 0, 128)), "PNG", {}, (255, 255, 255), (255, 127, 127)),
-    "palette with a clear colour": (PALETTE, "PNG", {"transparency": 0}, (255, 255, 255), (255, 0, 0)),
+    "palette with a clear color": (PALETTE, "PNG", {"transparency": 0}, (255, 255, 255), (255, 0, 0)),
     "palette with alphas": (PALETTE, "PNG", {"transparency": bytes((255, 0))}, (0, 0, 255), (255, 255, 255)),
-    "rgb with a clear colour": (halves("RGB", "red", "blue"), "PNG", {"transparency": (255, 0, 0)}, (255, 255, 255), (0, 0, 255)),
+    "rgb with a clear color": (halves("RGB", "red", "blue"), "PNG", {"transparency": (255, 0, 0)}, (255, 255, 255), (0, 0, 255)),
     "gray and alpha": (halves("LA", (0, 255), (0, 0)), "PNG", {}, (0, 0, 0), (255, 255, 255)),
     "cmyk": (halves("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), "JPEG", {"quality": 95}, (0, 255, 255), (0, 0, 0)),
     "gray": (halves("L", 10, 200), "JPEG", {"quality": 95}, (10, 10, 10), (200, 200, 200)),
@@ -57,7 +57,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_of_any_mode_shows_its_colours(kind):
+def test_a_picture_of_any_mode_shows_its_colors(kind):
     image, form, how, left, right = KINDS[kind]
     pixels = decode_and_augment(opened(image, form, **how), 16)
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
@@ -100,10 +100,10 @@ def with_exif(image, exif):
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 2), (5000, 3)])
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
 def test_extreme_shapes(size, form):
-    colour = (200, 100, 50)
+    color = (200, 100, 50)
     for seed in range(20):
         augment = (Augment(), np.random.default_rng(seed)) if seed else ()
-        assert near(decode_and_augment(opened(Image.new("RGB", size, colour), form), 16, *augment), colour, 3)
+        assert near(decode_and_augment(opened(Image.new("RGB", size, color), form), 16, *augment), color, 3)
 
 
 @pytest.mark.parametrize("size", [(411, 307), (1003, 771)])  # no multiples of the 8 x 8 blocks

@@ -40,7 +40,7 @@ def test_a_run_leaves_what_it_should(whole):
     assert not [n for n in names if n.endswith((".part", ".new"))]
     summary = json.load(open(whole / "summary.json"))
     assert {"val_loss", "val_loss_blind", "images_seen", "seconds", "images_per_second", "parameters", "object_accuracy", "exact_match", "word_accuracy",
-            "colour_accuracy", "shape_accuracy", "size_accuracy", "place_accuracy"} <= summary.keys()
+            "color_accuracy", "shape_accuracy", "size_accuracy", "place_accuracy"} <= summary.keys()
     assert summary["images_seen"] == 11 * 8 and 0 < summary["val_loss_blind"] < 2 and summary["parameters"] > 500_000
     for name in ("curve.png", "samples.png"):
         assert min(Image.open(whole / name).size) > 300

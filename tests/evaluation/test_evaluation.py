@@ -157,10 +157,10 @@ def test_votes_are_counted():
 
 
 def test_measure_has_rows_for_readers_and_baselines(encoder):
-    pictures = [labels.select_labels(labels.scene_images(0, *part), ("size", "tone")) for part in (("train", 48), ("val", 24))]
+    pictures = [labels.select_labels(labels.scene_images(0, *part), ("size", "background_color")) for part in (("train", 48), ("val", 24))]
     found = probe.measure(encoder, *pictures, ("pooled", "neighbours"))
     assert set(found) == {"pooled", "neighbours", "random pooled", "random neighbours", "pixels linear", "pixels neighbours", "pixels nearest", "commonest"}
-    assert all(set(row) == {"size", "tone"} for row in found.values())
+    assert all(set(row) == {"size", "background_color"} for row in found.values())
     assert found == probe.measure(encoder, *pictures, ("pooled", "neighbours"))
     assert set(probe.measure(encoder, *pictures, ("neighbours",), baselines=False)) == {"neighbours"}
     assert len(pictures[1].seen) <= 3 and encoder in pictures[1].seen
@@ -168,10 +168,10 @@ def test_measure_has_rows_for_readers_and_baselines(encoder):
 
 def test_what_no_training_picture_tells_is_not_asked():
     """A place that none of them has anything in, and a label that all of them share."""
-    train, test = ({"colour": np.array(texts), "kind": np.array([["x"]] * 3)} for texts in (
+    train, test = ({"color": np.array(texts), "kind": np.array([["x"]] * 3)} for texts in (
         [["red", ""], ["blue", ""], ["red", ""]], [["blue", "red"], ["green", "red"], ["", "blue"]]))
     names, sizes, y, truth = probe.tasks(train, test)
-    assert (names, sizes, y.tolist(), truth.tolist()) == (["colour"], (2,), [[1], [0], [1]], [[0], [-1], [-1]])
+    assert (names, sizes, y.tolist(), truth.tolist()) == (["color"], (2,), [[1], [0], [1]], [[0], [-1], [-1]])
     with pytest.raises(DataError, match="all training pictures have the same kind"):
         probe.tasks({"kind": train["kind"]}, {"kind": test["kind"]})
 
@@ -181,7 +181,7 @@ def test_scene_labels_say_what_the_record_says():
     for n in range(20):
         record = scenes.sample_scene(3, "val", n)
         assert [p for p, told in zip(scenes.PLACES, found.labels["place"][n]) if told == "taken"] == [o["place"] for o in record["objects"]]
-        assert [c for c in found.labels["colour"][n] if c] == [o["colour"] for o in record["objects"]]
+        assert [c for c in found.labels["color"][n] if c] == [o["color"] for o in record["objects"]]
         assert found.labels["word"][n, 0] == (record["word"] or "")
 
 
@@ -252,7 +252,7 @@ def test_words_look_at_the_picture_and_the_words_before(encoder, captioner):
     assert np.ptp(visualize.word_attention(captioner, encoder(images).tokens)[1], axis=-1).min() > 1e-4  # they do tell patches apart
 
 
-def test_colours_follow_the_strongest_directions():
+def test_colors_follow_the_strongest_directions():
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     along = rng.normal(size=(2, 50, 8)) * (9, 5, 3, *[0.01] * 5)
@@ -407,11 +407,11 @@ def test_a_label_that_training_does_not_have_is_null_in_json(run, tmp_path, caps
 
 
 def test_vqa_and_bench_write_null(tmp_path, monkeypatch):
-    shares = {"colour": float("nan"), "all": 0.5}
+    shares = {"color": float("nan"), "all": 0.5}
     monkeypatch.setattr(vqa, "load_encoder", lambda path: None)
     monkeypatch.setattr(vqa, "table", lambda *asked: {"encoder": shares})
     assert vqa.main(["some", "--json", str(tmp_path / "vqa")]) == 0
-    assert strict(tmp_path / "vqa") == {"encoder": {"colour": None, "all": 0.5}}
+    assert strict(tmp_path / "vqa") == {"encoder": {"color": None, "all": 0.5}}
     rows = [{"what": "a", "ms": float("nan"), "rate": float("inf"), "all": [float("nan")]}]
     monkeypatch.setattr(bench, "parse", lambda argv: argparse.Namespace(run=lambda args: rows, json=str(tmp_path / "bench"), lr=float("nan")))
     assert bench.main([]) == 0

@@ -24,13 +24,13 @@ def meant(words: str, objects: list[dict]) -> list[dict]:
     """The objects that a phrase such as "small star at the top left" fits."""
     said, _, place = words.partition(" at the ")
     known = [w for w in said.split() if w != "object"]
-    return [o for o in objects if all(w in (o["size"], o["colour"], o["shape"]) for w in known) and place in ("", o["place"])]
+    return [o for o in objects if all(w in (o["size"], o["color"], o["shape"]) for w in known) and place in ("", o["place"])]
 
 
 def answers(question: str, scene: dict) -> list[str]:
     """Every answer that the record allows to the question, whose grammar is read here anew."""
     objects = scene["objects"]
-    for pattern, attribute in ((r"(?:what|which) colour (?:is|has) the (.*)\?", "colour"), (r"(?:what|which) shape (?:is|has) the (.*)\?", "shape"),
+    for pattern, attribute in ((r"(?:what|which) color (?:is|has) the (.*)\?", "color"), (r"(?:what|which) shape (?:is|has) the (.*)\?", "shape"),
                                (r"what size is the (.*)\?", "size"), (r"is the (.*) big or small\?", "size"),
                                (r"(?:where|in which corner) is the (.*)\?", "place")):
         if found := re.fullmatch(pattern, question):
@@ -38,7 +38,7 @@ def answers(question: str, scene: dict) -> list[str]:
     if found := re.fullmatch(r"(?:what|which object) is (left of|right of|above|below) the (.*)\?", question):
         there = {"left of": lambda a, b: "left" in a and "right" in b, "right of": lambda a, b: "right" in a and "left" in b,
                  "above": lambda a, b: "top" in a and "bottom" in b, "below": lambda a, b: "bottom" in a and "top" in b}[found[1]]
-        return [f"{o['colour']} {o['shape']}" for thing in meant(found[2], objects) for o in objects if there(o["place"], thing["place"])]
+        return [f"{o['color']} {o['shape']}" for thing in meant(found[2], objects) for o in objects if there(o["place"], thing["place"])]
     if found := re.fullmatch(r"(?:how many|count the) (.*?) ?objects(?: are there)?\?", question):
         return [("zero", "one", "two", "three")[len(meant(found[1], objects))]]
     if question in ("what does the text say?", "which word is written?"):
@@ -55,7 +55,7 @@ def test_every_question_has_one_answer_and_it_is_the_true_one():
 
 def test_no_question_says_its_answer():
     for _, kind, question, answer in PAIRS:
-        if kind in ("colour", "shape", "place", "word"):
+        if kind in ("color", "shape", "place", "word"):
             assert not re.search(rf"\b{answer}\b", question)
 
 
@@ -63,7 +63,7 @@ def test_answers_are_spread_over_all_values():
     said = collections.defaultdict(collections.Counter)
     for _, kind, _, answer in PAIRS:
         said[kind][answer] += 1
-    for kind, values in (("colour", scenes.COLOURS), ("shape", scenes.SHAPES), ("size", scenes.SIZES), ("place", scenes.PLACES),
+    for kind, values in (("color", scenes.COLORS), ("shape", scenes.SHAPES), ("size", scenes.SIZES), ("place", scenes.PLACES),
                          ("word", scenes.WORDS), ("count", ("zero", "one", "two", "three"))):
         assert set(said[kind]) == set(values)
     assert said["presence"]["yes"] == said["presence"]["no"] == len(SCENES)
@@ -74,11 +74,11 @@ def test_what_is_not_there_shares_an_attribute_with_what_is():
     near = collections.Counter()
     for scene, kind, question, answer in PAIRS:
         if kind == "presence" and answer == "no":
-            colour, shape = question.rstrip("?").split()[-2:]
-            near["colour"] += (same_colour := any(o["colour"] == colour for o in scene["objects"]))
+            color, shape = question.rstrip("?").split()[-2:]
+            near["color"] += (same_color := any(o["color"] == color for o in scene["objects"]))
             near["shape"] += (same_shape := any(o["shape"] == shape for o in scene["objects"]))
-            near["both"] += same_colour and same_shape
-            assert same_colour or same_shape
+            near["both"] += same_color and same_shape
+            assert same_color or same_shape
     assert min(near.values()) > 100
 
 
@@ -99,18 +99,18 @@ def test_blind_share_is_that_of_the_commonest_answers():
     train = [[("size", "a?", "big")] * 3 + [("size", "a?", "small")] + [("size", "b?", "small")] * 3]
     assert questions.blind_accuracy(train, [[("size", "a?", "big"), ("size", "b?", "small"), ("size", "c?", "small")]]) == {"size": 1.0, "all": 1.0}
     shares = questions.blind_accuracy(ASKED, questions.make_questions(0, "val", 1000))
-    for kind, options in (("colour", 8), ("shape", 6), ("size", 2), ("place", 4), ("word", 16), ("presence", 2)):
+    for kind, options in (("color", 8), ("shape", 6), ("size", 2), ("place", 4), ("word", 16), ("presence", 2)):
         assert abs(shares[kind] - 1 / options) < 0.06, kind
     assert shares["relation"] < 0.06 and shares["count"] < 0.65
 
 
 def told(some: list[dict]) -> np.ndarray:
     """Tokens (B,4,E), one a corner, that hold the record: what an encoder that sees everything could give."""
-    values = [*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES, *scenes.WORDS]
+    values = [*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.WORDS]
     out = np.zeros((len(some), 4, len(values)), np.float32)
     for b, scene in enumerate(some):
         for o in scene["objects"]:
-            for name in ("colour", "shape", "size"):
+            for name in ("color", "shape", "size"):
                 out[b, scenes.PLACES.index(o["place"]), values.index(o[name])] = 1
         if scene["word"]:
             out[b, :, values.index(scene["word"])] = 1
@@ -122,12 +122,12 @@ def some_kinds(asked: list, *kinds: str) -> list:
 
 
 HELD = questions.question_scenes(0, "val", 300)
-EXAMS = tuple(some_kinds(e, "colour", "size", "word", "presence") for e in (ASKED, questions.make_questions(0, "val", 300)))
+EXAMS = tuple(some_kinds(e, "color", "size", "word", "presence") for e in (ASKED, questions.make_questions(0, "val", 300)))
 
 
 def test_it_learns_from_features_that_hold_the_answers():
     shares, floor = vqa.train_reader((told(SCENES), told(HELD)), EXAMS, steps=300, batch=12), questions.blind_accuracy(*EXAMS)
-    assert shares["all"] > floor["all"] + 0.2 and shares["colour"] > 2 * floor["colour"] and shares["word"] > 2 * floor["word"], shares
+    assert shares["all"] > floor["all"] + 0.2 and shares["color"] > 2 * floor["color"] and shares["word"] > 2 * floor["word"], shares
 
 
 def test_without_features_it_does_no_better_than_blind():

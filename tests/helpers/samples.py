@@ -18,7 +18,7 @@ TOK = tokenizer.train_vocab(["a cat number 0123456789"], 200)
 
 
 def photo(width=48, height=36, seed=0, detail=5):
-    """Soft blotches of colour, unlike in every corner."""
+    """Soft blotches of color, unlike in every corner."""
     small = np.random.default_rng(seed).integers(0, 256, (detail - 1, detail, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -1,4 +1,4 @@
-"""What training does to an image: crops and colour jitter, each against a formula of its own."""
+"""What training does to an image: crops and color jitter, each against a formula of its own."""
 import colorsys
 import itertools
 
@@ -16,8 +16,8 @@ RELEASED = Augment(jitter=0.32, hue=0.08, grayscale_prob=0.2)
 PAPER = ("ti16", "s16", "b16", "l14", "so400m14", "h14", "g14")
 
 
-def flat(colour, side=4):
-    return Image.new("RGB", (side, side), colour)
+def flat(color, side=4):
+    return Image.new("RGB", (side, side), color)
 
 
 def hsv(pixels):
@@ -77,7 +77,7 @@ def test_resize_is_antialiased_bilinear_and_rounded_to_the_nearest(size):
     assert np.abs(error).max() < 1.1 and abs(error.mean()) < 0.1  # cut off, it would be -0.5
 
 
-def some_colours():
+def some_colors():
     ramp = np.array(list(itertools.product((0.0, 0.2, 0.55, 1.0), repeat=3)), np.float32)
     drawn = np.random.default_rng(0).random((192, 3), np.float32)
     return np.concatenate([ramp, drawn]).reshape(16, 16, 3)
@@ -105,8 +105,8 @@ CHANGES = ("brightness", "contrast", "saturation", "hue")
 @pytest.mark.parametrize("name, by", [
     *itertools.product(CHANGES[:3], (0.0, 0.5, 0.68, 1.0, 1.32, 2.0)),
     *itertools.product(["hue"], (-0.5, -0.08, -0.01, 0.0, 0.08, 0.3, 0.5))])
-def test_each_change_of_colour_is_its_formula(name, by):
-    image = some_colours()
+def test_each_change_of_color_is_its_formula(name, by):
+    image = some_colors()
     planes = image.reshape(-1, 3).T.copy()
     mean = [planes.mean(1, keepdims=True)] if name == "contrast" else []
     found = getattr(images, "adjust_" + name)(planes, by, *mean).T.reshape(image.shape).clip(0, 1)
@@ -133,7 +133,7 @@ class Fixed:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_the_four_follow_one_another_each_cut_to_range(order):
     """Cut between them, 0.9 x 1.3 is white, and no contrast brings it back."""
-    image = some_colours()
+    image = some_colors()
     by = (1.3, 0.7, 1.25, 0.07)
     wanted = (np.round(image * 255) / 255).astype(np.float64)
     for n in order:
@@ -144,7 +144,7 @@ def test_the_four_follow_one_another_each_cut_to_range(order):
 
 def test_the_order_is_random():
     """All 24 orders with the same factors: as many images as the formula gives."""
-    image = np.round(some_colours() * 255).astype(np.uint8)
+    image = np.round(some_colors() * 255).astype(np.uint8)
     by = (1.3, 0.7, 1.25, 0.07)
     orders = itertools.permutations(range(4))
     wanted = {images.color_jitter(image, RELEASED, Fixed(o, by)).tobytes() for o in orders}
@@ -188,10 +188,10 @@ def test_the_ranges_are_as_released():
 
 
 def test_hue_and_strength_are_apart():
-    colour = flat((200, 80, 60))
-    turned = augmented(colour, 100, hue=0.08)[:, 0, 0]
+    color = flat((200, 80, 60))
+    turned = augmented(color, 100, hue=0.08)[:, 0, 0]
     assert np.ptp(turned.max(1)) == 0 == np.ptp(turned.min(1)) and len(np.unique(turned, axis=0)) > 20
-    kept = augmented(colour, 100, jitter=0.32)[:, 0, 0]
+    kept = augmented(color, 100, jitter=0.32)[:, 0, 0]
     assert np.abs(hsv(kept)[:, 0] - hsv([200, 80, 60])[0, 0]).max() < 0.012
 
 
@@ -201,7 +201,7 @@ def test_one_in_five_is_gray_as_its_luma():
     assert 0.16 < gray.mean() < 0.24
     luma = decode_and_augment(photo(), 24) @ [0.299, 0.587, 0.114]
     assert np.abs(found[gray][0][..., 0] - luma).max() < 0.51
-    both = augmented(photo(), 20, 24, jitter=0.32, hue=0.08, gray=1.0)  # the colours first, gray last
+    both = augmented(photo(), 20, 24, jitter=0.32, hue=0.08, gray=1.0)  # the colors first, gray last
     assert np.ptp(both, axis=-1).max() == 0 and len({x.tobytes() for x in both}) > 12
 
 
@@ -213,7 +213,7 @@ def test_the_papers_recipes_augment_as_released(recipe):
 
 
 def test_the_small_recipes_leave_hue_alone():
-    """Their captions name colours."""
+    """Their captions name colors."""
     toy, pictures = (config.RECIPES[name] for name in ("toy", "pictures"))
     assert (toy.min_crop_area, toy.jitter, toy.hue, toy.grayscale_prob) == (1.0, 0.0, 0.0, 0.0)
     assert (pictures.jitter, pictures.hue) == (0.2, 0.0)

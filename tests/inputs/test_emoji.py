@@ -22,7 +22,7 @@ def packages(tmp_path):
         listed.append({"name": f"{INKS[n % 4].upper()} BALL", "unified": f"1F4{n:02d}", "image": f"1f4{n:02d}.png", "short_name": f"ball_{INKS[n % 4]}",
                        "short_names": [f"ball_{INKS[n % 4]}"], "category": "Activities", "subcategory": "ball-sport", **drawn})
     listed[0]["skin_variations"] = {t: {"unified": f"1F400-{t}", "image": f"1f400-{t.lower()}.png", "has_img_google": True,
-                                         "has_img_twitter": True} for t in emoji.TONES}
+                                         "has_img_twitter": True} for t in emoji.SKIN_TONES}
     listed[1] |= {"name": "Bolivia Flag", "short_name": "flag-bo", "short_names": ["flag-bo"], "category": "Flags", "subcategory": "country-flag"}
     for vendor in emoji.VENDORS:
         base = tmp_path / "node_modules" / f"emoji-datasource-{vendor}"
@@ -53,7 +53,7 @@ def test_packed_shards_are_read_back(packages, tmp_path, monkeypatch, capsys):
     assert [len(found[v]["txt"]) for v in emoji.VENDORS] == [14, 13] and not any(s.skipped for one in found.values() for s in one.values())
     google = {name: [s.caption(i) for i in range(len(s))] for name, s in found["google"].items()}
     assert google["txt"] == google["caption"] and google["txt"][0] == "ball red"
-    assert google["txt"][1] in [f"ball red with {tone} skin" for tone in emoji.TONES.values()] and google["txt"][2] == "bolivia flag"
+    assert google["txt"][1] in [f"ball red with {tone} skin" for tone in emoji.SKIN_TONES.values()] and google["txt"][2] == "bolivia flag"
     for i, (name, dense) in enumerate(zip(google["txt"], google["re_caption"])):
         ink = INKS[max(0, i - 1) % 4]
         assert name in dense and f"mostly {ink}" in dense and dense != name

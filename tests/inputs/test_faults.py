@@ -68,8 +68,8 @@ def holds(found, says, victim=False):
     assert all(n > 0 and "\n" not in why and len(why) < 300 for why, n in counted.items())
 
 
-def png(width, height, depth=8, colour=2, body=b""):
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)) + body + chunk(b"IEND", b"")
+def png(width, height, depth=8, color=2, body=b""):
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)) + body + chunk(b"IEND", b"")
 
 
 def sized(data, at, form, *size):

@@ -9,7 +9,7 @@ import pytest
 from inputs import scene_captions, scenes, tokenizer
 
 MANY = [scenes.sample_scene(seed, split, i) for seed in (0, 7) for split in ("train", "val") for i in range(1500)]
-STATED = ("objects", "tone", "pattern", "word", "row")
+STATED = ("objects", "background_color", "pattern", "word", "row")
 
 
 def right(text, scene):
@@ -46,10 +46,10 @@ def test_nothing_overlaps_and_all_values_occur():
         assert places == sorted(set(places), key=scenes.PLACES.index) and 1 <= len(places) <= (2 if s["word"] else 3)
         assert (s["word"] is None) == (s["row"] is None)
         assert not s["row"] or not any(p.startswith(s["row"]) for p in places)
-    for values, seen in ((scenes.TONES, "tone"), (scenes.PATTERNS, "pattern"), (range(scenes.WORDINGS), "wording"),
+    for values, seen in ((scenes.BACKGROUND_COLORS, "background_color"), (scenes.PATTERNS, "pattern"), (range(scenes.WORDINGS), "wording"),
                          ((*scenes.WORDS, None), "word"), ((*scenes.ROWS, None), "row")):
         assert {s[seen] for s in MANY} == set(values)
-    for values, seen in ((scenes.COLOURS, "colour"), (scenes.SHAPES, "shape"), (scenes.SIZES, "size"), (scenes.PLACES, "place")):
+    for values, seen in ((scenes.COLORS, "color"), (scenes.SHAPES, "shape"), (scenes.SIZES, "size"), (scenes.PLACES, "place")):
         assert {o[seen] for s in MANY for o in s["objects"]} == set(values)
 
 
@@ -82,14 +82,14 @@ def test_what_is_in_no_wording_is_not_parsed_and_earns_nothing(text):
 
 def one_off(scene):
     """Every record that differs from this one in one value."""
-    values = {"size": scenes.SIZES, "colour": scenes.COLOURS, "shape": scenes.SHAPES}
+    values = {"size": scenes.SIZES, "color": scenes.COLORS, "shape": scenes.SHAPES}
     for i, o in enumerate(scene["objects"]):
         for key, options in values.items():
             for other in set(options) - {o[key]}:
                 yield scene | {"objects": [*scene["objects"][:i], o | {key: other}, *scene["objects"][i + 1:]]}
         for other in set(scenes.PLACES) - {x["place"] for x in scene["objects"]}:
             yield scene | {"objects": [*scene["objects"][:i], o | {"place": other}, *scene["objects"][i + 1:]]}
-    yield from (scene | {"tone": t} for t in set(scenes.TONES) - {scene["tone"]})
+    yield from (scene | {"background_color": t} for t in set(scenes.BACKGROUND_COLORS) - {scene["background_color"]})
     yield from (scene | {"pattern": p} for p in set(scenes.PATTERNS) - {scene["pattern"]})
     if scene["word"]:
         yield from (scene | {"word": w} for w in set(scenes.WORDS) - {scene["word"]})
@@ -112,7 +112,7 @@ def test_each_single_wrong_value_is_noticed_and_nothing_else_is_marked_down():
                 [(key, _)] = [(k, v) for a, b in zip(s["objects"], said["objects"]) for k, v in a.items() if b[k] != v]
                 lost = {key, "exact"} | ({"object"} if key != "size" else set())
             else:
-                lost = {"exact"} | {"tone": {"background"}, "pattern": {"background"}, "word": {"word"}, "row": set()}[wrong]
+                lost = {"exact"} | {"background_color": {"background"}, "pattern": {"background"}, "word": {"word"}, "row": set()}[wrong]
             every = set(scene_captions.grade_caption(scene_captions.caption(s), s))
             assert right(scene_captions.caption(said), s) == every - lost, (scene_captions.caption(said), s)
 
@@ -120,12 +120,12 @@ def test_each_single_wrong_value_is_noticed_and_nothing_else_is_marked_down():
 def test_objects_left_out_or_invented_count_as_wrong():
     for s in MANY[:300]:
         n, free = len(s["objects"]), [p for p in scenes.PLACES if p not in {o["place"] for o in s["objects"]}]
-        extra = {"size": "big", "colour": "red", "shape": "star", "place": free[0]}
+        extra = {"size": "big", "color": "red", "shape": "star", "place": free[0]}
         for objects, same, of in ((s["objects"][1:], n - 1, n), ([*s["objects"], extra], n, n + 1), ([*s["objects"], s["objects"][0]], n, n + 1)):
             if objects and len(objects) < len(scene_captions.NUMBERS):
                 grade = scene_captions.grade_caption(scene_captions.caption(s | {"objects": objects}), s)
                 assert grade["count"] == grade["exact"] == (0, 1)
-                assert all(grade[k] == (same, of) for k in ("colour", "shape", "size", "place", "object"))
+                assert all(grade[k] == (same, of) for k in ("color", "shape", "size", "place", "object"))
 
 
 def test_a_word_left_out_or_invented_is_noticed():
@@ -138,14 +138,14 @@ def test_a_word_left_out_or_invented_is_noticed():
 def test_surprise_is_the_logarithm_of_a_probability_that_sums_to_one():
     """Over kinds of scene (word or not, which places), each standing for as many captions as its other values allow."""
     total = 0.0
-    looks = len(scenes.SIZES) * len(scenes.COLOURS) * len(scenes.SHAPES)
-    grounds = len(scenes.TONES) * len(scenes.PATTERNS)
+    looks = len(scenes.SIZES) * len(scenes.COLORS) * len(scenes.SHAPES)
+    grounds = len(scenes.BACKGROUND_COLORS) * len(scenes.PATTERNS)
     for row in (None, *scenes.ROWS):
         open_places = [p for p in scenes.PLACES if not row or not p.startswith(row)]
         for n in (1, 2, 3)[:2 if row else 3]:
             for places in itertools.combinations(open_places, n):
-                objects = [{"size": "big", "colour": "red", "shape": "star", "place": p} for p in places]
-                scene = {"objects": objects, "tone": "white", "pattern": "plain", "word": "cat" if row else None, "row": row, "wording": 0}
+                objects = [{"size": "big", "color": "red", "shape": "star", "place": p} for p in places]
+                scene = {"objects": objects, "background_color": "white", "pattern": "plain", "word": "cat" if row else None, "row": row, "wording": 0}
                 captions = looks ** n * grounds * scenes.WORDINGS * (len(scenes.WORDS) if row else 1)
                 total += captions * math.exp(-scene_captions.caption_nats(scene))
     assert total == pytest.approx(1, abs=1e-9)
@@ -157,17 +157,17 @@ def test_surprise_agrees_with_how_often_kinds_of_scene_are_drawn():
     for s in MANY:
         kind = s["row"], tuple(o["place"] for o in s["objects"])
         seen.setdefault(kind, []).append(s)
-    looks = len(scenes.SIZES) * len(scenes.COLOURS) * len(scenes.SHAPES)
+    looks = len(scenes.SIZES) * len(scenes.COLORS) * len(scenes.SHAPES)
     assert len(seen) == 14 + 2 * 3
     for (row, places), found in seen.items():
-        alike = looks ** len(places) * len(scenes.TONES) * len(scenes.PATTERNS) * scenes.WORDINGS * (len(scenes.WORDS) if row else 1)
+        alike = looks ** len(places) * len(scenes.BACKGROUND_COLORS) * len(scenes.PATTERNS) * scenes.WORDINGS * (len(scenes.WORDS) if row else 1)
         expected = alike * math.exp(-scene_captions.caption_nats(found[0]))
         assert abs(len(found) / len(MANY) - expected) < 5 * math.sqrt(expected / len(MANY)), (row, places)
 
 
 def alike(scene):
     """All captions of the conditioned kind that this record may get, by any alt text and choice of words."""
-    named = [f"{o['colour']} {o['shape']}" for o in scene["objects"]]
+    named = [f"{o['color']} {o['shape']}" for o in scene["objects"]]
     for web in {"untitled": 0, **dict.fromkeys(named)}:
         for wording in range(scenes.WORDINGS):
             for flips in itertools.product((0.0, 1.0), repeat=16):
@@ -194,7 +194,7 @@ def test_the_named_object_leads_as_often_as_the_formula_says():
 
 def test_surprise_of_alt_text_sums_to_one_and_agrees_with_how_often_it_is_drawn():
     texts = [*scenes.BESIDE, *(f"sign {w}" for w in scenes.WORDS),
-             *(f"{c} {f}{t}" for c in scenes.COLOURS for f in scenes.SHAPES for t in scenes.TAILS)]
+             *(f"{c} {f}{t}" for c in scenes.COLORS for f in scenes.SHAPES for t in scenes.TAILS)]
     chance = {text: math.exp(-scene_captions.caption_nats(MANY[0] | {"web": text}, "web")) for text in texts}
     assert sum(chance.values()) == pytest.approx(1, abs=1e-9)
     kinds = {"beside": scenes.BESIDE, "sign": [t for t in texts if t.startswith("sign ")], "red": [t for t in texts if t.startswith("red ")],
@@ -206,8 +206,8 @@ def test_surprise_of_alt_text_sums_to_one_and_agrees_with_how_often_it_is_drawn(
 
 
 def test_alt_text_names_what_is_there_more_often_than_chance_and_is_also_wrong():
-    named = [s for s in MANY if s["web"].split()[0] in scenes.COLOURS]
-    true = sum(any(s["web"].startswith(f"{o['colour']} {o['shape']}") for o in s["objects"]) for s in named) / len(named)
+    named = [s for s in MANY if s["web"].split()[0] in scenes.COLORS]
+    true = sum(any(s["web"].startswith(f"{o['color']} {o['shape']}") for o in s["objects"]) for s in named) / len(named)
     assert 0.6 < true < 0.8
     assert all(s["web"] == f"sign {s['word']}" for s in MANY if s["web"].startswith("sign"))
 
