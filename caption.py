@@ -1,8 +1,8 @@
-"""Captions for any pictures, from a run: its decoder is in the run's checkpoints, beside the encoder.
+"""Captions for any image, by a trained run: its decoder is in the run's checkpoints.
 
-As in training, the decoder sees a random third of the patches (the run's keep ratio, or --keep-ratio). Greedy unless
---top-p is given; with --samples each caption has a draw of its own, of patches and of words. A picture's captions
-follow from the picture and --seed, not from the pictures beside it.
+As in training, the decoder reads a random share of the patch tokens (the run's keep ratio, or
+--keep-ratio). Captions are greedy, or sampled with --top-p; with --samples, each has its own draw
+of patches and of tokens. An image's captions depend on the image and --seed, not on other images.
 
     python caption.py RUN IMAGE... [--top-p 0.9] [--samples 3] [--seed 0]
 """
@@ -10,103 +10,132 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 import decoder
-from config import Config
+from config import Config, from_dict
 from inputs import tokenizer
 from inputs.images import silence_pillow
-from interop.encoder import load_pixels
+from interop.encoder import ImageLike, load_pixels
 from masking import keep_random_tokens
-from objectives.registry import model_spec
+from objectives.registry import METHOD, model_spec
 from runtime import checkpoint
-from runtime.checkpoint import load_run_checkpoint
 from runtime.cpu_tuning import enable_compilation_cache
-from runtime.curriculum import parse_stages
-from runtime.errors import BadSample, CheckpointError
+from runtime.errors import BadSample, CheckpointError, run_command
 from vit import ViTConfig, init, vit
 
 
 class Captioner(NamedTuple):
-    """Encoder and decoder of a run, as its checkpoint has them."""
+    """The encoder and the decoder of a checkpoint."""
     params: dict                     # {"encoder": ..., "decoder": ...}
     encoder: ViTConfig
     decoder: decoder.DecoderConfig
     tokenizer: tokenizer.WordPiece
     settings: Config
-    resolution: int
+    resolution: int                  # pixels per side
+
+
+def load_run_checkpoint(path: str) -> tuple[Config, dict[str, Any], dict[str, Any]]:
+    """(settings, arrays, meta) of the last checkpoint in a run's folder, or of the checkpoint
+    that is named. CheckpointError if there is none, or it cannot be read."""
+    path, arrays, meta = checkpoint.load_last(path)
+    if "encoder" in meta and not any(name.startswith("params/") for name in arrays):
+        raise CheckpointError(f"{path} holds only an encoder: name the run's folder, or one of its "
+                              "checkpoints step-N.npz")
+    try:
+        return from_dict(meta["config"]), arrays, meta
+    except (TypeError, LookupError):
+        raise CheckpointError(f"{path} is no checkpoint of a run of this version") from None
 
 
 def read_captioner(path: str) -> Captioner:
-    """From a run's folder (its last checkpoint) or a checkpoint. CheckpointError if it cannot be read, or has no decoder."""
+    """From a run's folder (its last checkpoint) or a checkpoint. CheckpointError if it cannot be
+    read, or has no caption decoder."""
     settings, arrays, meta = load_run_checkpoint(path)
-    if settings.objective != "openvision2":
-        raise CheckpointError(f"{path} is a run of --objective {settings.objective}: captions are told by runs of openvision2")
-    encoder_cfg, decoder_cfg = model_spec(settings)[:2]
+    if settings.objective != METHOD:
+        raise CheckpointError(f"{path} is a run of --objective {settings.objective}: only runs of "
+                              f"{METHOD} write captions")
     if not any(name.startswith("params/decoder/") for name in arrays):
         raise CheckpointError(f"{path} has no caption decoder")
-    like = jax.eval_shape(lambda key: {"encoder": init(key, encoder_cfg), "decoder": decoder.init(key, decoder_cfg)}, jax.random.key(0))
-    params = jax.device_put(checkpoint.restore(arrays, like, path, under="params"))
+    model = model_spec(settings)
+    key = jax.random.key(0)
+    target = jax.eval_shape(lambda: {"encoder": init(key, model.encoder),
+                                     "decoder": decoder.init(key, model.decoder)})
+    params = jax.device_put(checkpoint.restore(arrays, target, path, "params"))
     try:
         tok = tokenizer.from_state(meta["vocabulary"])
     except ValueError as problem:
         raise CheckpointError(f"{path}: {problem}") from None
-    return Captioner(params, encoder_cfg, decoder_cfg, tok, settings, next(s.resolution for s in parse_stages(settings.stages) if meta["step"] <= s.end))
+    _, resolution = checkpoint.encoder_config(meta)
+    return Captioner(params, model.encoder, model.decoder, tok, settings, resolution)
 
 
-def load_captioner(folder: str, keep_ratio: float = 0.0) -> Callable[..., str]:
-    """caption(picture, seed=0, sample=0, top_p=0.0) -> text, from a run's last checkpoint. keep_ratio 0 is the run's;
-    top_p 0 is greedy. CheckpointError if there is no run to be read."""
-    params, encoder_cfg, decoder_cfg, tok, settings, resolution = read_captioner(folder)
+def load_captioner(path: str, keep_ratio: float = 0.0) -> Callable[..., str]:
+    """caption(image, seed=0, sample=0, top_p=0.0) -> text, by a run's last checkpoint.
+    keep_ratio 0: the run's; top_p 0: greedy. CheckpointError as in read_captioner."""
+    params, encoder_cfg, decoder_cfg, tok, settings, resolution = read_captioner(path)
+    keep_ratio = keep_ratio or settings.keep_ratio
 
     @functools.partial(jax.jit, static_argnames="top_p")
-    def write(params, images, key, top_p):
-        tokens = vit(params["encoder"], images, encoder_cfg)["tokens"]                         # (1,N,D)
-        patches, words = jax.random.split(key)
-        kept, _ = keep_random_tokens(patches[None], tokens, keep_ratio or settings.keep_ratio, settings.shuffle_kept)  # (1,K,D)
-        return decoder.generate(params["decoder"], kept, decoder_cfg, settings.max_text_len, words if top_p else None, top_p)
+    def generate(params: dict, images: jax.Array, key: jax.Array, top_p: float) -> jax.Array:
+        tokens = vit(params["encoder"], images, encoder_cfg)["tokens"]                   # (1,N,D)
+        patch_key, token_key = jax.random.split(key)
+        kept, _ = keep_random_tokens(patch_key[None], tokens, keep_ratio,
+                                     settings.shuffle_kept)                              # (1,K,D)
+        return decoder.generate(params["decoder"], kept, decoder_cfg, settings.max_text_len,
+                                token_key if top_p else None, top_p)
 
-    def caption(picture, seed: int = 0, sample: int = 0, top_p: float = 0.0) -> str:
+    def caption(image: ImageLike, seed: int = 0, sample: int = 0, top_p: float = 0.0) -> str:
         key = jax.random.fold_in(jax.random.key(seed), sample)
-        return tok.decode(jax.device_get(write(params, load_pixels(picture, resolution)[None], key, top_p))[0])
+        pixels = load_pixels(image, resolution)[None]
+        return tok.decode(jax.device_get(generate(params, pixels, key, top_p))[0])
     return caption
 
 
-def main(argv: list[str]) -> int:
-    def share(text: str) -> float:
-        if not 0 < (value := float(text)) <= 1:
-            raise ValueError
-        return value
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
+    return value
 
-    def count(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise ValueError
-        return value
-    share.__name__, count.__name__ = "share (above 0, at most 1)", "count (1 or more)"  # as argparse calls them
-    parser = argparse.ArgumentParser(prog="caption.py", allow_abbrev=False, description="Print captions for any pictures, from a run.")
-    parser.add_argument("run", help="the folder of a run that train.py has saved, or a checkpoint of it")
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return value
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="caption.py", allow_abbrev=False,
+                                     description="Print captions for any image, by a trained run.")
+    parser.add_argument("run", help="a run's folder, or one of its checkpoints")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--top-p", type=share, default=0.0, help="draw words from the likeliest that hold this share of the probability (default: greedy)")
-    parser.add_argument("--samples", type=count, default=1, help="captions a picture (default: 1)")
+    parser.add_argument("--top-p", type=fraction, default=0.0,
+                        help="sample from the most probable tokens that together have this "
+                             "probability (default: greedy)")
+    parser.add_argument("--samples", type=count, default=1, help="captions per image (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
-    parser.add_argument("--keep-ratio", type=share, default=0.0, help="share of the patches that the decoder sees (default: the run's)")
-    given = parser.parse_args(argv)
-    try:
-        caption = load_captioner(given.run, given.keep_ratio)
-    except (CheckpointError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
-    bad = 0
-    for image in given.images:
+    parser.add_argument("--keep-ratio", type=fraction, default=0.0,
+                        help="fraction of the patch tokens that the decoder reads (default: as in "
+                             "the run)")
+    return run_command(print_captions, parser.parse_args(argv))
+
+
+def print_captions(args: argparse.Namespace) -> int:
+    caption = load_captioner(args.run, args.keep_ratio)
+    status = 0
+    for image in args.images:
         try:
-            for sample in range(given.samples):
-                print(f"{image}: {caption(image, given.seed, sample, given.top_p)}", flush=True)
-        except BadSample as problem:
+            for sample in range(args.samples):
+                text = caption(image, args.seed, sample, args.top_p)
+                print(f"{image}: {text}", flush=True)
+        except BadSample as problem:  # the other images still get their captions
             print(f"error: {problem}", file=sys.stderr)
-            bad = 1
-    return bad
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 import data
+from caption import load_run_checkpoint
 from config import Config, validate
 from inputs import sources, tokenizer
 from objectives import registry
@@ -27,13 +28,13 @@ def override_config(cfg: Config, changes: dict[str, Any], count: int) -> Config:
 def evaluate_captions(path: str, changes: dict[str, Any], count: int = 0) -> dict[str, float]:
     """Losses and grades of a run's last checkpoint, or of the one that is named, on its held-out pictures, or `count` of them; or, by changes
     of its settings, on others. Where no floor is known and they are not the run's very pictures, it is their own shuffled loss."""
-    own, arrays, meta = checkpoint.load_run_checkpoint(path)
+    own, arrays, meta = load_run_checkpoint(path)
     cfg = override_config(own, changes, count)
     validate(cfg)
     stage = next(s for s in parse_stages(cfg.stages) if meta["step"] <= s.end)
     # The batch stays the run's, because a contrastive loss depends on it: where it cannot be divided by all devices, fewer are used.
     parallel, networks = DataParallel(math.gcd(stage.batch, jax.local_device_count())), model_spec(cfg)
-    params = parallel.replicate(checkpoint.restore(arrays, jax.eval_shape(lambda: registry.init_params(cfg, networks)), path, under="params"))
+    params = parallel.replicate(checkpoint.restore(arrays, jax.eval_shape(lambda: registry.init_params(cfg, networks)), path, prefix="params"))
     source = data.open_validation_data(cfg)
     if not changes and cfg == own and source.fingerprint() != meta["data"]["held-out data"]:
         raise ConfigError(f"the held-out data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "

@@ -1,10 +1,10 @@
-"""Save and continue: one .npz a checkpoint, readable with numpy alone, and never half of one.
+"""Checkpoints: one .npz file each, readable with numpy alone, never written by halves.
 
-A file holds arrays by path, such as "params/encoder/blocks/qkv/kernel", and "meta", a JSON text as bytes: step, stage,
-config, vocabulary, what the data was. Nothing in it is pickled, so a file from a stranger cannot run code. Each array
-carries the zip format's CRC-32, checked as it is read. bfloat16, which numpy does not know, is stored as its bits in
-uint16 and named in meta. A save goes to a temporary name, is flushed to the disk and then renamed: a crash at any
-moment leaves the former checkpoints whole.
+A file holds arrays by path, such as "params/encoder/blocks/qkv/kernel", and "meta", a JSON text as
+bytes: the step, the settings, the vocabulary, fingerprints of the data. Nothing is pickled, so a
+file from a stranger cannot run code. Each array has the CRC-32 of the zip format, which is checked
+when it is read. numpy does not know bfloat16: its bits are stored as uint16 and named in meta.
+A file gets its name only after its bytes are on the disk, so a crash leaves the older ones intact.
 
     python -m runtime.checkpoint FILE        prints what a checkpoint holds
 """
@@ -13,36 +13,43 @@ import json
 import math
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import ml_dtypes
 import numpy as np
 
 import vit
-from config import Config
-from objectives.registry import model_spec
 from runtime.cpu_tuning import SMALL_MODEL_PARAMS
 from runtime.curriculum import parse_stages
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, ConfigError, first_problems, run_command
+
+OLD_ENCODER_NAMES = {  # settings of the encoder, as earlier versions called them in meta
+    "layers": "depth", "heads": "num_heads", "mlp": "mlp_dim", "patch": "patch_size",
+    "cls": "cls_token", "positions": "learned_pos_grid", "unroll": "scan_unroll"}
+EXPORT_ENDINGS = (".safetensors", ".bin")  # of weights in the layout of another library
 
 
-def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """A pytree's arrays by path."""
+# ---------------------------------------------------------------------------------- writing
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by path."""
     def name(entry: Any) -> str:
         return str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry))))
-    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name, path)): leaf for path, leaf in leaves}
 
 
 def save(path: str, tree: Any, meta: dict[str, Any]) -> None:
-    """Write a pytree and meta to `path` (.npz), all or nothing. OSError when the disk refuses."""
+    """Writes a pytree and meta to `path` (.npz), all or nothing. OSError if the disk refuses."""
     arrays, bits = {}, {}
     for name, leaf in flatten(tree).items():
         array = np.asarray(leaf)
         if array.dtype == ml_dtypes.bfloat16:
-            bits[name], array = "bfloat16", array.view(np.uint16)
+            bits[name] = "bfloat16"
+            array = array.view(np.uint16)
         arrays[name] = array
     arrays["meta"] = np.frombuffer(to_json(meta | {"bits": bits}).encode(), np.uint8)
     atomic_write(path, lambda f: np.savez(f, **arrays))
@@ -64,12 +71,12 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def atomic_write(path: str, fill: Any) -> None:
-    """A file that is there whole or not at all: fill(file) under another name, then flush and rename."""
+def atomic_write(path: str, write: Callable[[BinaryIO], Any]) -> None:
+    """A complete file or none: write(file) under another name, then flush and rename."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as f:
-            fill(f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -79,168 +86,210 @@ def atomic_write(path: str, fill: Any) -> None:
         raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself reaches the disk
+        os.fsync(folder)  # so that the new name is on the disk too
     finally:
         os.close(folder)
 
 
+def save_step(folder: str, step: int, tree: Any, meta: dict[str, Any], keep: int = 2,
+              keep_every: int = 0) -> str:
+    """Writes step-N.npz, then deletes all but the last `keep` and the multiples of `keep_every`."""
+    path = os.path.join(folder, f"step-{step:08d}.npz")
+    save(path, tree, meta | {"step": step})
+    for number, old in steps(folder)[:-keep]:
+        if not keep_every or number % keep_every:
+            os.remove(old)
+    return path
+
+
+# ---------------------------------------------------------------------------------- reading
 def read_header(path: str) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
-    """(shapes and dtypes by path, meta), of which only meta and the arrays' heads are read: a file that claims more than it
-    holds is found out before memory is filled. CheckpointError if the file is missing or damaged."""
+    """(shapes and dtypes by path, meta), without the arrays. A file that claims more than it holds
+    is refused before memory is allocated. CheckpointError if the file is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as f:
-            shapes = {}
-            for member in f.infolist():
-                with f.open(member) as head:
-                    version = np.lib.format.read_magic(head)
-                    shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(head)
-                    if dtype.hasobject or member.compress_type != zipfile.ZIP_STORED or head.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
-                        raise ValueError(f"{member.filename} is not what its head says")
-                shapes[member.filename.removesuffix(".npy")] = jax.ShapeDtypeStruct(shape, dtype)
+            shapes = {m.filename.removesuffix(".npy"): read_shape(f, m) for m in f.infolist()}
             del shapes["meta"]
             meta = json.loads(np.load(io.BytesIO(f.read("meta.npy")), allow_pickle=False).tobytes())
-        for name, kind in meta.pop("bits").items():
-            shapes[name] = jax.ShapeDtypeStruct(shapes[name].shape, getattr(ml_dtypes, kind))
+        for name, dtype in meta.pop("bits").items():
+            shapes[name] = jax.ShapeDtypeStruct(shapes[name].shape, getattr(ml_dtypes, dtype))
         return shapes, meta
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except Exception as problem:  # zip, header and json parsers raise what they like on broken bytes
+    except Exception as problem:  # zip, npy and json parsers raise many types on broken bytes
         raise CheckpointError(f"{path} is damaged or no checkpoint ({problem})") from None
+
+
+def read_shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> jax.ShapeDtypeStruct:
+    """From the array's header. ValueError unless the array has the size that the header says."""
+    with archive.open(member) as f:
+        if np.lib.format.read_magic(f) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(f)
+        size = f.tell() + math.prod(shape) * dtype.itemsize
+    stored = member.compress_type == zipfile.ZIP_STORED
+    if dtype.hasobject or not stored or size != member.file_size:
+        raise ValueError(f"{member.filename} is not what its header says")
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def load(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays by path, meta). CheckpointError if the file is missing or damaged."""
     shapes, meta = read_header(path)
+    arrays = {}
     try:
-        with zipfile.ZipFile(path) as f:  # a member is read whole, for its CRC is checked at its end
-            arrays = {name: np.load(io.BytesIO(f.read(name + ".npy")), allow_pickle=False) for name in shapes}
-        return {name: array.view(shapes[name].dtype) for name, array in arrays.items()}, meta
-    except Exception as problem:  # zip, header and json parsers raise what they like on broken bytes
+        with zipfile.ZipFile(path) as f:
+            for name, spec in shapes.items():  # reading to the end checks the CRC
+                content = io.BytesIO(f.read(name + ".npy"))
+                arrays[name] = np.load(content, allow_pickle=False).view(spec.dtype)
+    except Exception as problem:  # as in read_header
         raise CheckpointError(f"{path} is damaged or no checkpoint ({problem})") from None
+    return arrays, meta
 
 
-def check_shapes(shapes: dict[str, Any], like: Any, origin: str = "the checkpoint", under: str = "") -> None:
-    """CheckpointError, naming the first arrays that are missing or of another shape, unless everything in `like` is there below the path `under`."""
-    prefix = under + "/" if under else ""
-    wrong = [f"{name} is missing" if prefix + name not in shapes else f"{name} is {shapes[prefix + name].shape}, not {leaf.shape}"
-             for name, leaf in flatten(like).items() if prefix + name not in shapes or shapes[prefix + name].shape != leaf.shape]
-    if wrong:
-        raise CheckpointError(f"{origin} does not fit this model: {'; '.join(wrong[:3])}"
-                              + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+def check_shapes(shapes: dict[str, Any], target: Any, origin: str = "the checkpoint",
+                 prefix: str = "") -> None:
+    """CheckpointError unless each array of `target` is there, under the path `prefix`. It names the
+    first ones that are missing or have another shape. `origin` names the file in the message."""
+    problems = []
+    for name, leaf in flatten(target).items():
+        stored = shapes.get(os.path.join(prefix, name))
+        if stored is None:
+            problems.append(f"{name} is missing")
+        elif stored.shape != leaf.shape:
+            problems.append(f"{name} is {stored.shape}, not {leaf.shape}")
+    if problems:
+        raise CheckpointError(f"{origin} does not fit this model: {first_problems(problems, 3)}")
 
 
-def restore(arrays: dict[str, np.ndarray], like: Any, origin: str = "the checkpoint", under: str = "") -> Any:
-    """Arrays put in the structure of `like` (arrays or ShapeDtypeStructs), taken from below the path `under`.
-    CheckpointError where `fit` says so."""
-    check_shapes(arrays, like, origin, under)
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[f"{under}/{name}" if under else name] for name in flatten(like)])
+def restore(arrays: dict[str, np.ndarray], target: Any, origin: str = "the checkpoint",
+            prefix: str = "") -> Any:
+    """The arrays under the path `prefix`, in the structure of `target` (arrays or
+    ShapeDtypeStructs). CheckpointError as in check_shapes."""
+    check_shapes(arrays, target, origin, prefix)
+    leaves = [arrays[os.path.join(prefix, name)] for name in flatten(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
+# --------------------------------------------------------------------------- a run's folder
 def steps(folder: str) -> list[tuple[int, str]]:
     """(step, path) of the checkpoints in a run's folder, oldest first."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = [(int(m[1]), os.path.join(folder, m[0])) for n in names if (m := re.fullmatch(r"step-(\d+)\.npz", n))]
-    return sorted(found)
+    matches = [re.fullmatch(r"step-(\d+)\.npz", name) for name in names]
+    return sorted((int(m[1]), os.path.join(folder, m[0])) for m in matches if m)
 
 
-def save_step(folder: str, step: int, tree: Any, meta: dict[str, Any], keep: int = 2, milestone: int = 0) -> str:
-    """Write step-N.npz, and then drop all but the last `keep` and the multiples of `milestone`."""
-    path = os.path.join(folder, f"step-{step:08d}.npz")
-    save(path, tree, meta | {"step": step})
-    for number, old in steps(folder)[:-keep]:
-        if not milestone or number % milestone:
-            os.remove(old)
-    return path
-
-
-def latest(folder: str, fits: Callable[[str, dict, dict], None] = lambda *_: None) -> tuple[str, dict[str, np.ndarray], dict[str, Any]] | None:
-    """The newest whole checkpoint of a run (path, arrays, meta), or None if it has none. A damaged one is passed over
-    with a warning for the one before; CheckpointError if all are damaged. fits(path, shapes, meta) may refuse one before its arrays are read."""
-    problem = None
-    for _, path in reversed(steps(folder)):
+def latest(folder: str, check: Callable[[str, dict, dict], None] = lambda *_: None
+           ) -> tuple[str, dict[str, np.ndarray], dict[str, Any]] | None:
+    """(path, arrays, meta) of a run's newest checkpoint, None if there is none. If it is damaged,
+    the previous one is loaded, with a warning; CheckpointError if all are damaged. check(path,
+    shapes, meta) may raise before the arrays are read."""
+    paths = [path for _, path in steps(folder)]
+    for path in reversed(paths):
         try:
-            heads = read_header(path)
-        except CheckpointError as found:
-            problem = found
-        else:
-            fits(path, *heads)
-            try:
-                return path, *load(path)
-            except CheckpointError as found:
-                problem = found
-        print(f"warning: {problem}; trying the checkpoint before it", flush=True)
-    if problem:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged: delete them to start anew, or restore one")
+            header = read_header(path)
+        except CheckpointError as problem:
+            print(f"warning: {problem}; trying the checkpoint before it", flush=True)
+            continue
+        check(path, *header)  # its error is no damage
+        try:
+            return path, *load(path)
+        except CheckpointError as problem:
+            print(f"warning: {problem}; trying the checkpoint before it", flush=True)
+    if paths:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged: delete them to start "
+                              "again, or restore one")
     return None
 
 
-def load_run_checkpoint(folder: str) -> tuple[Config, dict[str, np.ndarray], dict]:
-    """A run's settings, and the arrays and meta of its last checkpoint, or of the one that is named. CheckpointError if there is none to be read."""
-    if os.path.isdir(folder) and any(n.endswith((".safetensors", ".bin")) for n in os.listdir(folder)):
-        raise CheckpointError(f"{folder} holds what was exported: python convert.py import {folder} --out encoder.npz, and name that")
-    found = latest(folder) if not os.path.isfile(folder) else (folder, *load(folder))
-    if found is None:
-        raise CheckpointError(f"{folder} has no checkpoint: name the folder of a run that train.py has saved"
-                                         if os.path.isdir(folder) else f"{folder} does not exist")
-    path, arrays, meta = found
+def load_last(path: str) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """(path, arrays, meta) of the last checkpoint in a run's folder, or of the file that is named.
+    CheckpointError if there is none, or it cannot be read."""
+    if not os.path.isdir(path):
+        return path, *load(path)
+    if any(name.endswith(EXPORT_ENDINGS) for name in os.listdir(path)):
+        raise CheckpointError(f"{path} holds an export: run python convert.py import {path} --out "
+                              "encoder.npz, and name that file")
+    checkpoint = latest(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{path} has no checkpoint: name the folder of a run that "
+                              "train.py saved")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------ an encoder
+def read_encoder(path: str) -> tuple[dict, vit.ViTConfig, dict[str, Any]]:
+    """(parameters, config, meta) of an encoder's .npz, of a checkpoint, or of a run's folder (its
+    encoder.npz, or else its last checkpoint). meta has "resolution" (pixels) and, where they are
+    known, the "config" and "step" of the run or the "source" of the import. CheckpointError says
+    what is wrong with the file."""
+    in_folder = os.path.join(path, "encoder.npz")
+    path, arrays, meta = load_last(in_folder if os.path.exists(in_folder) else path)
     try:
-        _ = meta["step"]  # which an encoder alone has not
-        return Config(**meta["config"]), arrays, meta
-    except (TypeError, LookupError):
-        raise CheckpointError(f"{path} holds an encoder alone: name the run's folder, or one of its checkpoints step-N.npz" if "encoder" in meta
-                                         else f"{path} is no checkpoint of a run of this version") from None
+        cfg, resolution = encoder_config(meta)
+    except (TypeError, LookupError, ValueError, ConfigError):
+        raise CheckpointError(f"{path} is no encoder: name a run's folder, its encoder.npz, or "
+                              "what convert.py imported") from None
+    target = jax.eval_shape(lambda: vit.init_params(jax.random.key(0), vit.param_specs(cfg)))
+    of_run = any(name.startswith("params/") for name in arrays)
+    params = restore(arrays, target, path, "params/encoder" if of_run else "")
+    known = {name: meta[name] for name in ("config", "step", "source") if name in meta}
+    return params, cfg, known | {"resolution": resolution}
 
 
-def read_encoder(path: str) -> tuple[dict, vit.ViTConfig, dict]:
-    """(parameters, config, meta) of an encoder's .npz, of a checkpoint, or of the last state of a run's folder. meta holds at least
-    "resolution", in pixels. CheckpointError says what is wrong with the file."""
-    under, origin = "", path
-    if not os.path.exists(os.path.join(path, "encoder.npz")) if os.path.isdir(path) else "step" in read_header(path)[1]:
-        settings, arrays, meta = load_run_checkpoint(path)
-        cfg, under = model_spec(settings)[:2][0], "params/encoder"
-        resolution = next(s.resolution for s in parse_stages(settings.stages) if meta["step"] <= s.end)
-        meta = {"resolution": resolution, "config": meta["config"], "step": meta["step"]}
-    else:
-        origin = os.path.join(path, "encoder.npz") if os.path.isdir(path) else path
-        arrays, meta = load(origin)
-        try:
-            cfg, _ = vit.ViTConfig(**meta["encoder"]), int(meta["resolution"])
-        except (TypeError, LookupError, ValueError):
-            raise CheckpointError(f"{origin} is no encoder: name a run's folder, its encoder.npz, or what convert.py imported") from None
-    like = jax.eval_shape(lambda: vit.init(jax.random.key(0), cfg))
-    return restore(arrays, like, origin, under), cfg, meta
+def encoder_config(meta: dict[str, Any]) -> tuple[vit.ViTConfig, int]:
+    """(config, resolution) that meta has. Checkpoints of earlier versions have neither: there both
+    follow from the run's settings."""
+    if "encoder" in meta:
+        return vit.ViTConfig(**with_new_names(meta["encoder"])), int(meta["resolution"])
+    settings = with_new_names(meta["config"])
+    options = ("cls_token", "learned_pos_grid", "dtype", "remat", "scan_unroll")
+    changes = {name: settings[name] for name in options if name in settings}
+    reached = [s for s in parse_stages(settings["stages"]) if meta["step"] <= s.end]
+    return vit.vit_config(settings["encoder"], **changes), reached[0].resolution
 
 
-def size_of_file(path: str) -> int:
-    """How many parameters a file holds, from its head alone. What cannot be read counts as large: whoever opens it says what is wrong."""
+def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
+    return {OLD_ENCODER_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+# --------------------------------------------------------------------------------- its size
+def model_size(path: str) -> int:
+    """Parameters of the model in a run's folder, a checkpoint, an encoder's .npz or an export. Only
+    headers are read, and JAX is not started, so that cpu_tuning.tune_cpu can be called after it."""
+    if not os.path.isdir(path):
+        return file_size(path)
+    files = [file for _, file in steps(path)[-1:]]
+    for name in os.listdir(path):
+        if name == "encoder.npz" or name.endswith(EXPORT_ENDINGS):
+            files.append(os.path.join(path, name))
+    return max(map(file_size, files), default=SMALL_MODEL_PARAMS)
+
+
+def file_size(path: str) -> int:
+    """Parameters in a file. One that cannot be read counts as large: opening it gives the error."""
     try:
-        if path.endswith((".safetensors", ".bin")):
-            return os.path.getsize(path) // 2  # at most, because a number takes 16 bits or more
+        if path.endswith(EXPORT_ENDINGS):
+            return os.path.getsize(path) // 2  # an upper bound: a number takes 16 bits or more
         shapes, _ = read_header(path)
     except (CheckpointError, OSError):
         return SMALL_MODEL_PARAMS
-    of_run = [shape for name, shape in shapes.items() if name.startswith("params/")]
-    return sum(math.prod(x.shape) for x in of_run or shapes.values())
+    sizes = {name: math.prod(spec.shape) for name, spec in shapes.items()}
+    of_run = [size for name, size in sizes.items() if name.startswith("params/")]
+    return sum(of_run or sizes.values())
 
 
-def model_size(path: str) -> int:
-    """How many parameters the model at `path` has: a run's folder, a checkpoint, an encoder's .npz or an export. Nothing is loaded and
-    jax need not have started, so that memory can be tuned by it (devices.hasten)."""
-    if not os.path.isdir(path):
-        return size_of_file(path)
-    files = [file for _, file in steps(path)[-1:]]
-    files += [os.path.join(path, n) for n in os.listdir(path) if n == "encoder.npz" or n.endswith((".safetensors", ".bin"))]
-    return max(map(size_of_file, files), default=SMALL_MODEL_PARAMS)
+def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        sys.exit("usage: python -m runtime.checkpoint FILE")
+    arrays, meta = load(argv[0])
+    for name, array in arrays.items():
+        print(f"{name:60s} {array.dtype!s:9s} {array.shape}")
+    print({name: value for name, value in meta.items() if name != "vocabulary"})
+    print(f"{sum(array.size for array in arrays.values()) / 1e6:.2f} M numbers")
+    return 0
 
 
 if __name__ == "__main__":
-    import sys
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m runtime.checkpoint FILE")
-    try:
-        arrays, meta = load(sys.argv[1])
-    except CheckpointError as problem:
-        sys.exit(f"error: {problem}")
-    for name, array in arrays.items():
-        print(f"{name:60s} {array.dtype!s:9s} {array.shape}")
-    print({k: v for k, v in meta.items() if k != "vocabulary"}, f"\n{sum(a.size for a in arrays.values()) / 1e6:.2f} M numbers")
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -3,6 +3,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -45,13 +46,19 @@ class MissingExtra(UserError):
     """An optional package is not installed; the message names the extra."""
 
 
+def first_problems(problems: list[str], limit: int) -> str:
+    """The first problems of a list, and how many more there are."""
+    more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
+    return "; ".join(problems[:limit] + more)
+
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """main(argv), with the user's mistakes reported as one line on stderr. Returns the status."""
+def run_command(command: Callable[[Any], int], args: Any) -> int:
+    """command(args), its exit status; a user's mistake becomes one line on stderr and status 1."""
     try:
-        return main(argv)
+        return command(args)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
     except OSError as problem:

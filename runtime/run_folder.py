@@ -195,7 +195,7 @@ class Run:
             if differ:
                 raise ConfigError(f"{self.cfg.workdir} holds a run with other settings: {'; '.join(differ)}. "
                                   "Use its settings to continue it, or another --workdir")
-            checkpoint.check_shapes(shapes, jax.eval_shape(lambda: init_params(self.cfg, self.model)), path, under="params")
+            checkpoint.check_shapes(shapes, jax.eval_shape(lambda: init_params(self.cfg, self.model)), path, prefix="params")
         found = checkpoint.latest(self.cfg.workdir, fits)
         if found is None:
             return {}

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import bench
+import caption
 import config
 import decoder
 import layers
@@ -209,7 +210,7 @@ def test_a_checkpoint_from_before_the_option(tmp_path, capsys):
     arrays, meta = checkpoint.load(path)
     del meta["config"]["init_scale"]
     checkpoint.save(path, arrays, meta)
-    assert checkpoint.load_run_checkpoint(folder)[0].init_scale == "xavier"
+    assert caption.load_run_checkpoint(folder)[0].init_scale == "xavier"
     assert train.main(argv) == 0
     assert train.main([*argv, "--init-scale", "released"]) == 1
     assert "--init-scale is 'released', was 'xavier'" in capsys.readouterr().err

@@ -327,8 +327,8 @@ def test_mistakes_get_a_sentence(run, tmp_path, capsys):
     (tmp_path / "names").write_text("one\n")
     for argv, said in (([str(damaged)], "is damaged"), ([str(other)], "does not fit this model"), ([str(other), "knn"], "does not fit this model"),
                        ([str(tmp_path / "foreign.npz"), "knn"], "damaged or no checkpoint"), ([str(tmp_path / "model.bin"), "knn"], "model.bin"),
-                       ([str(tmp_path / "none")], "none"), ([str(empty)], "no checkpoint"), ([alone], "holds an encoder alone"),
-                       ([alone, "zeroshot", "--num-samples", "4"], "holds an encoder alone"), ([str(run), "knn", "--label-fields", "age"], "scenes have"),
+                       ([str(tmp_path / "none")], "none"), ([str(empty)], "no checkpoint"), ([alone], "holds only an encoder"),
+                       ([alone, "zeroshot", "--num-samples", "4"], "holds only an encoder"), ([str(run), "knn", "--label-fields", "age"], "scenes have"),
                        ([str(run), "zeroshot", "--classnames", str(tmp_path / "names")], "nothing to tell apart"),
                        ([str(run), "zeroshot", "--classnames", str(tmp_path / "no")], "No such file"), ([str(run), "knn", "--resolution", "4"], "patch size"),
                        ([str(run), "--data", str(tmp_path / "none")], "is no data")):

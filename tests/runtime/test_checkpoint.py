@@ -54,15 +54,15 @@ def test_numpy_alone_reads_it(saved):
 def test_a_part_of_it_can_be_restored_into_shapes(saved):
     arrays, _ = checkpoint.load(saved)
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, TREE["encoder"]))
-    assert np.array_equal(checkpoint.restore(arrays, shapes, under="encoder")["kernel"], TREE["encoder"]["kernel"])
+    assert np.array_equal(checkpoint.restore(arrays, shapes, prefix="encoder")["kernel"], TREE["encoder"]["kernel"])
 
 
 def test_a_misfit_names_the_array_and_both_shapes(saved):
     arrays, _ = checkpoint.load(saved)
     with pytest.raises(CheckpointError, match=r"runs/x does not fit this model: kernel is \(40, 100\), not \(40, 101\)"):
-        checkpoint.restore(arrays, {"kernel": np.zeros((40, 101))}, "runs/x", under="encoder")
+        checkpoint.restore(arrays, {"kernel": np.zeros((40, 101))}, "runs/x", prefix="encoder")
     with pytest.raises(CheckpointError, match="scale is missing"):
-        checkpoint.restore(arrays, {"scale": np.zeros(3)}, under="encoder")
+        checkpoint.restore(arrays, {"scale": np.zeros(3)}, prefix="encoder")
     with pytest.raises(CheckpointError, match="and 6 more"):
         checkpoint.restore(arrays, {f"x{i}": np.zeros(1) for i in range(9)})
 
@@ -129,7 +129,7 @@ def test_a_file_that_claims_more_than_it_holds_is_refused_by_its_heads(saved, mo
     with zipfile.ZipFile(saved, "a") as f:
         f.writestr("huge.npy", content, compress_type=how)
     monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("an array was read"))
-    with pytest.raises(CheckpointError, match=r"huge\.npy is not what its head says"):
+    with pytest.raises(CheckpointError, match=r"huge\.npy is not what its header says"):
         checkpoint.load(saved)
 
 

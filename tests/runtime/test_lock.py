@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import caption
 import config
 import train
 from runtime import checkpoint, run_folder
@@ -69,7 +70,7 @@ def test_a_run_holds_the_lock_to_its_end_and_can_be_read_meanwhile(tmp_path, mon
         with pytest.raises(Locked, match=f"in use by process {os.getpid()} on "):
             FolderLock(str(folder)).acquire()
         refused.append(run.step)
-        read.append(checkpoint.load_run_checkpoint(str(folder))[2]["step"])
+        read.append(caption.load_run_checkpoint(str(folder))[2]["step"])
     monkeypatch.setattr(Run, "save", spied)
     command = [*FLAGS, "--save-every", "2", "--workdir", str(folder)]
     assert train.main(command) == 0
