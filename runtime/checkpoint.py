@@ -231,7 +231,7 @@ def read_encoder(path: str) -> tuple[dict, vit.ViTConfig, dict[str, Any]]:
     except (TypeError, LookupError, ValueError, ConfigError):
         raise CheckpointError(f"{path} is no encoder: name a run's folder, its encoder.npz, or "
                               "what convert.py imported") from None
-    target = jax.eval_shape(lambda: vit.init_params(jax.random.key(0), vit.param_specs(cfg)))
+    target = jax.eval_shape(lambda: vit.init(jax.random.key(0), cfg))
     of_run = any(name.startswith("params/") for name in arrays)
     params = restore(arrays, target, path, "params/encoder" if of_run else "")
     known = {name: meta[name] for name in ("config", "step", "source") if name in meta}
