@@ -1,18 +1,18 @@
-"""Where pictures with captions lie: the embedded `scenes`, a folder of images with KEY.txt (or KEY.json) beside them, or
-WebDataset tars as img2dataset writes them (KEY.jpg KEY.json KEY.txt side by side).
+"""Where captioned images come from: the embedded `scenes`, a folder, or WebDataset tars.
 
-A source knows how many samples it has, and gives the caption and the (undecoded) picture of each; its memory does not
-grow with the samples of tars, and in a folder by about the length of a path. What cannot be a sample is skipped, and
-counted in `skipped` with the reason; a sample that turns out broken when it is read raises BadSample; only a source with
-nothing to train on raises DataError.
+A folder has images with KEY.txt or KEY.json beside them; tars are as img2dataset writes them.
+Memory does not grow with the samples of tars, and by about the length of a path per sample of a
+folder.
 
-    python -m inputs.sources WHERE [CAPTION]        counts samples, shows some captions, and says what is skipped and why
+    python -m inputs.sources WHERE [CAPTION]     counts samples, prints captions and what is skipped
 """
 import functools
 import glob
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,15 +20,53 @@ from PIL import Image
 from inputs import scene_captions, scenes
 from inputs.files import Choose, FileSource, FolderSource
 from inputs.tars import TarSource
-from runtime.errors import BadSample, DataError
+from runtime.errors import BadSample, DataError, run_command
 
-cached_scene = functools.lru_cache(64)(scenes.sample_scene)  # which the caption asks for, and then the picture
+
+class Source(Protocol):
+    """What training and evaluation need of a source of captioned images, numbered from 0.
+
+    What cannot be a sample is counted in `skipped` when the source is opened. A sample that turns
+    out to be broken when it is read raises BadSample. DataError: nothing can be read at all."""
+    skipped: Counter           # {reason: count}
+    starts: np.ndarray | None  # (shards + 1,) first sample of each shard, then the number of all;
+                               # None where samples are random draws, which need no shuffling
+    run_length: int            # consecutive samples that one read covers; 0: shuffle all as one
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Changes when the data does. A run is not continued on other data."""
+
+    def name(self, i: int) -> str:
+        """Sample i for a person: a path, and the position in it."""
+
+    def image(self, i: int) -> Image.Image:
+        """Opened, not yet decoded."""
+
+    def caption(self, i: int, field: str = "") -> str:
+        """By default of the source's own field. Of a list of captions, the first."""
+
+    def sample(self, i: int, fields: Iterable[str], choose: Choose,
+               with_run: bool = False) -> tuple[list[str], Image.Image]:
+        """The caption of each field, and the image. choose(n) chooses one of a list of n captions.
+        with_run: the samples around this one will be needed soon."""
+
+    def run_of(self, samples: np.ndarray) -> np.ndarray:
+        """Only where run_length > 0: the number of the run, in its shard, that each sample is
+        in."""
+
+
+cached_scene = functools.lru_cache(64)(scenes.sample_scene)  # for the caption, then for the image
+
+
 class SceneSource:
-    """The embedded pictures (inputs/scenes.py). A training split has no end, so no picture comes twice."""
-    run = 0
+    """The embedded scenes (inputs/scenes.py). A training split is endless: no image comes twice."""
+    starts, run_length = None, 0
 
     def __init__(self, seed: int, split: str, count: int | None = None, field: str = "txt"):
-        self.seed, self.split, self.count, self.field, self.skipped = seed, split, count, field, {}
+        self.seed, self.split, self.count, self.field = seed, split, count, field
+        self.skipped: Counter = Counter()
         self.caption(0)
 
     def __len__(self) -> int:
@@ -43,35 +81,43 @@ class SceneSource:
     def scene(self, i: int) -> dict:
         return cached_scene(self.seed, self.split, i)
 
-    def caption(self, i: int, field: str = "") -> str:
-        if (field or self.field) not in scene_captions.CAPTION_FIELDS:
-            raise DataError(f"scenes have no captions {field or self.field!r}: take one of {', '.join(scene_captions.CAPTION_FIELDS)}")
-        return scene_captions.caption(self.scene(i), field or self.field)
-
-    def caption_nats(self, i: int) -> float:
-        """Nats in the caption for one who does not see the picture."""
-        return scene_captions.caption_nats(self.scene(i), self.field)
-
-    def grade(self, text: str, i: int) -> dict[str, tuple[int, int]]:
-        """What of sample i a generated caption states rightly, by attribute; nothing for alt text, which states too little."""
-        return scene_captions.grade_caption(text, self.scene(i)) if self.field != "web" else {}
-
     def image(self, i: int) -> Image.Image:
         return scenes.render(self.scene(i))
 
-    def sample(self, i: int, fields: Iterable[str], choose: Choose, with_run: bool = False) -> tuple[list[str], Image.Image]:
-        """(the text of each field, the image)."""
+    def caption(self, i: int, field: str = "") -> str:
+        field = field or self.field
+        if field not in scene_captions.CAPTION_FIELDS:
+            raise DataError(f"scenes have no captions {field!r}: take one of "
+                            f"{', '.join(scene_captions.CAPTION_FIELDS)}")
+        return scene_captions.caption(self.scene(i), field)
+
+    def sample(self, i: int, fields: Iterable[str], choose: Choose,
+               with_run: bool = False) -> tuple[list[str], Image.Image]:
         return [self.caption(i, field) for field in fields], self.image(i)
+
+    def caption_nats(self, i: int) -> float:
+        """The entropy of the caption, in nats, without the image."""
+        return scene_captions.caption_nats(self.scene(i), self.field)
+
+    def grade(self, text: str, i: int) -> dict[str, tuple[int, int]]:
+        """{attribute: (correct, total)} of a generated caption of sample i. Alt text is not graded,
+        because it states too little."""
+        if self.field == "web":
+            return {}
+        return scene_captions.grade_caption(text, self.scene(i))
+
+
+# -------------------------------------------------------------------- a part of another source
 class Subset:
-    """Some samples of a source, in a given order: what is held out."""
-    run = 0
+    """Some samples of a source, in a given order: a validation set."""
+    run_length = 0
 
     def __init__(self, source: FileSource, indices: np.ndarray):
         self.source, self.indices, self.skipped = source, indices, source.skipped
         self.starts = np.array([0, len(indices)])
 
-    def at(self, i: Any) -> Any:
-        """Which sample of the source is the i-th of this part; or which ones, of an array."""
+    def source_index(self, i: Any) -> Any:
+        """The number in the source of sample i of this part. i may be an array."""
         return self.indices[i]
 
     def __len__(self) -> int:
@@ -80,68 +126,88 @@ class Subset:
     def fingerprint(self) -> str:
         return f"{len(self)} of {self.source.fingerprint()}"
 
-    def __getattr__(self, name: str) -> Callable:  # name, caption, picture: of the i-th of these samples
-        return lambda i, *more: getattr(self.source, name)(self.at(i), *more)
+    def name(self, i: int) -> str:
+        return self.source.name(self.source_index(i))
+
+    def image(self, i: int) -> Image.Image:
+        return self.source.image(self.source_index(i))
+
+    def caption(self, i: int, field: str = "") -> str:
+        return self.source.caption(self.source_index(i), field)
+
+    def sample(self, i: int, *args: Any) -> tuple[list[str], Image.Image]:
+        return self.source.sample(self.source_index(i), *args)
+
+    def run_of(self, samples: np.ndarray) -> np.ndarray:
+        return self.source.run_of(self.source_index(samples))
 
 
 class Complement(Subset):
-    """All samples of a source but some: what remains for training. Only those left out are listed."""
+    """All samples of a source except some: the training set. Only the exceptions are stored."""
 
-    def __init__(self, source: FileSource, left_out: np.ndarray):
-        super().__init__(source, np.sort(left_out))
+    def __init__(self, source: FileSource, excluded: np.ndarray):
+        super().__init__(source, np.sort(excluded))
         self.starts = source.starts - np.searchsorted(self.indices, source.starts)
-        self.before = self.indices - np.arange(len(left_out))  # how many remain before each one that is left out
-        self.run = source.run
+        self.kept_before = self.indices - np.arange(len(excluded))  # samples before each exception
+        self.run_length = source.run_length
 
-    def at(self, i: Any) -> Any:
-        return i + np.searchsorted(self.before, i, side="right")
+    def source_index(self, i: Any) -> Any:
+        return i + np.searchsorted(self.kept_before, i, side="right")
 
 
-def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "train", count: int | None = None) -> Any:
-    """`scenes`, a folder, or tars. DataError if there is nothing there to train on."""
+def draw_indices(size: int, count: int) -> np.ndarray:
+    """At most `count` of `size` samples in random order, the same in every call."""
+    return np.random.default_rng(0).choice(size, min(count, size), replace=False)
+
+
+def subsample(source: Any, count: int) -> Any:
+    """At most `count` samples of a validation source. They are drawn at random, because files are
+    often sorted by content."""
+    if isinstance(source, SceneSource):
+        return source
+    if len(source) < 2:
+        raise DataError(f"{source.where} holds one sample: validation needs two images or more")
+    return Subset(source, draw_indices(len(source), count))
+
+
+def train_val_split(source: FileSource, count: int) -> tuple[Complement, Subset]:
+    """(training, validation): a fixed random draw of `count` samples, at most a tenth, at least
+    2."""
+    if len(source) < 3:
+        plural = "s" if len(source) > 1 else ""
+        raise DataError(f"{source.where} holds {len(source)} sample{plural}: give at least three, "
+                        "or validation images with --val")
+    indices = draw_indices(len(source), max(2, min(count, len(source) // 10)))
+    return Complement(source, indices), Subset(source, indices)
+
+
+# ---------------------------------------------------------------------------------- opening
+def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "train",
+                count: int | None = None) -> Any:
+    """The source that --data or --val names. DataError if there is nothing to train on."""
     if where == "scenes":
         return SceneSource(seed, split, count, field)
     if os.path.isdir(where):
         return FolderSource(where, field)
     if where.endswith(".tar") or glob.has_magic(where) or "{" in where:
         return TarSource(where, field)
-    raise DataError(f"{where} is no data: give scenes, a folder of images with captions, or tars (a glob or a {{00000..00011}} list)"
-                    + ("" if os.path.exists(where) else "; nothing of that name exists"))
+    missing = "" if os.path.exists(where) else "; nothing of that name exists"
+    raise DataError(f"{where} is no data: give scenes, a folder of images with captions, or tars "
+                    f"(a glob or a {{00000..00011}} list){missing}")
 
 
-def draw_indices(size: int, count: int) -> np.ndarray:
-    """`count` of `size` samples, the same at every call, in random order."""
-    return np.random.default_rng(0).choice(size, min(count, size), replace=False)
-
-
-def subsample(source: Any, count: int) -> Any:
-    """`count` samples of a held-out source at most: a fixed random draw, for files often lie in order of what they show."""
-    if isinstance(source, SceneSource):
-        return source
-    if len(source) < 2:
-        raise DataError(f"{source.where} holds one sample: to measure anything on held-out pictures takes two or more")
-    return Subset(source, draw_indices(len(source), count))
-
-
-def train_val_split(source: FileSource, count: int) -> tuple[Complement, Subset]:
-    """(train, held-out): a fixed draw of `count` samples, a tenth at most (but two), for a data set without one of its own."""
-    if len(source) < 3:
-        raise DataError(f"{source.where} holds {len(source)} sample{'s' * (len(source) > 1)}: give at least three, or held-out pictures with --val")
-    drawn = draw_indices(len(source), max(2, min(count, len(source) // 10)))
-    return Complement(source, drawn), Subset(source, drawn)
+def main(argv: list[str]) -> int:
+    if not 1 <= len(argv) <= 2:
+        sys.exit("usage: python -m inputs.sources WHERE [CAPTION]")
+    source = open_source(*argv, count=1000)
+    print(f"{len(source):,} samples; skipped: {dict(source.skipped) or 'none'}")
+    for i in range(min(len(source), 5)):
+        try:
+            print(f"{source.name(i)}: {source.caption(i)}")
+        except BadSample as problem:
+            print(f"{source.name(i)}: {problem}")
+    return 0
 
 
 if __name__ == "__main__":
-    import sys
-    if not 2 <= len(sys.argv) <= 3:
-        sys.exit("usage: python -m inputs.sources WHERE [CAPTION]")
-    try:
-        found = open_source(*sys.argv[1:], count=1000)
-    except DataError as problem:
-        sys.exit(f"error: {problem}")
-    print(f"{len(found):,} samples; skipped: {dict(found.skipped) or 'none'}")
-    for i in range(min(len(found), 5)):
-        try:
-            print(f"{found.name(i)}: {found.caption(i)}")
-        except BadSample as problem:
-            print(f"{found.name(i)}: {problem}")
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,22 +1,32 @@
-"""TODO."""
+"""WebDataset tars as a source: which tar a sample is in, and reads of many samples at once.
+
+Memory does not grow with the number of samples. Per tar a few counts are kept, and the rows
+(offsets and sizes) of the tars used last; the rows of all are in the index beside each
+(inputs/tar_index.py).
+"""
 import contextlib
 import functools
+import threading
 import zlib
+from collections import OrderedDict
+from concurrent.futures import Future
 
 import numpy as np
 
-from inputs import files, tar_headers, tar_index
-from inputs.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ByteRange, FileSource, printable
+from inputs import files, tar_index
+from inputs.files import ByteRange, FileSource, check_size, printable
+from inputs.tar_headers import TEXT_SUFFIXES
+from inputs.tar_index import TarIndex, reason
 from runtime.errors import BadSample, DataError
 
-MAX_SHUFFLE_BYTES = 256 << 20                                       # bytes of tars that a process keeps in memory for training
-NUM_LANES = 64                                               # places of a large set that training reads side by side
-CACHED_TARS = 80                                              # tars whose rows are in memory: one per lane, and some for validation
+MAX_SHUFFLE_BYTES = 256 << 20  # of tars that a process keeps in memory for training
+NUM_LANES = 64                 # positions of a large data set from which training reads in turn
+CACHED_TARS = 80               # tars whose rows are in memory: one per lane, some for validation
+Span = tuple[int, int]         # the bytes begin..end of a tar
 
 
 class TarSource(FileSource):
-    """WebDataset tars: a glob, or a brace list such as data/{00000..00011}.tar. In memory are counts by tar, and the rows
-    of the tars that were read last; those of all lie in the index beside each (inputs/tar_index.py)."""
+    """`where` is a glob, or a brace list such as data/{00000..00011}.tar."""
 
     def __init__(self, where: str, field: str):
         super().__init__(where, field)
@@ -26,101 +36,163 @@ class TarSource(FileSource):
             raise DataError(str(problem)) from None
         if not paths:
             raise DataError(f"no file matches {where}")
-        found = tar_index.index_tars(paths)
-        good = [(p, one) for p, one in zip(paths, found) if isinstance(one, tar_index.TarIndex)]
-        bad = [(printable(p), getattr(one, "strerror", None) or one) for p, one in zip(paths, found) if not isinstance(one, tar_index.TarIndex)]
-        if not good:
-            raise DataError(f"{bad[0][0]} cannot be read as an uncompressed tar: {bad[0][1]}")
-        if bad:
-            self.skipped[f"files that cannot be read as uncompressed tars, first {bad[0][0]} ({bad[0][1]})"] += len(bad)
-        self.paths, self.kept = [p for p, _ in good], {n: one.rows for n, (_, one) in enumerate(good) if one.rows is not None}
-        pairs = np.array([one.meta["pairs"][self.text] for _, one in good], np.int64)
+        self.paths: list[str] = []
+        indexes: list[TarIndex] = []
+        unreadable: list[tuple[str, str]] = []
+        for path, index in zip(paths, tar_index.index_tars(paths)):
+            if isinstance(index, TarIndex):
+                self.paths.append(path)
+                indexes.append(index)
+            else:
+                unreadable.append((printable(path), reason(index)))
+        if unreadable:
+            path, why = unreadable[0]
+            if not indexes:
+                raise DataError(f"{path} cannot be read as an uncompressed tar: {why}")
+            text = f"files that cannot be read as uncompressed tars, first {path} ({why})"
+            self.skipped[text] += len(unreadable)
+        self.rows_in_memory = {n: index.rows for n, index in enumerate(indexes)
+                               if index.rows is not None}
+        self.count_skipped(indexes)
+        pairs = np.array([index.meta["pairs"][self.text] for index in indexes], np.int64)
         self.starts = np.cumsum([0, *pairs[:, 0]])
-        self.crcs = np.array([one.meta["crc"] for _, one in good], np.uint32)
+        self.crcs = np.array([index.meta["crc"] for index in indexes], np.uint32)
         self.crc = zlib.crc32(self.crcs)
-        first: dict[str, str] = {}                              # reason: the tar that gives it first
-        for path, one in good:
-            for why, count in one.meta["skipped"].items():
-                self.skipped[why if why not in tar_index.PLACED else f"{why}, first {first.setdefault(why, printable(path))}"] += count
-        self.plan_reads(sum(one.meta["size"] for _, one in good))
+        self.plan_reads(sum(index.meta["size"] for index in indexes))
         self.validate(pairs.sum(0).tolist())
 
-    def plan_reads(self, size: int) -> None:
-        """Training reads runs of samples: of half of a lane's memory on average, so that few exceed all of it.
-        A lane has 16 of them or more, because the one at its end is read by the next lane too. A set that fits
-        in MEMORY (size: bytes of all tars) is read once, and shuffled whole."""
-        whole = size <= MAX_SHUFFLE_BYTES
-        self.longest = MAX_SHUFFLE_BYTES if whole else MAX_SHUFFLE_BYTES // NUM_LANES
-        count = MAX_SHUFFLE_BYTES // NUM_LANES // 2 * len(self) // max(size, 1)
-        self.read_run = max(1, count if whole else min(count, len(self) // (16 * NUM_LANES)))
-        self.run = 0 if whole else self.read_run
-        self.rows = functools.lru_cache(None if whole else CACHED_TARS)(self.load_rows)
+    def count_skipped(self, indexes: list[TarIndex]) -> None:
+        """Sum the reasons of all tars. Reasons that concern a tar name the first one."""
+        first: dict[str, str] = {}
+        for path, index in zip(self.paths, indexes):
+            for why, count in index.meta["skipped"].items():
+                if why in tar_index.WITH_TAR_NAME:
+                    why = f"{why}, first {first.setdefault(why, printable(path))}"
+                self.skipped[why] += count
+
+    def plan_reads(self, total_bytes: int) -> None:
+        """Choose how many samples one read covers: half of a lane's memory on average, so that few
+        runs exceed a lane's memory. A lane has at least 16 runs, because the run at its end is read
+        by the next lane too. Tars that fit in memory are read once, and shuffled as one."""
+        lane_bytes = MAX_SHUFFLE_BYTES // NUM_LANES
+        fits = total_bytes <= MAX_SHUFFLE_BYTES
+        count = lane_bytes // 2 * len(self) // max(total_bytes, 1)
+        if not fits:
+            count = min(count, len(self) // (16 * NUM_LANES))
+        self.read_length = max(1, count)
+        self.run_length = 0 if fits else self.read_length
+        self.max_span_bytes = MAX_SHUFFLE_BYTES if fits else lane_bytes
+        self.rows = functools.lru_cache(None if fits else CACHED_TARS)(self.load_rows)
         self.run_span = functools.lru_cache(4 * NUM_LANES)(self.span)
-        self.cache = files.SpanCache(MAX_SHUFFLE_BYTES)
+        self.cache = SpanCache(MAX_SHUFFLE_BYTES)
 
     def load_rows(self, shard: int) -> np.ndarray:
-        """(samples, 4) int64 of one tar: offset and bytes of the image and of the text."""
-        path, rows = self.paths[shard], self.kept.get(shard)
+        """(samples, 4) int64 of one tar: offset and size of the image and of the text."""
+        path, rows = self.paths[shard], self.rows_in_memory.get(shard)
         if rows is None:
-            found = tar_index.load_index(path, rows=True)
             try:
-                found = found or tar_index.scan_tar(path)
+                index = tar_index.load_index(path, rows=True) or tar_index.scan_tar(path)
             except (OSError, ValueError) as problem:
-                raise BadSample(f"{printable(path)} can no longer be read ({getattr(problem, 'strerror', None) or problem})") from None
-            if found.meta["crc"] != self.crcs[shard]:
+                raise BadSample(f"{printable(path)} can no longer be read "
+                                f"({reason(problem)})") from None
+            if index.meta["crc"] != self.crcs[shard]:
                 raise DataError(f"{printable(path)} has changed since it was opened: start again")
-            rows = found.rows
-        text = 2 + 2 * tar_headers.TEXT_SUFFIXES.index(self.text)
+            rows = index.rows
+        text = 2 + 2 * TEXT_SUFFIXES.index(self.text)
         return rows[rows[:, text] > 0][:, [0, 1, text, text + 1]]
 
     def locate(self, i: int) -> tuple[int, int]:
-        """Which tar sample i is in, and which of its samples it is."""
+        """(tar, row): the tar that sample i is in, and its place among the samples there."""
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         return shard, int(i - self.starts[shard])
 
     def byte_ranges(self, i: int) -> tuple[ByteRange, ByteRange]:
         shard, row = self.locate(i)
-        image, size, text, length = self.rows(shard)[row].tolist()
-        return (self.paths[shard], image, size), (self.paths[shard], text, length)
+        path = self.paths[shard]
+        offset, size, text_offset, text_size = self.rows(shard)[row].tolist()
+        return ByteRange(path, offset, size), ByteRange(path, text_offset, text_size)
 
     def run_of(self, samples: np.ndarray) -> np.ndarray:
-        """Which run of its tar each sample is in."""
-        return (samples - self.starts[np.searchsorted(self.starts, samples, side="right") - 1]) // self.read_run
+        """The number of the run, in its tar, that each sample is in."""
+        shards = np.searchsorted(self.starts, samples, side="right") - 1
+        return (samples - self.starts[shards]) // self.read_length
 
-    def span(self, shard: int, first: int, count: int) -> tuple[int, int] | None:
-        """Where `count` samples of a tar begin and end, or None if much else lies between them."""
+    def span(self, shard: int, first: int, count: int) -> Span | None:
+        """Where `count` samples of a tar begin and end. None if much else is between them."""
         rows = self.rows(shard)[first:first + count]
         begins, sizes = rows[:, [0, 2]], rows[:, [1, 3]]
         begin, end = int(begins.min()), int((begins + sizes).max())
-        headers = 8192 * len(rows)  # of three files or so, and what fills up their last blocks
+        headers = 8192 * len(rows)  # about three headers a sample, and the padding of their data
         return (begin, end) if end - begin <= 2 * int(sizes.sum()) + headers else None
 
     def read_sample(self, i: int, with_run: bool) -> tuple[bytes, bytes]:
-        """Image and text come out of one read: that of their run, which is kept for its other samples, or
-        their own where the run is too long or cannot be read."""
-        shard, row = self.locate(i)
+        """One read for image and text. With with_run it is the read of their run, which is kept for
+        the other samples in it, unless the run is too long or cannot be read."""
         image, text = self.byte_ranges(i)
-        for (_, _, size), most in ((text, MAX_TEXT_BYTES), (image, MAX_IMAGE_BYTES)):
-            if size > most:
-                raise BadSample(f"is larger than {most >> 20} MiB")
-        data, begin = None, 0
-        run = self.run_span(shard, row - row % self.read_run, self.read_run) if with_run else None
-        if run and run[1] - run[0] <= self.longest:
-            with contextlib.suppress(OSError):
-                data, begin = self.cache.read(self.paths[shard], *run), run[0]
+        check_size(text.size, files.MAX_TEXT_BYTES)
+        check_size(image.size, files.MAX_IMAGE_BYTES)
+        begin, data = self.read_run(i) if with_run else (0, None)
         if data is None:
-            own = self.span(shard, row, 1)
-            if own is None:
+            span = self.span(*self.locate(i), 1)
+            if span is None:
                 return super().read_sample(i, with_run)
-            begin, size = own[0], own[1] - own[0]
-            data = self.read((self.paths[shard], begin, size), size)
-        parts = [data[offset - begin:offset - begin + size] for _, offset, size in (image, text)]
-        if any(len(part) < place[2] for part, place in zip(parts, (image, text))):
+            begin, end = span
+            data = self.read_bytes(ByteRange(image.path, begin, end - begin), end - begin)
+        image_bytes = data[image.offset - begin:image.offset - begin + image.size]
+        text_bytes = data[text.offset - begin:text.offset - begin + text.size]
+        if len(image_bytes) < image.size or len(text_bytes) < text.size:
             raise BadSample("is cut off")
-        return parts[0], parts[1]
+        return image_bytes, text_bytes
+
+    def read_run(self, i: int) -> tuple[int, bytes | None]:
+        """(offset, bytes) of the run that sample i is in; None if it cannot be read as one."""
+        shard, row = self.locate(i)
+        span = self.run_span(shard, row - row % self.read_length, self.read_length)
+        if span and span[1] - span[0] <= self.max_span_bytes:
+            with contextlib.suppress(OSError):
+                return span[0], self.cache.read(self.paths[shard], *span)
+        return 0, None
 
     def name(self, i: int) -> str:
         try:
             return super().name(i)
         except BadSample:  # its tar is gone
             return f"sample {i} of {self.where}"
+
+
+class SpanCache:
+    """Spans of files in memory, at most `limit` bytes; the least recently used is dropped first.
+    Threads that need the same span wait for one read of it."""
+
+    def __init__(self, limit: int):
+        self.limit, self.held = limit, 0
+        self.lock = threading.Lock()
+        self.spans: OrderedDict[tuple[str, int, int], Future] = OrderedDict()
+
+    def read(self, path: str, begin: int, end: int) -> bytes:
+        """As `read_span`. A span that could not be read is not kept."""
+        key = path, begin, end
+        with self.lock:
+            span = self.spans.get(key)
+            is_new = span is None
+            if is_new:
+                span = self.spans[key] = Future()
+                self.held += end - begin
+                while self.held > self.limit and len(self.spans) > 1:
+                    self.drop(next(iter(self.spans)))
+            else:
+                self.spans.move_to_end(key)
+        if is_new:
+            try:
+                span.set_result(files.read_span(path, begin, end))
+            except BaseException as problem:
+                with self.lock:
+                    if self.spans.get(key) is span:
+                        self.drop(key)
+                span.set_exception(problem)
+        return span.result()
+
+    def drop(self, key: tuple[str, int, int]) -> None:
+        """Forget a span. The caller holds the lock."""
+        del self.spans[key]
+        self.held -= key[2] - key[1]
