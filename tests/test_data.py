@@ -176,8 +176,8 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(tmp_path):
 
 def large(tmp_path, monkeypatch, tars=40, each=30):
     """Tars of `tars` * `each` samples that do not fit in the memory for reading: 4 lanes of 256 KiB."""
-    monkeypatch.setattr("sources.MEMORY", 1 << 20)
-    monkeypatch.setattr("sources.LANES", 4)
+    monkeypatch.setattr("inputs.tars.MAX_SHUFFLE_BYTES", 1 << 20)
+    monkeypatch.setattr("inputs.tars.NUM_LANES", 4)
     if not (tmp_path / "00.tar").exists():
         for n in range(tars):
             put(tmp_path / f"{n:02}.tar", members(each, start=each * n))
@@ -261,11 +261,11 @@ def test_a_set_that_fits_in_memory_is_read_once_and_shuffled_whole(tmp_path, rea
 
 def test_the_samples_of_a_run_are_spread_and_its_runs_drawn_from_all_tars(tmp_path, monkeypatch):
     source = large(tmp_path, monkeypatch)
-    order = data.WindowedShuffle(source.starts, 5, source.run_of)
+    order = data.LaneShuffle(source.starts, 5, source.run_of)
     epochs = np.array([order(p) for p in range(3600)]).reshape(3, 1200)
     assert all(sorted(e) == list(range(1200)) for e in epochs.tolist())
     apart = np.abs(np.diff(epochs, axis=1))
-    assert (apart < source.run).mean() < 0.05  # neighbours in a tar are none in a batch
+    assert (apart < source.run_length).mean() < 0.05  # neighbours in a tar are none in a batch
     shards = epochs // 30
     for epoch in shards:  # the four lanes are in four tars
         assert np.mean([len(set(epoch[i:i + 4].tolist())) for i in range(0, 1200, 4)]) > 3.8
@@ -290,7 +290,7 @@ def test_what_is_left_for_training_is_read_in_the_runs_of_the_tars(tmp_path, mon
 
 def test_a_run_that_cannot_be_read_costs_no_good_sample(tmp_path, monkeypatch):
     source = large(tmp_path, monkeypatch)
-    plain, (begin, end) = os.pread, source.place(7)[0][1:]
+    plain, (begin, end) = os.pread, source.byte_ranges(7)[0][1:]
 
     def failing(fd, size, offset):
         if offset < begin + end and offset + size > begin and os.readlink(f"/proc/self/fd/{fd}").endswith("00.tar"):
@@ -304,8 +304,8 @@ def test_a_run_that_cannot_be_read_costs_no_good_sample(tmp_path, monkeypatch):
 
 
 def test_samples_larger_than_a_run_may_be_are_read_one_by_one(tmp_path, monkeypatch, reads):
-    monkeypatch.setattr("sources.MEMORY", 1 << 20)
-    monkeypatch.setattr("sources.LANES", 4)
+    monkeypatch.setattr("inputs.tars.MAX_SHUFFLE_BYTES", 1 << 20)
+    monkeypatch.setattr("inputs.tars.NUM_LANES", 4)
     files = []
     for name, content in members(40):
         tail = bytes(300_000) if name.endswith("7.jpg") else b""  # behind the end of a JPEG anything may stand
@@ -319,7 +319,7 @@ def test_samples_larger_than_a_run_may_be_are_read_one_by_one(tmp_path, monkeypa
 
 def test_threads_that_want_the_same_bytes_wait_for_one_read(tmp_path, reads):
     (tmp_path / "a.tar").write_bytes(bytes(range(256)) * 400)
-    cache, path, gate = files.SpanCache(1 << 15), str(tmp_path / "a.tar"), threading.Barrier(8)
+    cache, path, gate = tars.SpanCache(1 << 15), str(tmp_path / "a.tar"), threading.Barrier(8)
 
     def work(n):
         gate.wait(30)
@@ -337,7 +337,7 @@ def test_threads_that_want_the_same_bytes_wait_for_one_read(tmp_path, reads):
 
 def test_a_small_set_of_many_tars_keeps_what_it_knows_of_them(tmp_path, monkeypatch):
     """Shuffled whole, any sample comes after any other: each index is read once."""
-    monkeypatch.setattr("sources.RECENT", 2)
+    monkeypatch.setattr("inputs.tars.CACHED_TARS", 2)
     for n in range(12):
         put(tmp_path / f"{n:02}.tar", members(5, start=5 * n))
     source = open_source(str(tmp_path / "*.tar"))
@@ -350,9 +350,10 @@ def test_each_process_takes_every_nth_row_of_a_batch(monkeypatch):
     taken = []
     for process in range(4):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
-        place = SimpleNamespace(processes=4, put=None)
-        ahead = SimpleNamespace(ahead=lambda wanted, put: list(wanted))
-        taken.append(run_folder.Run.batches(SimpleNamespace(step=3, place=place, reader=ahead), stage))
+        parallel = SimpleNamespace(num_processes=4, shard_batch=None)
+        loader = SimpleNamespace(prefetch=lambda requests, transfer: list(requests))
+        run = SimpleNamespace(step=3, parallel=parallel, reader=loader)
+        taken.append(run_folder.Run.batches(run, stage))
     for step, shares in enumerate(zip(*taken)):
         first = 160 + 64 * (1 + step)
         assert [list(rows) for rows, _ in shares] == [list(range(first + n, first + 64, 4)) for n in range(4)]
@@ -388,17 +389,20 @@ def test_held_out_samples_and_the_rest_are_the_whole(tmp_path):
 
 
 def test_reading_ahead_passes_errors_on_and_ends_with_its_user():
-    def wanted(last):
-        yield range(4), 8
-        raise last
-    ahead = reader(open_source("scenes")).prefetch(wanted(DataError("no more")), lambda b: b)
-    assert len(next(ahead)[0]["sample_index"]) == 4
+    def transfer(batch):
+        if batch["sample_index"][0] == 4:
+            raise DataError("no more")
+        return batch
+
+    requests = ((range(4 * n, 4 * n + 4), 8) for n in itertools.count())
+    batches = reader(open_source("scenes")).prefetch(requests, transfer)
+    assert len(next(batches)[0]["sample_index"]) == 4
     with pytest.raises(DataError, match="no more"):
-        next(ahead)
+        next(batches)
     before = set(threading.enumerate())
     endless = reader(open_source("scenes")).prefetch(((range(4), 8) for _ in itertools.count()), lambda b: b)
     next(endless)
-    [thread] = [t for t in set(threading.enumerate()) - before if t.name == "batches"]
+    [thread] = [t for t in set(threading.enumerate()) - before if t.name.startswith("batches")]
     endless.close()
     thread.join(30)
     assert not thread.is_alive()
@@ -407,7 +411,7 @@ def test_reading_ahead_passes_errors_on_and_ends_with_its_user():
 def test_held_out_draw_is_fixed_and_from_all_over(tmp_path):
     for i in range(40):
         photo().save(tmp_path / f"{i:02}.png")
-        (tmp_path / f"{i:02}.txt").write_text(f"picture {i}")
+        (tmp_path / f"{i:02}.txt").write_text(f"image {i}")
     source = sources.open_source(str(tmp_path))
     first, again = (sources.subsample(source, 10) for _ in range(2))
     captions = [first.caption(i) for i in range(10)]

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
-from data import WindowedShuffle
+from data import LaneShuffle
 from decoder import BOS, EOS, PAD
 from inputs import files, sources, tar_headers, tar_index, tokenizer
 from inputs.images import decode_and_augment
@@ -171,10 +171,10 @@ def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, l
         return (samples - starts[np.searchsorted(starts, samples, side="right") - 1]) // run
     if run:
         run_of = in_runs
-    with mock.patch("sources.LANES", lanes):
-        order = WindowedShuffle(starts, seed, run_of)
+    with mock.patch("inputs.tars.NUM_LANES", lanes):
+        order = LaneShuffle(starts, seed, run_of)
         found = [order(epoch * n + i) for i in range(n)]
-        assert found == [WindowedShuffle(starts, seed, run_of)(epoch * n + i) for i in range(n)]
+        assert found == [LaneShuffle(starts, seed, run_of)(epoch * n + i) for i in range(n)]
     assert sorted(found) == list(range(n))
     if run:
         samples = np.array(found)
@@ -196,7 +196,7 @@ def test_what_is_left_out_and_the_rest_are_the_whole(sizes, data):
     whole.starts = np.cumsum([0, *sizes])
     out = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), unique=True)), np.int64)
     rest = sources.Complement(whole, out)
-    kept = [rest.at(i) for i in range(len(rest))]
+    kept = [rest.source_index(i) for i in range(len(rest))]
     assert kept == sorted(set(range(len(whole))) - set(out.tolist()))
     assert np.diff(rest.starts).tolist() == [sum(a <= k < b for k in kept) for a, b in zip(whole.starts, whole.starts[1:])]
 
