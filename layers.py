@@ -23,14 +23,17 @@ LAYER_NORM_EPS = 1e-6  # every layer norm of the released models
 
 
 # ---------------------------------------------------------------------------------- linear
-@jax.custom_vjp
-def linear_with_bias(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def matmul_and_bias(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """x (..., D) @ kernel (D,F) + bias (F,), in x's dtype."""
     return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
 
+linear_with_bias = jax.custom_vjp(matmul_and_bias)
+
+
 def linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
-    return linear_with_bias(x, kernel, bias), (x, kernel)
+    """Calls the plain formula: --remat dots keeps the results of matmuls that it can see."""
+    return matmul_and_bias(x, kernel, bias), (x, kernel)
 
 
 def linear_backward(residuals: tuple, g: jax.Array) -> tuple:
@@ -80,15 +83,17 @@ def gelu_and_slope(x: jax.Array, exact: bool) -> tuple[jax.Array, jax.Array]:
     return (z * cdf).astype(x.dtype), slope.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def gelu_linear_with_bias(x: jax.Array, kernel: jax.Array, bias: jax.Array,
-                          exact: bool) -> jax.Array:
+def gelu_matmul_and_bias(x: jax.Array, kernel: jax.Array, bias: jax.Array,
+                         exact: bool) -> jax.Array:
     """gelu(x) @ kernel + bias."""
-    return linear_with_bias(gelu_and_slope(x, exact)[0], kernel, bias)
+    return matmul_and_bias(gelu_and_slope(x, exact)[0], kernel, bias)
+
+
+gelu_linear_with_bias = jax.custom_vjp(gelu_matmul_and_bias, nondiff_argnums=(3,))
 
 
 def gelu_linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, exact: bool) -> tuple:
-    return gelu_linear_with_bias(x, kernel, bias, exact), (x, kernel)
+    return gelu_matmul_and_bias(x, kernel, bias, exact), (x, kernel)
 
 
 def gelu_linear_backward(exact: bool, residuals: tuple, g: jax.Array) -> tuple:
