@@ -1,139 +1,220 @@
-"""TODO."""
+"""Captions of the synthetic scenes: writing, parsing, grading, and how probable each one is.
+
+Scenes have the paper's three kinds of caption (Table 6), by the name of their field:
+
+txt          dense: all that is in the image, in one of three wordings
+web          alt text: one object, or the word; often unrelated to the image, sometimes wrong
+conditioned  dense, but the object that the alt text names comes first, and synonyms vary
+
+A generated caption can be parsed and graded in any wording. Because the generator is known, the
+best possible loss without seeing the image is an exact figure: the mean of `caption_nats`.
+
+    python -m inputs.scene_captions       writes scenes.png, a sheet of scenes with their captions
+"""
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from inputs.scenes import BESIDE, COLORS, PATTERNS, PLACES, POINT, ROWS, SHAPES, SIZES, TAILS, BACKGROUND_COLORS, WORDINGS, WORDS, WRONG
+from inputs import scenes
 
-NUMBERS = ("no", "one", "two", "three")
 CAPTION_FIELDS = ("txt", "web", "conditioned")
-SYNONYMS = {"big": "large", "small": "little", "circle": "disc", "square": "box", "ring": "hoop", "purple": "violet", "gray": "grey",
-            "plain": "blank", "dotted": "spotted"}
-BASIC = {other: word for word, other in SYNONYMS.items()}
+NUMBERS = ("no", "one", "two", "three")
+SYNONYMS = {"big": "large", "small": "little", "circle": "disc", "square": "box", "ring": "hoop",
+            "purple": "violet", "gray": "grey", "plain": "blank", "dotted": "spotted"}
+BASIC = {synonym: word for word, synonym in SYNONYMS.items()}
 
 
-def lead_probs(scene: dict[str, Any]) -> list[float]:
-    """How probable it is that a conditioned caption of this record begins with each of its objects: with the first, in
-    reading order, that has the named color and shape; else with the first of all."""
-    pairs = [(o["color"], o["shape"]) for o in scene["objects"]]
-    share, blind = POINT * (0.5 if scene["word"] else 1) / len(pairs), WRONG / (len(COLORS) * len(SHAPES))
-    named = [0.0 if pair in pairs[:i] else share * pairs.count(pair) + blind for i, pair in enumerate(pairs)]
-    return [1 - sum(named[1:]), *named[1:]]
-
-
-def caption_nats(scene: dict[str, Any], field: str = "txt") -> float:
-    """-log of the caption's probability, in nats, for one who knows the generator and not the picture. Record and
-    wording (and lead and synonyms) fix a dense caption and the other way round, and how likely an alt text is follows
-    from its form; so this is exact: no captioner can do better without looking."""
-    if field == "web":
-        if scene["web"] in BESIDE:
-            return -math.log((1 - POINT - WRONG) / len(BESIDE))
-        if scene["web"].startswith("sign "):
-            return -math.log(POINT / 2 / 2 / len(WORDS))  # half of the scenes have a word
-        return -math.log((POINT * 3 / 4 + WRONG) / (len(COLORS) * len(SHAPES) * len(TAILS)))
-    if field == "conditioned":
-        options = sum(word in SYNONYMS for word in re.findall("[a-z]+", caption(scene)))
-        return caption_nats(scene) - math.log(lead_probs(scene)[lead_object(scene)]) + options * math.log(2)
-    n, free, most = len(scene["objects"]), *((2, 2) if scene["word"] else (4, 3))
-    choices = (2 * (len(WORDS) * len(ROWS) if scene["word"] else 1) * most * math.comb(free, n)
-               * (len(SIZES) * len(COLORS) * len(SHAPES)) ** n * len(BACKGROUND_COLORS) * len(PATTERNS))
-    return math.log(choices) + math.log(WORDINGS)
-
-
-def lead_object(scene: dict[str, Any]) -> int:
-    """The object that a conditioned caption begins with: the first that the alt text names, if it does."""
-    return next((i for i, o in enumerate(scene["objects"]) if scene["web"].split()[:2] == [o["color"], o["shape"]]), 0)
-
-
+# ----------------------------------------------------------------------------------- writing
 def caption(scene: dict[str, Any], field: str = "txt") -> str:
-    """The record in words, of a kind in FIELDS; of a dense caption, every wording states all of it."""
+    """The caption of a record, of a kind in CAPTION_FIELDS."""
     if field == "web":
         return scene["web"]
-    if field == "conditioned":
-        rest, choice = list(scene["objects"]), iter(scene["choices"])
-        text = caption(scene | {"objects": [rest.pop(lead_object(scene)), *rest]})
-        return re.sub("[a-z]+", lambda m: SYNONYMS[m[0]] if m[0] in SYNONYMS and next(choice) < 0.5 else m[0], text)
+    if field == "txt":
+        return dense_caption(scene, scene["objects"])
+    others = list(scene["objects"])
+    lead = others.pop(lead_object(scene))
+    draws = iter(scene["synonym_draws"])
+
+    def vary(match: re.Match) -> str:
+        word = match[0]
+        return SYNONYMS[word] if word in SYNONYMS and next(draws) < 0.5 else word
+
+    return re.sub("[a-z]+", vary, dense_caption(scene, [lead, *others]))
+
+
+def dense_caption(scene: dict[str, Any], objects: list[dict[str, str]]) -> str:
+    """All of the record, with the objects in this order."""
     ground = f"{scene['pattern']} {scene['background_color']}"
-    objects = [(o["place"], o["size"], o["color"], o["shape"]) for o in scene["objects"]]
     word, row = scene["word"], scene["row"]
     if scene["wording"] == 0:
-        text = ", ".join(f"{p} a {s} {c} {f}" for p, s, c, f in objects) + f", on {ground}."
-        return text + (f" {row} the word {word}." if word else "")
+        things = ", ".join("{place} a {size} {color} {shape}".format(**o) for o in objects)
+        return f"{things}, on {ground}." + (f" {row} the word {word}." if word else "")
     if scene["wording"] == 1:
-        text = f"{ground} background. " + " ".join(f"{p}: {s} {c} {f}." for p, s, c, f in objects)
-        return text + (f" {row}: it says {word}." if word else "")
-    text = f"{NUMBERS[len(objects)]} on {ground}: " + ", ".join(f"{p} {c} {f} {s}" for p, s, c, f in objects)
+        things = " ".join("{place}: {size} {color} {shape}.".format(**o) for o in objects)
+        return f"{ground} background. {things}" + (f" {row}: it says {word}." if word else "")
+    things = ", ".join("{place} {color} {shape} {size}".format(**o) for o in objects)
+    text = f"{NUMBERS[len(objects)]} on {ground}: {things}"
     return text + (f", {row} reading {word}." if word else ".")
 
 
-def any_of(name: str, options: Any) -> str:
+def lead_object(scene: dict[str, Any]) -> int:
+    """The index of the object that a conditioned caption begins with: the first one that the alt
+    text names, or 0 if it names none."""
+    named = scene["web"].split()[:2]
+    for i, thing in enumerate(scene["objects"]):
+        if named == [thing["color"], thing["shape"]]:
+            return i
+    return 0
+
+
+# ------------------------------------------------------------------------------- probability
+def lead_probs(scene: dict[str, Any]) -> list[float]:
+    """For each object, the probability that a conditioned caption of this record begins with it."""
+    pairs = [(o["color"], o["shape"]) for o in scene["objects"]]
+    related = scenes.RELATED_SHARE * (0.5 if scene["word"] else 1) / len(pairs)
+    by_chance = scenes.WRONG_SHARE / (len(scenes.COLORS) * len(scenes.SHAPES))
+    probs = []
+    for i, pair in enumerate(pairs):
+        is_twin = pair in pairs[:i]  # the earlier object of this color and shape leads
+        probs.append(0.0 if is_twin else related * pairs.count(pair) + by_chance)
+    return [1 - sum(probs[1:]), *probs[1:]]
+
+
+def caption_nats(scene: dict[str, Any], field: str = "txt") -> float:
+    """-log of the caption's probability, in nats, under the generator without the image.
+
+    It is exact. Record and wording determine a dense caption and can be recovered from it; the
+    same holds for lead and synonyms. The probability of an alt text follows from its form. So no
+    captioner reaches a lower mean loss without seeing the image."""
+    if field == "web":
+        return alt_text_nats(scene["web"])
+    if field == "conditioned":
+        words = re.findall("[a-z]+", caption(scene))
+        num_choices = sum(word in SYNONYMS for word in words)
+        lead_prob = lead_probs(scene)[lead_object(scene)]
+        return caption_nats(scene) - math.log(lead_prob) + num_choices * math.log(2)
+    objects = scene["objects"]
+    object_values = len(scenes.SIZES) * len(scenes.COLORS) * len(scenes.SHAPES)
+    backgrounds = len(scenes.BACKGROUND_COLORS) * len(scenes.PATTERNS)
+    if scene["word"]:
+        words, most, cells = len(scenes.WORDS) * len(scenes.ROWS), 2, 2
+    else:
+        words, most, cells = 1, 3, 4
+    records = 2 * words * most * math.comb(cells, len(objects))
+    records *= object_values ** len(objects) * backgrounds
+    return math.log(records) + math.log(scenes.WORDINGS)
+
+
+def alt_text_nats(text: str) -> float:
+    if text in scenes.UNRELATED:
+        return -math.log((1 - scenes.RELATED_SHARE - scenes.WRONG_SHARE) / len(scenes.UNRELATED))
+    if text.startswith("sign "):  # half of the scenes have a word, and half of their texts name it
+        return -math.log(scenes.RELATED_SHARE / 2 / 2 / len(scenes.WORDS))
+    texts = len(scenes.COLORS) * len(scenes.SHAPES) * len(scenes.SUFFIXES)
+    return -math.log((scenes.RELATED_SHARE * 3 / 4 + scenes.WRONG_SHARE) / texts)
+
+
+# ----------------------------------------------------------------------------------- parsing
+def one_of(name: str, options: Iterable[str]) -> str:
+    """A regular expression for one of the options, as a group of this name."""
     return f"(?P<{name}>" + "|".join(sorted(options, key=len, reverse=True)) + ")"
 
 
+def wording_patterns() -> tuple[tuple[str, str, str], ...]:
+    """(caption, separator of objects, object) as regular expressions, for each wording."""
+    size, color = one_of("size", scenes.SIZES), one_of("color", scenes.COLORS)
+    shape, place = one_of("shape", scenes.SHAPES), one_of("place", scenes.PLACES)
+    background_color = one_of("background_color", scenes.BACKGROUND_COLORS)
+    ground = one_of("pattern", scenes.PATTERNS) + " " + background_color
+    row, number, word = one_of("row", scenes.ROWS), one_of("number", NUMBERS), "(?P<word>[a-z]+)"
+    return (
+        (rf"(?P<objects>.*),on {ground}\.(?:{row} the word {word}\.)?",
+         ",", rf"{place} a {size} {color} {shape}"),
+        (rf"{ground} background\.(?P<objects>.*?)\.(?:{row}:it says {word}\.)?",
+         r"\.", rf"{place}:{size} {color} {shape}"),
+        (rf"{number} on {ground}:(?P<objects>.*?)(?:,{row} reading {word})?\.",
+         ",", rf"{place} {color} {shape} {size}"))
+
+
+GRAMMAR = wording_patterns()
+
+
 def parse_caption(text: str) -> dict[str, Any] | None:
-    """The record that a caption states, by the grammar of `caption`; None if it is in none of the wordings. Spacing
-    around punctuation does not matter, for a tokenizer does not keep it; nor do synonyms."""
+    """The record that a dense caption states, or None if it is in none of the wordings. Spaces
+    around punctuation do not matter, because a tokenizer does not keep them; nor do synonyms."""
     text = re.sub(r"\s*([.,:])\s*", r"\1", text.strip().lower())
-    text = re.sub("[a-z]+", lambda m: BASIC.get(m[0], m[0]), text)
-    size, color, shape, place = (any_of(*x) for x in (("size", SIZES), ("color", COLORS), ("shape", SHAPES), ("place", PLACES)))
-    ground = any_of("pattern", PATTERNS) + " " + any_of("background_color", BACKGROUND_COLORS)
-    word, row = r"(?P<word>[a-z]+)", any_of("row", ROWS)
-    number = any_of("number", NUMBERS)
-    wordings = (
-        (r"(?P<objects>.*),on " + ground + rf"\.(?:{row} the word {word}\.)?", ",", rf"{place} a {size} {color} {shape}"),
-        (ground + rf" background\.(?P<objects>.*?)\.(?:{row}:it says {word}\.)?", r"\.", rf"{place}:{size} {color} {shape}"),
-        (number + " on " + ground + rf":(?P<objects>.*?)(?:,{row} reading {word})?\.", ",", rf"{place} {color} {shape} {size}"),
-    )
-    for whole, between, one in wordings:
-        if found := re.fullmatch(whole, text):
-            parts = [re.fullmatch(one, part) for part in re.split(between, found["objects"])]
-            stated = found.groupdict()
-            if all(parts) and ("number" not in stated or NUMBERS.index(stated["number"]) == len(parts)):
-                objects = [{k: part[k] for k in ("size", "color", "shape", "place")} for part in parts]
-                return {"objects": objects} | {k: stated[k] for k in ("background_color", "pattern", "word", "row")}
+    text = re.sub("[a-z]+", lambda match: BASIC.get(match[0], match[0]), text)
+    for pattern, separator, object_pattern in GRAMMAR:
+        match = re.fullmatch(pattern, text)
+        if match is None:
+            continue
+        stated = match.groupdict()
+        parts = re.split(separator, stated.pop("objects"))
+        objects = [re.fullmatch(object_pattern, part) for part in parts]
+        number = stated.pop("number", None)
+        number_right = number is None or NUMBERS.index(number) == len(objects)
+        if all(objects) and number_right:
+            return stated | {"objects": [o.groupdict() for o in objects]}
     return None
 
 
+# ----------------------------------------------------------------------------------- grading
+ATTRIBUTES = ("color", "shape", "size", "place")
+
+
 def grade_caption(text: str, scene: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(right, out of) by attribute for one generated caption. "object" asks for color, shape and place together,
-    "exact" for the whole record and nothing false. Objects are paired so that most attributes agree; one that the
-    caption invents, or leaves out, counts as wrong. A caption in no wording has everything wrong."""
-    stated, truth = parse_caption(text) or {"objects": []}, scene["objects"]
-    said = stated["objects"][:len(PLACES)]
-    most = max(len(truth), len(said))
-    size = max(most, 1)
-    keys = ("color", "shape", "size", "place")
-    same = np.array([[[a[k] == b[k] for k in keys] for b in said + [{k: None for k in keys}] * (size - len(said))]
-                     for a in truth])                                           # (true, said, attribute)
-    pairing = max(itertools.permutations(range(size), len(truth)), key=lambda p: sum(same[i, j].sum() for i, j in enumerate(p)))
-    right = np.array([same[i, j] for i, j in enumerate(pairing)])               # (true, attribute)
-    ground = [stated.get(k) == scene[k] for k in ("background_color", "pattern")]
-    out = {k: (int(right[:, i].sum()), most) for i, k in enumerate(keys)}
-    out["object"] = (int((right[:, 0] & right[:, 1] & right[:, 3]).sum()), most)
-    out["count"] = (int(len(said) == len(truth)), 1)
-    out["background"] = (int(all(ground)), 1)
+    """(right, out of) by attribute, for one generated caption.
+
+    Objects are paired so that most attributes agree. An object that the caption invents or leaves
+    out counts as wrong. "object" needs color, shape and place to be right together, "exact" the
+    complete record and nothing else. A caption in no wording has everything wrong."""
+    stated = parse_caption(text) or {"objects": []}
+    true_objects, stated_objects = scene["objects"], stated["objects"][:len(scenes.PLACES)]
+    out_of = max(len(true_objects), len(stated_objects))
+    right = pair_objects(true_objects, stated_objects)
+    count_right = len(stated_objects) == len(true_objects)
+    background_right = all(stated.get(key) == scene[key] for key in ("background_color", "pattern"))
+    word_right = stated.get("word") == scene["word"]
+    row_right = stated.get("row") == scene["row"]
+    exact = background_right and word_right and row_right and count_right and right.all()
+
+    grades = {name: (int(right[:, i].sum()), out_of) for i, name in enumerate(ATTRIBUTES)}
+    color, shape, _, place = right.T
+    grades["object"] = (int((color & shape & place).sum()), out_of)
+    grades["count"] = (int(count_right), 1)
+    grades["background"] = (int(background_right), 1)
     if scene["word"]:
-        out["word"] = (int(stated.get("word") == scene["word"]), 1)
-    exact = all(ground) and bool(right.all()) and len(said) == len(truth) and all(stated.get(k) == scene[k] for k in ("word", "row"))
-    out["exact"] = (int(exact), 1)
-    return out
+        grades["word"] = (int(word_right), 1)
+    grades["exact"] = (int(exact), 1)
+    return grades
+
+
+def pair_objects(true_objects: list[dict], stated_objects: list[dict]) -> np.ndarray:
+    """(true objects, attributes) bool: which attributes are right, in the best pairing."""
+    size = max(len(true_objects), len(stated_objects), 1)
+    same = np.zeros((len(true_objects), size, len(ATTRIBUTES)), bool)
+    for i, j in itertools.product(range(len(true_objects)), range(len(stated_objects))):
+        same[i, j] = [true_objects[i][name] == stated_objects[j][name] for name in ATTRIBUTES]
+    rows = np.arange(len(true_objects))
+    pairings = itertools.permutations(range(size), len(true_objects))
+    return max((same[rows, list(pairing)] for pairing in pairings), key=np.sum)
 
 
 if __name__ == "__main__":
+    import textwrap
+
     from PIL import Image, ImageDraw
 
-    from inputs.scenes import render, sample_scene
-
-    sheet = Image.new("RGB", (4 * 320, 4 * 190), "white")
+    sheet = Image.new("RGB", (4 * 320, 4 * 144), "white")
     for n in range(16):
-        scene, x, y = sample_scene(0, "train", n), n % 4 * 320 + 8, n // 4 * 190 + 8
-        sheet.paste(render(scene), (x, y))
-        words, lines = caption(scene).split(), [""]
-        for w in words:
-            lines = lines + [w] if len(lines[-1] + w) > 48 else lines[:-1] + [(lines[-1] + " " + w).strip()]
-        ImageDraw.Draw(sheet).multiline_text((x, y + 134), "\n".join(lines), fill="black")
+        scene = scenes.sample_scene(0, "train", n)
+        x, y = n % 4 * 320 + 8, n // 4 * 144 + 8
+        sheet.paste(scenes.render(scene), (x, y))
+        lines = textwrap.fill(caption(scene), 26)
+        ImageDraw.Draw(sheet).multiline_text((x + 136, y), lines, fill="black")
     sheet.save("scenes.png")
     print("scenes.png: 16 scenes with their captions")
