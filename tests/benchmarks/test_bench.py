@@ -173,7 +173,7 @@ def test_data(tmp_path):
     file = tmp_path / "d.json"
     assert bench.main(["data", "--alone", "--pictures", "3", "--batch", "2", "--repeats", "1", "--resolution", "16", "24", "--json", str(file)]) == 0
     rows = json.load(open(file))["rows"]
-    assert [r["px"] for r in rows] == [16, 24] and all(r["ours/s"] > 0 and 40 < r["kB a JPEG"] < 120 for r in rows)
+    assert [r["px"] for r in rows] == [16, 24] and all(r["ours/s"] > 0 and 40 < r["kB per JPEG"] < 120 for r in rows)
 
 
 @pytest.mark.parametrize(("argv", "says"), [
