@@ -1,144 +1,175 @@
-"""Pictures in, features out: a trained or imported encoder, ready for use.
+"""Images in, features out: a trained or imported encoder, ready for use.
 
-    encoder = load_encoder("runs/toy")          # a run's folder, or an encoder's .npz
-    found = encoder(["cat.jpg", "dog.png"])     # found.tokens (2,N,D) for a multimodal model, found.pooled (2,D) for the rest
+    encoder = load_encoder("runs/toy")                    # a run's folder, or an encoder's .npz
+    tokens, pooled = encoder(["cat.jpg", "dog.png"])      # (2,N,D) for a multimodal model, (2,D)
 
-Letters: B images, R pixels a side, N patches, D width.
+This file and what it imports need no root module of common name (config, data, train), so it works
+beside a project that has its own.
+
+Letters: B images, R pixels per side, N patches, D width.
 
     python -m interop.encoder ENCODER IMAGE...         writes features.npz
 """
 import copy
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
 import vit
-from inputs import images
-from inputs.images import open_image, silence_pillow
-from runtime import checkpoint
-from runtime.checkpoint import read_encoder
+from inputs.images import decode_and_augment, open_image, silence_pillow
+from runtime.checkpoint import atomic_write, read_encoder
 from runtime.cpu_tuning import enable_compilation_cache
-from runtime.errors import BadSample, CheckpointError
+from runtime.errors import BadSample, ConfigError, run_command
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 
 class Features(NamedTuple):
-    tokens: np.ndarray  # (B,N,D) fp32, before the final norm: what the caption decoder was trained on
-    pooled: np.ndarray  # (B,D) fp32, their mean, normed
+    tokens: np.ndarray  # (B,N,D) fp32, before the final norm: what the decoder was trained on
+    pooled: np.ndarray  # (B,D) fp32: the mean of the tokens, then the final norm
 
 
-def whole(image: Image.Image, resolution: int) -> np.ndarray:
-    """All of an image, decoded at its full size, so that there is no draft to be had."""
-    image.load()
-    return images.decode_and_augment(image, resolution)
-
-
-def load_pixels(picture: ImageLike, resolution: int) -> np.ndarray:
-    """A file, PIL image, or uint8 array (H,W), (H,W,3) or (H,W,4) to (R,R,3) uint8: decoded whole, squashed to a square
-    (bilinear, antialiased). For an opaque picture these are the very pixels of the exported image processors; training
-    may take a JPEG's smaller draft. BadSample names a picture that cannot be used."""
-    name = picture if isinstance(picture, str | os.PathLike) else "a picture"
+# ----------------------------------------------------------------------------------- pixels
+def load_pixels(image: ImageLike, resolution: int) -> np.ndarray:
+    """A file, a PIL image or a uint8 array (H,W), (H,W,3) or (H,W,4) to (R,R,3) uint8: decoded at
+    full size and resized to a square (bilinear, antialiased). For an opaque image, these pixels
+    equal those of the exported image processors; training may decode a JPEG at a reduced size.
+    BadSample names an image that cannot be used."""
+    is_path = isinstance(image, str | os.PathLike)
+    name = image if is_path else "the image"
     try:
-        if isinstance(picture, str | os.PathLike):
-            with open(picture, "rb") as file:
-                return whole(open_image(file), resolution)
-        if not isinstance(picture, Image.Image):
-            picture = np.asarray(picture)
-            if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (3, 4)):
-                raise BadSample(f"array is {picture.dtype} {picture.shape}: it must be uint8, (H,W), (H,W,3) or (H,W,4)")
-            picture = Image.fromarray(picture)
-        return whole(picture, resolution)
+        if is_path:
+            with open(image, "rb") as file:
+                return decode(open_image(file), resolution)
+        return decode(image if isinstance(image, Image.Image) else from_array(image), resolution)
     except BadSample as problem:
         raise BadSample(f"{name}: {problem}") from None
     except FileNotFoundError:
         raise BadSample(f"{name} does not exist") from None
-    except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
-        if why := getattr(problem, "strerror", None):  # the operating system's; Pillow gives none
-            raise BadSample(f"{name}: image cannot be read ({why})") from None
+    except Exception as problem:  # Pillow's plugins raise many types on broken bytes
+        reason = getattr(problem, "strerror", None)  # the operating system's; Pillow gives none
+        if reason:
+            raise BadSample(f"{name}: image cannot be read ({reason})") from None
         raise BadSample(f"{name}: image cannot be decoded ({type(problem).__name__})") from None
 
 
+def decode(image: Image.Image, resolution: int) -> np.ndarray:
+    image.load()  # at full size; later a JPEG's reduced size could be requested
+    return decode_and_augment(image, resolution)
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    array = np.asarray(array)
+    has_channels = array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or has_channels):
+        raise BadSample(f"array is {array.dtype} {array.shape}: it must be uint8, (H,W), (H,W,3) "
+                        "or (H,W,4)")
+    return Image.fromarray(array)
+
+
 def as_list(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """One picture as a list of one; an array (B,H,W,3) is several."""
-    one = images.ndim < 4 if isinstance(images, np.ndarray | jax.Array) else isinstance(images, str | os.PathLike | Image.Image)
-    return [images] if one else images
+    """One image as a list of one. An array (B,H,W,3) is several images."""
+    if isinstance(images, np.ndarray | jax.Array):
+        single = images.ndim < 4
+    else:
+        single = isinstance(images, str | os.PathLike | Image.Image)
+    return [images] if single else images
 
 
+# ---------------------------------------------------------------------------------- encoder
 class Encoder:
-    """Parameters with all that is needed to use them. For more than features, such as attention maps:
-    vit.vit(encoder.params, encoder.pixels(images), encoder.cfg, attention=True)."""
+    """Parameters, configuration and a compiled forward pass. For more than features, such as
+    attention maps: vit.vit(encoder.params, encoder.pixels(images), encoder.cfg, attention=True)."""
 
     def __init__(self, params: dict, cfg: vit.ViTConfig, resolution: int):
+        """ConfigError for a resolution below the patch size."""
         if resolution < cfg.patch_size:
-            raise ValueError(f"resolution {resolution} is below the patch size {cfg.patch_size}")
+            raise ConfigError(f"resolution {resolution} is below the patch size {cfg.patch_size}")
         self.params, self.cfg, self.resolution = jax.device_put(params), cfg, resolution
-        self.run = jax.jit(lambda params, images: Features(*map(vit.vit(params, images, cfg).get, Features._fields)))
+
+        def run(params: dict, images: jax.Array) -> Features:
+            out = vit.vit(params, images, cfg)
+            return Features(out["tokens"], out["pooled"])
+        self.run = jax.jit(run)
         self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def pixels(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
-        """One picture or several to (B,R,R,3) uint8, which such pixels already are."""
-        if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (self.resolution, self.resolution, 3):
+        """One image or several to (B,R,R,3) uint8. An array of that shape is returned as it is."""
+        square = (self.resolution, self.resolution, 3)
+        is_array = isinstance(images, np.ndarray) and images.dtype == np.uint8
+        if is_array and images.shape[1:] == square:
             return images
-        return np.stack(list(self.pool.map(functools.partial(load_pixels, resolution=self.resolution), as_list(images))))
+        load = functools.partial(load_pixels, resolution=self.resolution)
+        return np.stack(list(self.pool.map(load, as_list(images))))
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch: int = 32) -> Features:
-        """Features of one picture or several, `batch` at a time; the last few are filled up to a power of two, so
-        that few shapes are compiled. BadSample names a picture that cannot be used."""
+        """Features of one image or several, `batch` at a time. The last batch is padded to a power
+        of two, so that few shapes are compiled. BadSample names an image that cannot be used."""
         images = as_list(images)
-        found = []
+        tokens, pooled = [], []
         for start in range(0, len(images), batch):
-            some = self.pixels(images[start:start + batch])
-            size = min(batch, 1 << (len(some) - 1).bit_length())
-            out = self.run(self.params, np.pad(some, ((0, size - len(some)), (0, 0), (0, 0), (0, 0))))
-            found.append(Features(*(np.asarray(x, np.float32)[:len(some)] for x in out)))
-        if not found:
-            raise BadSample("there is no picture")
-        return Features(*map(np.concatenate, zip(*found)))
+            pixels = self.pixels(images[start:start + batch])
+            count = len(pixels)
+            size = min(batch, 1 << (count - 1).bit_length())
+            padded = np.pad(pixels, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+            out = self.run(self.params, padded)
+            tokens.append(np.asarray(out.tokens, np.float32)[:count])
+            pooled.append(np.asarray(out.pooled, np.float32)[:count])
+        if not tokens:
+            raise BadSample("there is no image")
+        return Features(np.concatenate(tokens), np.concatenate(pooled))
 
 
+def load_encoder(path: str, resolution: int = 0, dtype: str = "float32") -> Encoder:
+    """The encoder of a run's folder, a checkpoint or an .npz. resolution (pixels): 0 for that of
+    the last training stage. CheckpointError if it cannot be read, ConfigError if the resolution is
+    too low."""
+    params, cfg, meta = read_encoder(path)
+    cfg = replace(cfg, dtype=dtype, remat="none")
+    return Encoder(params, cfg, resolution or meta["resolution"])
+
+
+# -------------------------------------------------------------------------------- baselines
 @functools.lru_cache(4)
 def random_encoder(like: Encoder, seed: int) -> Encoder:
-    """The same encoder as it is before training, and its compiled program: what trained features must beat."""
-    made = copy.copy(like)
-    made.params = jax.device_put(vit.init(jax.random.key(seed), like.cfg))
-    return made
+    """The same encoder with random parameters, as before training, and its compiled program."""
+    encoder = copy.copy(like)
+    encoder.params = jax.device_put(vit.init(jax.random.key(seed), like.cfg))
+    return encoder
 
 
 def raw_pixel_encoder(like: Encoder) -> Encoder:
-    """Tokens that are the pixels of the patches, of the same grid: likewise."""
-    made = Encoder({}, like.cfg, like.resolution)
+    """An encoder of the same grid whose tokens are the normalized pixels of the patches."""
+    encoder = Encoder({}, like.cfg, like.resolution)
 
     def run(_: dict, images: jax.Array) -> Features:
         patches = vit.patchify(vit.normalize(images), like.cfg.patch_size)
         return Features(patches, patches.mean(1))
-    made.run = jax.jit(run)
-    return made
+    encoder.run = jax.jit(run)
+    return encoder
 
 
-def load_encoder(path: str, resolution: int = 0, dtype: str = "float32") -> Encoder:
-    """The encoder of a run's folder or an .npz, at the resolution it was trained at last, or another one in pixels.
-    CheckpointError or ValueError say what does not fit."""
-    params, cfg, meta = read_encoder(path)
-    return Encoder(params, replace(cfg, dtype=dtype, remat="none"), resolution or meta["resolution"])
+def main(argv: list[str]) -> int:
+    if len(argv) < 2 or argv[0].startswith("-"):
+        sys.exit("usage: python -m interop.encoder ENCODER IMAGE..., where ENCODER is a run's "
+                 "folder or an encoder's .npz")
+    path, *images = argv
+    tokens, pooled = load_encoder(path)(images)
+    arrays = {"names": np.array(images), "tokens": tokens, "pooled": pooled}
+    atomic_write("features.npz", lambda f: np.savez(f, **arrays))
+    print(f"features.npz: tokens {tokens.shape}, pooled {pooled.shape}")
+    return 0
 
 
 if __name__ == "__main__":
-    import sys
-    if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m interop.encoder ENCODER IMAGE..., where ENCODER is a run's folder or an encoder's .npz")
     enable_compilation_cache()
     silence_pillow()
-    try:
-        found: Any = load_encoder(sys.argv[1])(sys.argv[2:])
-    except (CheckpointError, BadSample, ValueError) as problem:
-        sys.exit(f"error: {problem}")
-    checkpoint.atomic_write("features.npz", lambda f: np.savez(f, names=np.array(sys.argv[2:]), **found._asdict()))
-    print(f"features.npz: tokens {found.tokens.shape}, pooled {found.pooled.shape}")
+    sys.exit(run_command(main, sys.argv[1:]))
