@@ -1,21 +1,23 @@
-"""Passes on what C++ writes to a process's error stream, until it tells of a lost process: from then on to a file.
+"""Passes on a process's error stream until JAX reports a lost process; from then on to a log file.
 
-jax ends a process from C++ when another one is lost, and writes a long trace of its functions. The terminal gets a sentence instead, and
-the file gets everything: what the terminal has had, the trace, and all that comes after it. Used by runtime/devices.py, which starts
+When a process is lost, JAX ends the others from C++ with a long stack trace. This filter prints one
+sentence instead. The log file gets everything: the lines before, the trace, and all that follows.
+runtime/distributed.py starts it as
 
-    python stderr_filter.py SENTENCE FILE        the file is made when it is needed, or a temporary one where it cannot be made
+    python stderr_filter.py SENTENCE FILE      FILE is created when it is needed, or a temporary one
+                                               where it cannot be created
 """
 import collections
 import sys
 import tempfile
 from typing import BinaryIO
 
-LOST = (b"error from coordination service", b"fatal errors")  # what jax's diagnosis of a lost process contains
-KEPT = 10_000  # lines before it that the file gets too
+LOST = (b"error from coordination service", b"fatal errors")  # in JAX's report of a lost process
+LINES_BEFORE = 10_000  # lines before the report that the log file gets too
 
 
 def open_log(path: str) -> tuple[BinaryIO, str]:
-    """(the file, its path), or a temporary one where the folder does not exist or cannot be written."""
+    """(the log file, its path); a temporary one if the folder is missing or cannot be written."""
     try:
         return open(path, "ab"), path
     except OSError:
@@ -29,9 +31,9 @@ def write(file: BinaryIO, data: bytes) -> None:
 
 
 def main(sentence: str, path: str) -> None:
-    """Until the error stream ends, which it does with the process that writes it."""
+    """Runs until the error stream ends, which it does with the process that writes it."""
     terminal, log = sys.stderr.buffer, None
-    before: collections.deque[bytes] = collections.deque(maxlen=KEPT)
+    before: collections.deque[bytes] = collections.deque(maxlen=LINES_BEFORE)
     for line in sys.stdin.buffer:
         if log is None and any(mark in line for mark in LOST):
             log, path = open_log(path)
@@ -40,7 +42,7 @@ def main(sentence: str, path: str) -> None:
         before.append(line)
         try:
             write(log or terminal, line)
-        except OSError:  # a full disk: better here than nowhere
+        except OSError:  # the disk is full
             write(terminal, line)
 
 
