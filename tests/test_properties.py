@@ -212,7 +212,7 @@ def test_any_text_is_encoded_and_a_vocabulary_built_of_it_gives_it_back(text, le
     assert ids.shape == (length,) and ids[0] == BOS and (ids[end + 1:] == PAD).all() and ids.max() < len(TOK)
     own = tokenizer.train_vocab([text], 5000)
     words = tokenizer.basic_tokenize(text)
-    if all(len(w) <= tokenizer.LONGEST for w in words):
+    if all(len(w) <= tokenizer.MAX_WORD_CHARS for w in words):
         assert "".join(own.decode(own.encode(text, 400)).split()) == "".join(words)
     with file(b"", ".txt") as path:
         own.save(path)
