@@ -20,7 +20,7 @@ import train
 import vit
 from interop.encoder import load_encoder
 from objectives import aimv2, cappa, contrastive, openvision, registry
-from tests.helpers.models import matmul_flops, shaken
+from tests.helpers.models import matmul_flops, perturbed
 from tests.helpers.paths import ROOT
 
 B, T, V, SIDE = 4, 10, 40, 24  # 9 patches
@@ -50,7 +50,7 @@ def model(name: str, cls: bool = False) -> registry.ModelSpec:
 
 def parameters(of: registry.ModelSpec) -> dict:
     declared = {"encoder": vit.param_specs(of.encoder)} | registry.param_specs(of)
-    return shaken(layers.init_params(jax.random.key(0), declared))
+    return perturbed(layers.init_params(jax.random.key(0), declared))
 
 
 def sums(name: str, found: dict, devices: int = 1, **how) -> tuple[float, float]:
@@ -199,7 +199,7 @@ def test_cappa_tells_by_each_pictures_draw_three_quarters_at_once():
 @pytest.mark.parametrize("prefix", [1, 5, 8])
 def test_aimv2s_encoder_sees_the_prefix_and_what_is_before(prefix, cls):
     cfg = dataclasses.replace(ENC, cls_token=bool(cls))
-    params, images = shaken(vit.init(jax.random.key(0), cfg)), batch()["images"][:1]
+    params, images = perturbed(vit.init(jax.random.key(0), cfg)), batch()["images"][:1]
     mask = aimv2.prefix_mask(jnp.array([prefix + cls]), 9 + cls)
     see = lambda pixels: vit.vit(params, pixels, cfg, mask=mask)["tokens"][0]  # noqa: E731
     plain = see(images)

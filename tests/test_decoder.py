@@ -1,0 +1,165 @@
+"""The decoder by its properties: attention mask, positions, loss, generation and costs.
+tests/parity compares it with PyTorch."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import decoder
+import masking
+import vit
+from inputs import tokenizer
+from tests.helpers.models import matmul_flops, perturbed
+
+CFG = decoder.DecoderConfig(depth=2, width=32, num_heads=2, mlp_dim=64, vocab_size=50,
+                            image_width=32)
+
+
+def example(prefix: str = "causal", K: int = 4, T: int = 9, **changes) -> tuple:
+    """A config, its parameters, image tokens (3,K,32) and text (3,T)."""
+    cfg = dataclasses.replace(CFG, prefix_attention=prefix, **changes)
+    params = perturbed(decoder.init(jax.random.key(0), cfg))
+    image = jax.random.normal(jax.random.key(1), (3, K, 32))
+    text = np.random.default_rng(0).integers(3, 50, (3, T)).astype(np.int32)
+    text[:, 0] = decoder.BOS
+    return cfg, params, image, text
+
+
+def test_special_tokens_are_those_of_the_tokenizer():
+    expected = (tokenizer.PAD, tokenizer.BOS, tokenizer.EOS)
+    assert expected == (decoder.PAD, decoder.BOS, decoder.EOS)
+
+
+@pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
+def test_text_depends_on_every_image_token_and_on_no_future_token(prefix):
+    cfg, params, image, text = example(prefix)
+    base = decoder.logits(params, image, text, cfg)
+
+    def largest_change(image, text):
+        """(T,) over images and vocabulary."""
+        return np.abs(decoder.logits(params, image, text, cfg) - base).max((0, 2))
+    for t in range(1, 9):
+        changed_text = text.copy()
+        changed_text[:, t] = (changed_text[:, t] + 1) % 40 + 3
+        change = largest_change(image, changed_text)
+        assert (change[:t] == 0).all() and (change[t:] > 0).all()
+    for k in range(4):
+        assert (largest_change(image.at[:, k].add(1.0), text) > 0).all()
+
+
+def test_prefix_attention_changes_the_mask_of_image_tokens_only():
+    causal = np.asarray(decoder.attention_mask(3, 7, "causal"))
+    bidirectional = np.asarray(decoder.attention_mask(3, 7, "bidirectional"))
+    assert (causal == np.tril(np.ones((7, 7), bool))).all()
+    assert bidirectional[:3, :3].all() and not bidirectional[:3, 3:].any()
+    assert (bidirectional[3:] == causal[3:]).all()
+
+
+def test_unknown_prefix_attention_and_size_are_refused():
+    with pytest.raises(ValueError, match="prefix"):
+        decoder.decoder_config("Ti", 10, 10, prefix_attention="sideways")
+    with pytest.raises(ValueError, match="unknown decoder"):
+        decoder.decoder_config("XL", 10, 10)
+
+
+def test_text_position_embedding_follows_the_sincos_formula():
+    cfg, params, _, text = example(text_pos_embed=True)
+    vectors = decoder.embed_tokens(params, text, cfg)
+    added = vectors - params["embed"]["embedding"][text]
+    position, D = np.arange(9)[:, None], cfg.width
+    angle = position / 10000.0 ** (2 * np.arange(D // 2) / D)
+    table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    np.testing.assert_allclose(added, np.broadcast_to(table, added.shape), atol=1e-5)
+    from_fourth = decoder.embed_tokens(params, text[:, 4:5], cfg, first=4)
+    np.testing.assert_allclose(from_fourth, vectors[:, 4:5], atol=1e-6)
+
+
+def test_eos_is_a_target_and_pads_are_not():
+    cfg, params, image, text = example()
+    text[:, 5], text[:, 6:] = decoder.EOS, decoder.PAD
+    assert decoder.count_targets(text).tolist() == [5, 5, 5]
+    losses = decoder.caption_loss(params, image, text, cfg)
+    padded = np.pad(text, ((0, 0), (0, 6)))
+    np.testing.assert_allclose(losses, decoder.caption_loss(params, image, padded, cfg), rtol=1e-5)
+    log_probs = jax.nn.log_softmax(decoder.logits(params, image, text[:, :-1], cfg))
+    by_hand = [-sum(float(log_probs[b, t, text[b, t + 1]]) for t in range(5)) for b in range(3)]
+    np.testing.assert_allclose(losses, by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 100])
+def test_loss_in_chunks_equals_the_loss_at_once(chunk):
+    cfg, params, image, text = example()
+
+    def loss(params, cfg):
+        return decoder.caption_loss(params, image, text, cfg).sum()
+    at_once, grads = jax.value_and_grad(loss)(params, cfg)
+    chunked, chunked_grads = jax.value_and_grad(loss)(
+        params, dataclasses.replace(cfg, loss_chunk=chunk))
+    np.testing.assert_allclose(at_once, chunked, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5),
+                 grads, chunked_grads)
+
+
+def test_chunked_loss_never_holds_the_logits_of_a_batch():
+    B, T, V = 8, 64, 20_000
+
+    def compiled_bytes(chunk: int) -> int:
+        cfg = dataclasses.replace(CFG, vocab_size=V, loss_chunk=chunk)
+        params = jax.eval_shape(lambda: decoder.init(jax.random.key(0), cfg))
+        image = jax.ShapeDtypeStruct((B, 4, 32), jnp.float32)
+        text = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+        grad = jax.jit(jax.grad(lambda p, x, t: decoder.caption_loss(p, x, t, cfg).sum()))
+        compiled = grad.lower(params, image, text).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+    logits_bytes = B * T * V * 4
+    assert compiled_bytes(4) < logits_bytes / 2
+    assert compiled_bytes(0) > logits_bytes
+
+
+@pytest.mark.parametrize("prefix,text_pos_embed", [
+    ("causal", False), ("bidirectional", False), ("causal", True)])
+def test_cached_generation_equals_the_forward_pass(prefix, text_pos_embed):
+    cfg, params, image, _ = example(prefix, text_pos_embed=text_pos_embed)
+    generated = np.asarray(jax.jit(lambda x: decoder.generate(params, x, cfg, 12))(image))
+    text = np.full((3, 1), decoder.BOS, np.int32)
+    for _ in range(11):
+        token = np.asarray(decoder.logits(params, image, text, cfg)[:, -1].argmax(-1))
+        done = (text == decoder.EOS).any(1)
+        token = np.where(done, decoder.PAD, token).astype(np.int32)
+        text = np.concatenate([text, token[:, None]], axis=1)
+    np.testing.assert_array_equal(generated, text)
+    assert len(np.unique(generated[:, 1:])) > 2
+
+
+def test_generation_ends_at_eos():
+    cfg, params, image, _ = example()
+    params["norm"]["scale"] = params["norm"]["scale"] * 0  # the head then reads the bias alone
+    eos_column = params["norm"]["bias"] * 1e4
+    params["head"]["kernel"] = params["head"]["kernel"].at[:, decoder.EOS].set(eos_column)
+    generated = np.asarray(decoder.generate(params, image, cfg, 6))
+    assert (generated == [decoder.BOS, decoder.EOS, 0, 0, 0, 0]).all()
+
+
+def test_top_p_samples_in_proportion_within_the_nucleus():
+    scores = jnp.log(jnp.array([[0.5, 0.05, 0.3, 0.15]]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    tokens = np.asarray(jax.vmap(lambda key: decoder.sample_top_p(key, scores, 0.75, 1.0))(keys))
+    assert set(tokens.ravel().tolist()) == {0, 2}  # 0.5 + 0.3 reach 0.75
+    assert abs((tokens == 0).mean() - 0.5 / 0.8) < 0.03
+    assert (np.asarray(decoder.sample_top_p(keys[0], scores, 1e-6, 1.0)) == 0).all()
+
+
+def test_flops_formula_equals_the_count_of_traced_matmuls():
+    params, text = decoder.init(jax.random.key(0), CFG), np.ones((1, 13), np.int32)
+    image = np.ones((1, 5, 32), np.float32)
+    counted = matmul_flops(lambda p, x, t: decoder.caption_loss(p, x, t, CFG), params, image, text)
+    assert counted == decoder.flops(CFG, 5, 12)
+
+
+def test_l14_has_the_flops_of_the_paper():
+    cfg = decoder.decoder_config("L", vocab_size=32000, image_width=1024)
+    encoder_flops = vit.flops(vit.vit_config("L/14"), 224)
+    decoder_flops = decoder.flops(cfg, masking.num_kept_tokens(256, 0.35), 127)
+    assert (encoder_flops + decoder_flops) / 1e9 == pytest.approx(208.9, rel=0.02)  # Table 3

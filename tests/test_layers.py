@@ -1,0 +1,108 @@
+"""Layers and parameter specs: values and gradients against plain JAX in double precision."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layers
+
+
+def linear(x, kernel, bias):
+    return layers.linear(x, {"kernel": kernel, "bias": bias})
+
+
+def plain_linear(x, kernel, bias):
+    return x @ kernel + bias
+
+
+def norm_linear(x, scale, shift, kernel, bias):
+    normalized = layers.layer_norm(x, {"scale": scale, "bias": shift})
+    return layers.linear(normalized, {"kernel": kernel, "bias": bias})
+
+
+def plain_norm_linear(x, scale, shift, kernel, bias):
+    std = jnp.sqrt(x.var(-1, keepdims=True) + layers.LAYER_NORM_EPS)
+    normalized = (x - x.mean(-1, keepdims=True)) / std
+    return (normalized * scale + shift) @ kernel + bias
+
+
+def gelu_linear(exact):
+    return lambda x, kernel, bias: layers.gelu_linear(x, {"kernel": kernel, "bias": bias}, exact)
+
+
+def plain_gelu_linear(exact):
+    return lambda x, kernel, bias: jax.nn.gelu(x, approximate=not exact) @ kernel + bias
+
+
+def attention(mask):
+    return lambda q, k, v: layers.dot_product_attention(q, k, v, mask)
+
+
+def plain_attention(mask):
+    def attend(q, k, v):
+        scores = jnp.einsum("bqhd,bshd->bhqs", q, k) / q.shape[-1] ** 0.5
+        if mask is not None:
+            scores = jnp.where(mask, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1)
+        return jnp.einsum("bhqs,bshd->bqhd", weights, v), weights
+    return attend
+
+
+CAUSAL = np.tri(4, dtype=bool)
+CASES = {  # the layer, the same in plain JAX, and the shapes of its inputs
+    "linear": (linear, plain_linear, [(2, 3, 4), (4, 5), (5,)]),
+    "norm and linear": (norm_linear, plain_norm_linear, [(2, 3, 8), (8,), (8,), (8, 5), (5,)]),
+    "exact gelu": (gelu_linear(True), plain_gelu_linear(True), [(2, 3, 8), (8, 5), (5,)]),
+    "tanh gelu": (gelu_linear(False), plain_gelu_linear(False), [(2, 3, 8), (8, 5), (5,)]),
+    "attention": (attention(None), plain_attention(None),
+                  [(2, 3, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4)]),
+    "causal attention": (attention(CAUSAL), plain_attention(CAUSAL), [(2, 4, 2, 8)] * 3),
+}
+
+
+def values_and_grads(f, inputs):
+    """All outputs of f, and the gradients of a nonlinear function of them for every input."""
+    def loss(*args):
+        outputs = jax.tree.leaves(f(*args))
+        return sum(jnp.sin(x + i).sum() for i, x in enumerate(outputs)), outputs
+    argnums = tuple(range(len(inputs)))
+    grads, outputs = jax.grad(loss, argnums, has_aux=True)(*inputs)
+    return [np.asarray(x) for x in (*outputs, *grads)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_equal_plain_jax_in_double_precision(case):
+    layer, plain, shapes = CASES[case]
+    inputs = [np.asarray(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(shapes)]
+    computed = values_and_grads(layer, inputs)
+    with jax.enable_x64(True):
+        expected = values_and_grads(plain, [x.astype(np.float64) for x in inputs])
+    for x, y in zip(computed, expected, strict=True):
+        assert np.linalg.norm(x - y) < 1e-6 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_have_the_dtype_of_their_input(case):
+    """The fp32 gradient of a bf16 weight would take twice the memory over all layers."""
+    layer, _, shapes = CASES[case]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    if case == "norm and linear":  # scale and bias of a norm are fp32 always
+        inputs[1:3] = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[1:3]]
+
+    def loss(*args):
+        return jax.tree.leaves(layer(*args))[0].sum()
+    grads = jax.eval_shape(jax.grad(loss, tuple(range(len(inputs)))), *inputs)
+    assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+
+
+def test_linear_without_bias_is_the_matmul():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 4)), jnp.ones((4, 5))
+    np.testing.assert_array_equal(layers.linear(x, {"kernel": kernel}), x @ kernel)
+
+
+@pytest.mark.parametrize("distribution", layers.DISTRIBUTIONS)
+def test_initial_parameters_have_the_declared_scale(distribution):
+    spec = layers.ParamSpec((200, 300), 0.5, distribution)
+    drawn = layers.init_params(jax.random.key(0), {"kernel": spec})["kernel"]
+    assert float(drawn.std()) == pytest.approx(0.5, rel=0.02)
+    assert abs(float(drawn.mean())) < 0.01

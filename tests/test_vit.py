@@ -1,0 +1,141 @@
+"""The encoder by its properties: sizes, parameters, outputs, positions, resolutions and costs.
+tests/parity compares it with PyTorch."""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layers
+import vit
+from tests.helpers.models import matmul_flops, perturbed
+
+CFG = vit.ViTConfig(depth=2, width=32, num_heads=2, mlp_dim=64, patch_size=8)
+
+
+def random_images(count: int, resolution: int) -> np.ndarray:
+    shape = (count, resolution, resolution, 3)
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name,millions", [
+    ("Ti/16", 5.5), ("S/16", 21.6), ("B/16", 85.6), ("L/14", 303), ("So400m/14", 412),
+    ("H/14", 631), ("g/14", 1011)])
+def test_family_has_the_sizes_of_the_paper(name, millions):
+    count = layers.count_params(vit.param_specs(vit.vit_config(name)))
+    assert count / 1e6 == pytest.approx(millions, rel=0.003)
+
+
+@pytest.mark.parametrize("name", ["X/16", "L", "L/", "L/0", "L/-1", "L/a", "/14", ""])
+def test_unknown_encoder_is_refused(name):
+    with pytest.raises(ValueError, match="SIZE/PATCH"):
+        vit.vit_config(name)
+
+
+def test_any_patch_size_is_possible():
+    cfg = vit.vit_config("S/8")
+    assert cfg.patch_size == 8 and cfg.width == 384
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_init_makes_the_declared_parameters(cls):
+    cfg = dataclasses.replace(CFG, cls_token=cls)
+    params, specs = vit.init(jax.random.key(0), cfg), vit.param_specs(cfg)
+    declared = jax.tree.map(lambda spec: spec.shape, specs, is_leaf=layers.is_spec)
+    assert jax.tree.map(lambda x: x.shape, params) == declared
+    assert sum(x.size for x in jax.tree.leaves(params)) == layers.count_params(specs)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+def test_a_new_parameter_changes_no_other():
+    without_cls = vit.init(jax.random.key(3), CFG)
+    with_cls = vit.init(jax.random.key(3), dataclasses.replace(CFG, cls_token=True))
+    del with_cls["cls"]
+    jax.tree.map(np.testing.assert_array_equal, without_cls, with_cls)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_named_outputs_and_their_shapes(cls):
+    cfg = dataclasses.replace(CFG, cls_token=cls)
+    params = perturbed(vit.init(jax.random.key(0), cfg))
+    out = vit.vit(params, random_images(3, 32), cfg, attention=True)
+    S = 16 + cls
+    shapes = {"tokens": (3, 16, 32), "pooled": (3, 32), "attention": (2, 3, 2, S, S)}
+    if cls:
+        shapes["cls"] = (3, 32)
+    assert {name: x.shape for name, x in out.items()} == shapes
+    np.testing.assert_allclose(out["attention"].sum(-1), 1, rtol=1e-5)
+    pooled = layers.layer_norm(out["tokens"].mean(1), params["norm"])
+    np.testing.assert_allclose(out["pooled"], pooled, rtol=1e-5)
+    assert "attention" not in vit.vit(params, random_images(1, 32), cfg)
+
+
+def test_bytes_and_normalized_floats_give_the_same_tokens():
+    params, images = vit.init(jax.random.key(0), CFG), random_images(2, 16)
+    by_hand = (images / 255.0 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    tokens = vit.vit(params, images, CFG)["tokens"]
+    np.testing.assert_allclose(tokens, vit.vit(params, by_hand.astype(np.float32), CFG)["tokens"],
+                               atol=1e-5)
+
+
+@pytest.mark.parametrize("grid,width", [(2, 8), (6, 96), (16, 1024)])
+def test_position_table_follows_the_formula_at_any_grid(grid, width):
+    table, quarter = vit.sincos_position_embedding(grid, width), width // 4
+    for n in range(0, grid * grid, 5):
+        y, x = divmod(n, grid)
+        for i in range(0, quarter, 3):
+            omega = 10000 ** (-i / (quarter - 1))
+            expected = [math.sin(x * omega), math.cos(x * omega),
+                        math.sin(y * omega), math.cos(y * omega)]
+            np.testing.assert_allclose(table[n, i::quarter], expected, atol=1e-6)
+    assert len(np.unique(table.round(5), axis=0)) == grid * grid  # each patch has its own row
+
+
+def test_any_resolution_works_without_surgery():
+    params = vit.init(jax.random.key(0), CFG)
+    for resolution in (8, 24, 64):
+        tokens = vit.vit(params, random_images(1, resolution), CFG)["tokens"]
+        assert tokens.shape == (1, (resolution // 8) ** 2, 32)
+
+
+def test_pixels_that_fill_no_patch_are_dropped():
+    params, images = vit.init(jax.random.key(0), CFG), random_images(1, 20)
+    cropped = vit.vit(params, images[:, :16, :16], CFG)["tokens"]
+    np.testing.assert_array_equal(vit.vit(params, images, CFG)["tokens"], cropped)
+
+
+def test_a_resolution_below_the_patch_size_is_refused():
+    with pytest.raises(ValueError, match="below the patch size"):
+        vit.vit(vit.init(jax.random.key(0), CFG), random_images(1, 4), CFG)
+
+
+@pytest.mark.parametrize("change", [{"remat": "dots"}, {"remat": "block"}, {"scan_unroll": 2}])
+def test_memory_and_speed_options_change_no_result(change):
+    params, images = perturbed(vit.init(jax.random.key(0), CFG)), random_images(2, 32)
+
+    def loss(params, cfg):
+        return jnp.square(vit.vit(params, images, cfg)["tokens"]).mean()
+    value, grads = jax.value_and_grad(loss)(params, CFG)
+    value2, grads2 = jax.value_and_grad(loss)(params, dataclasses.replace(CFG, **change))
+    np.testing.assert_allclose(value, value2, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6),
+                 grads, grads2)
+
+
+def test_bfloat16_is_close_to_float32():
+    params, images = vit.init(jax.random.key(0), CFG), random_images(4, 32)
+    exact = vit.vit(params, images, CFG)["tokens"]
+    rounded = vit.vit(params, images, dataclasses.replace(CFG, dtype="bfloat16"))["tokens"]
+    assert rounded.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(exact - rounded.astype(jnp.float32)) / jnp.linalg.norm(exact)
+    assert 0 < float(error) < 0.03
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_flops_formula_equals_the_count_of_traced_matmuls(cls):
+    cfg = dataclasses.replace(CFG, cls_token=cls)
+    params = vit.init(jax.random.key(0), cfg)
+    counted = matmul_flops(lambda p, x: vit.vit(p, x, cfg)["tokens"], params, random_images(1, 48))
+    assert counted == vit.flops(cfg, 48)
