@@ -16,7 +16,7 @@ import masking
 import vit
 from evaluation import probe, vqa, zeroshot
 from objectives import aimv2, contrastive
-from tests.helpers.models import shaken
+from tests.helpers.models import perturbed
 
 ROWS = 40_000
 NARROW = range(2, 9)                                  # last axes
@@ -209,7 +209,7 @@ def test_word_loss(B, T, D, V, chunk):
     (8, 32, 32, 500, vit.ViTConfig(2, 96, 3, 192, patch_size=8), decoder.DecoderConfig(2, 96, 3, 192, vocab_size=500, image_width=96, loss_chunk=16))])
 def test_the_whole_loss_and_the_gradient_of_every_weight(B, side, T, V, enc, dec):
     """The gradient by central differences of the float64 loss: for each array, along the gradient itself and a random direction at once."""
-    params = double(shaken({"encoder": vit.init(jax.random.key(0), enc), "decoder": decoder.init(jax.random.key(1), dec)}))
+    params = double(perturbed({"encoder": vit.init(jax.random.key(0), enc), "decoder": decoder.init(jax.random.key(1), dec)}))
     images = np.random.default_rng(0).integers(0, 256, (B, side, side, 3)).astype(np.uint8)
     text = some_text(1, B, T, V)
 
@@ -273,7 +273,7 @@ def test_kept_tokens_are_the_drawn_ones(n):
                                              (4, 200, decoder.DecoderConfig(2, 96, 3, 192, vocab_size=200, image_width=96))])
 def test_question_reader(B, V, cfg):
     N, Q, T, E = 4, 2, 5, cfg.image_width
-    params = double(shaken(layers.init_params(jax.random.key(0), vqa.reader_specs(cfg, E))))
+    params = double(perturbed(layers.init_params(jax.random.key(0), vqa.reader_specs(cfg, E))))
     image, rng = normal(0, B, N, E), np.random.default_rng(1)
     text, answer = rng.integers(1, V, (B, Q, T)).astype(np.int32), rng.random((B, Q, T)) < 0.4
     model, place = params["model"], np.broadcast_to(vit.sincos_position_embedding(2, cfg.width), (B, N, cfg.width))
@@ -288,7 +288,7 @@ def test_question_reader(B, V, cfg):
 @pytest.mark.parametrize(("P", "S", "V", "cfg"), [(8, 6000, 7, decoder.DecoderConfig(1, 8, 4, 8, vocab_size=7, image_width=8)),
                                                   (3, 40, 200, decoder.DecoderConfig(2, 96, 3, 192, vocab_size=200, image_width=96))])
 def test_likelihood_of_sentences(P, S, V, cfg):
-    params = double(shaken(decoder.init(jax.random.key(0), cfg)))
+    params = double(perturbed(decoder.init(jax.random.key(0), cfg)))
     tokens, text = normal(0, P, 4, cfg.image_width), some_text(1, S, 7, V)
     want = -np.stack([np_caption_loss(params, np.broadcast_to(one, (S, *one.shape)), text, cfg) for one in tokens])
     close(zeroshot.score(single(params), single(tokens), text, cfg), want)
