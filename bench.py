@@ -1,13 +1,16 @@
-"""What it costs, measured on the machine at hand: time, FLOPs, memory, data. Every claim of the paper's section 3.2 has a command.
+"""Benchmarks: time, FLOPs and memory of training, speed of the data pipeline, and ablations.
 
-    python bench.py step --encoder Ti/16 --resolution 160 --batch 32     a training step: images/s, share of the matmul rate
-    python bench.py clipa --encoder L/14                                 what mask and curriculum save (Table 5)
-    python bench.py flops                                                FLOPs an image, by formula (Table 3)
-    python bench.py memory l14 --resolution 224 --batch 2048             GiB a chip on a TPU pod, without a TPU (Table 4)
-    python bench.py data                                                 pictures/s that one core decodes
-    python bench.py ablate                                               what each choice does to what can be read (Tables 5, 6, 7), in a night
+    python bench.py step --encoder Ti/16 --resolution 160 --batch 32
+                                      time of a training step, and its share of the matmul rate
+    python bench.py clipa --encoder L/14          what the mask and the curriculum save (Table 5)
+    python bench.py flops                         FLOPs per image, by formula (Table 3)
+    python bench.py memory l14 --resolution 224 --batch 2048
+                                                  GiB per TPU chip, without a TPU (Table 4)
+    python bench.py data                          images per second that one core decodes
+    python bench.py ablate                        the paper's ablations on the toy (Tables 5 to 7)
 
-The first four take a recipe's name (python train.py -h) and flags that change it; each prints a table, and writes it with --json FILE.
+The first four take the name of a recipe (python train.py -h) and flags that change it. Each command
+prints a table; --json FILE also stores it.
 """
 import argparse
 import dataclasses
@@ -20,140 +23,120 @@ import decoder
 from benchmarks import ablations, loader, step_time, tpu_memory
 from config import RECIPES, Config
 from objectives import registry
-from runtime import checkpoint, curriculum
-from runtime.errors import ConfigError
+from runtime import checkpoint
+from runtime.curriculum import parse_stages
+from runtime.errors import ConfigError, run_command
 from runtime.tables import format_table
 
-MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix_attention", "cls_token", "max_text_len", "vocab_size", "mu_dtype", "dtype", "remat", "loss_chunk",
+MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix_attention", "cls_token",
+               "max_text_len", "vocab_size", "mu_dtype", "dtype", "remat", "loss_chunk",
                "scan_unroll", "grad_accum", "zero1", "seed")
-DECODERS = {"g": "H"}  # as the recipes have it; elsewhere the decoder of the encoder's name
+DECODER_OF = {"g": "H"}  # as in the recipes; other encoders have the decoder of their name
+OLD_FLAGS = {"peer": "compare", "largest": "find_max_batch", "pictures": "images"}
+OLD_FLAGS |= {old: new for old, new in config.OLD_NAMES.items() if new in MODEL_FLAGS}
+PAPER_GFLOPS = {("l14", 224): 208.9, ("so400m14", 384): 1017.7}  # Table 3
 
 
-def settings(args: argparse.Namespace, stage: int = 0, devices: int = 1) -> tuple[Config, int, int]:
-    """(config, resolution, batch) as the recipe and flags say; what is not said is that of the recipe's stage. ConfigError
-    for what cannot be."""
-    given = {k: v for k, v in vars(args).items() if k in MODEL_FLAGS}
-    if given.get("objective") == "openvision":
-        given["alt_field"] = "web"  # any: the bench makes its own
-    if args.recipe is None and "encoder" in given:
-        size = given["encoder"].partition("/")[0]
-        given.setdefault("decoder", DECODERS.get(size, size if size in decoder.DECODER_SIZES else "L"))
-        cfg = dataclasses.replace(Config(stages="resolution=224 steps=1 batch=8 lr=1e-3"), **given)
-    else:
-        cfg = dataclasses.replace(RECIPES[args.recipe or "toy"], **given)
-    plan = curriculum.parse_stages(cfg.stages)[stage]
-    resolution, batch = args.resolution or plan.resolution, args.batch or plan.batch
-    cfg = dataclasses.replace(cfg, stages=f"resolution={resolution} steps=1000000 batch={batch} lr={plan.lr} warmup=1")
+# --------------------------------------------------------------------------------- settings
+def bench_config(args: argparse.Namespace) -> Config:
+    """The recipe, changed by the flags. An --encoder without a recipe has default settings."""
+    flags = {name: value for name, value in vars(args).items() if name in MODEL_FLAGS}
+    if flags.get("objective") == "openvision":
+        flags["alt_field"] = "web"  # any name does: the captions are random
+    if args.recipe or "encoder" not in flags:
+        return dataclasses.replace(RECIPES[args.recipe or "toy"], **flags)
+    size = flags["encoder"].partition("/")[0]
+    if size not in decoder.DECODER_SIZES:
+        size = DECODER_OF.get(size, "L")
+    defaults = {"decoder": size, "stages": "resolution=224 steps=1 batch=8 lr=1e-3"}
+    return Config(**(defaults | flags))
+
+
+def settings(args: argparse.Namespace, stage_index: int = 0,
+             num_devices: int = 1) -> tuple[Config, int, int]:
+    """(config, resolution, batch), the last two from the recipe's stage where no flag sets them.
+    ConfigError for impossible settings."""
+    cfg = bench_config(args)
+    stage = parse_stages(cfg.stages)[stage_index]
+    resolution, batch = args.resolution or stage.resolution, args.batch or stage.batch
+    stages = f"resolution={resolution} steps=1000000 batch={batch} lr={stage.lr} warmup=1"
+    cfg = dataclasses.replace(cfg, stages=stages)
     try:
-        config.validate(cfg, devices)
+        config.validate(cfg, num_devices)
     except ConfigError as problem:
-        raise ConfigError(str(problem).replace("--stages: resolution", "--resolution").replace("--stages: batch", "--batch")) from None
+        message = str(problem).replace("--stages: resolution", "--resolution")
+        raise ConfigError(message.replace("--stages: batch", "--batch")) from None
     return cfg, resolution, batch
 
 
+# --------------------------------------------------------------------------------- commands
 def step(args: argparse.Namespace) -> list[dict]:
     return step_time.rows(*settings(args), args.compare, args.repeats)
 
 
 def clipa(args: argparse.Namespace) -> list[dict]:
-    """Of the recipe's two stages. At low resolution a batch of as many pixels: so the update weighs alike in both."""
+    """The recipe's two stages. The batch at low resolution has as many pixels as at high, so that
+    the optimizer's update costs the same share of both."""
     if not args.recipe:
         vars(args).setdefault("encoder", "L/14")
-    low, high = curriculum.parse_stages(RECIPES[args.recipe or "l14"].stages)
-    resolution, batch = args.resolution or high.resolution, args.batch or 2
-    cells = []
-    for stage, side, many in ((low, low.resolution, batch * round((resolution / low.resolution) ** 2)), (high, resolution, batch)):
-        args.resolution, args.batch = side, many
-        cells.append((*settings(args), stage.steps * stage.batch))
-    return step_time.table5(*cells, args.repeats)
+    low, high = parse_stages(RECIPES[args.recipe or "l14"].stages)
+    high_resolution, high_batch = args.resolution or high.resolution, args.batch or 2
+    low_batch = high_batch * round((high_resolution / low.resolution) ** 2)
+    args.resolution, args.batch = low.resolution, low_batch
+    low_cell = (*settings(args), low.steps * low.batch)
+    args.resolution, args.batch = high_resolution, high_batch
+    high_cell = (*settings(args), high.steps * high.batch)
+    return step_time.table5(low_cell, high_cell, args.repeats)
 
 
 def flops(args: argparse.Namespace) -> list[dict]:
-    """Forward GFLOPs an image, 2 a multiply-add, matmuls alone; without a choice the family, and what the paper's Table 3 has."""
-    if args.recipe or args.resolution or set(MODEL_FLAGS) & set(vars(args)):
-        cells = [(*settings(args, number)[:2], None) for number in range(2 if args.recipe and not args.resolution else 1)]
-    else:
-        cells = [(cfg, stage.resolution, None) for cfg in RECIPES.values() for stage in curriculum.parse_stages(cfg.stages)]
-        cells += [(RECIPES["l14"], 224, 208.9), (RECIPES["so400m14"], 384, 1017.7)]
-    table = []
-    for cfg, resolution, paper in cells:
-        model = registry.model_spec(cfg)
-        n = (resolution // model.encoder.patch_size) ** 2
-        parts = registry.flops(model, resolution, cfg.max_text_len)
-        table.append({"encoder": cfg.encoder, "decoder": cfg.decoder, "px": resolution, "patches": n, "kept": registry.num_decoder_tokens(model, n), "text": cfg.max_text_len,
-                      **{f"{name}, G": part / 1e9 for name, part in parts.items()}, "in all, G": sum(parts.values()) / 1e9, "paper, G": paper})
-    return table
+    """Forward GFLOPs per image, 2 per multiply-add, matmuls only. Without arguments: all recipes,
+    and the figures of the paper's Table 3."""
+    if not args.recipe and not args.resolution and not set(MODEL_FLAGS) & set(vars(args)):
+        table = []
+        for cfg in RECIPES.values():
+            table += [flops_row(cfg, stage.resolution) for stage in parse_stages(cfg.stages)]
+        for (name, resolution), paper in PAPER_GFLOPS.items():
+            table.append(flops_row(RECIPES[name], resolution) | {"paper GFLOPs": paper})
+        return table
+    num_stages = 2 if args.recipe and not args.resolution else 1
+    return [flops_row(*settings(args, index)[:2]) for index in range(num_stages)]
+
+
+def flops_row(cfg: Config, resolution: int) -> dict:
+    model = registry.model_spec(cfg)
+    num_patches = (resolution // model.encoder.patch_size) ** 2
+    parts = registry.flops(model, resolution, cfg.max_text_len)
+    row = {"encoder": cfg.encoder, "decoder": cfg.decoder, "px": resolution,
+           "patches": num_patches, "kept": registry.num_decoder_tokens(model, num_patches),
+           "text": cfg.max_text_len}
+    row |= {f"{name} GFLOPs": part / 1e9 for name, part in parts.items()}
+    return row | {"total GFLOPs": sum(parts.values()) / 1e9, "paper GFLOPs": None}
 
 
 def memory(args: argparse.Namespace) -> list[dict]:
-    cfg, resolution, batch = settings(args, devices=tpu_memory.num_chips(args.topology))
+    num_chips = tpu_memory.num_chips(args.topology)
+    cfg, resolution, batch = settings(args, num_devices=num_chips)
     return tpu_memory.rows(cfg, resolution, batch, args.topology, args.find_max_batch)
 
 
 def data(args: argparse.Namespace) -> list[dict]:
-    return loader.rows(args.resolution, args.pictures, args.batch, args.repeats, args.alone)
+    return loader.rows(args.resolution, args.images, args.batch, args.repeats, args.alone)
 
 
 def ablate(args: argparse.Namespace) -> list[dict]:
-    return ablations.rows(args.tables, args.seeds, args.folder, args.show)
+    return ablations.rows(args.tables, args.seeds, args.folder, args.show,
+                          step_time.measure_costs)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; what cannot be read ends the program with a usage line."""
-    parser = argparse.ArgumentParser(prog="bench.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                                     epilog="Each has its own -h.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{step,clipa,flops,memory,data,ablate}")
-
-    def command(run: Callable, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(run.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-        sub.set_defaults(run=run)
-        sub.add_argument("--json", metavar="FILE", help="write the table there too, with the machine and what was asked (a figure that is not known is null)")
-        return sub
-
-    def model(sub: argparse.ArgumentParser, otherwise: str = "toy, or plain ones for an --encoder", unnamed: Config = RECIPES["toy"],
-              batch: str = "images a step (default: the recipe's; out of memory or patience: lower it)") -> argparse.ArgumentParser:
-        """otherwise, unnamed: the settings where the command line names no recipe, in words and as the flags' help shows them."""
-        sub.add_argument("recipe", nargs="?", choices=tuple(RECIPES), help=f"the settings that flags change (default: {otherwise})")
-        named = next((RECIPES[word] for word in argv if word in RECIPES), Config() if "--encoder" in argv else unnamed)
-        config.add_flags(sub, *MODEL_FLAGS, recipe=named)
-        sub.add_argument("--resolution", type=positive, help="pixels a side (default: the recipe's)")
-        sub.add_argument("--batch", type=positive, help=batch)
-        return sub
-
-    sub = model(command(step, "time, FLOP/s and memory of a training step, on the first device (with --zero1 on all of this machine)"))
-    sub.add_argument("--compare", choices=("torch", "torch-compile"), help="the same model, weights and batch in PyTorch, in turns with ours")
-    sub.add_argument("--repeats", type=positive, default=7, help="timed steps; the median counts (default: 7)")
-    sub = model(command(clipa, "what mask and curriculum save, from measured steps"), "plain ones for L/14, or for an --encoder",
-                Config(encoder="L/14", decoder="L"), "images a step at the high resolution, as many pixels at the low one (default: 2)")
-    sub.add_argument("--repeats", type=positive, default=2, help="timed steps of each of the four kinds (default: 2)")
-    model(command(flops, "FLOPs an image, forward, by formula"), "every recipe; with flags the toy, or plain ones for an --encoder")
-    sub = model(command(memory, "bytes a chip of a training step on a TPU pod, by the TPU compiler, without a TPU"))
-    sub.add_argument("--topology", type=pod, default="v4:4x4x2", help="of chips: v4:4x4x2 is a v4-64 (the default); v5e:4x8, v5p:2x2x2, v6e:4x4 …")
-    sub.add_argument("--find-max-batch", action="store_true", help="find the largest batch that fits, from --batch on; about six compilations")
-    sub = command(data, "samples/s that one core makes from tars of photograph-sized JPEGs, beside the webdataset library")
-    sub.add_argument("--resolution", type=positive, nargs="+", default=[84, 224], help="pixels a side (default: 84 224)")
-    sub.add_argument("--pictures", type=positive, default=256, help="pictures to make and read, over and over (default: 256)")
-    sub.add_argument("--batch", type=positive, default=128, help="samples a timed round (default: 128)")
-    sub.add_argument("--repeats", type=positive, default=7, help="timed rounds of each; the median counts (default: 7)")
-    sub.add_argument("--alone", action="store_true", help="leave the other library out")
-    sub = command(ablate, "the paper's ablations on the toy, trained and read: some 3 minutes a cell and seed on 2 cores; what is stopped goes on")
-    sub.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(ablations.TABLES)} (default: all)")
-    sub.add_argument("--seeds", type=positive, default=3, help="of each cell (default: 3)")
-    sub.add_argument("--folder", default="runs/ablate", help="where the runs lie (default: runs/ablate)")
-    sub.add_argument("--show", action="store_true", help="the tables from results/ablations.json as it is, without any run")
-    found = parser.parse_args(argv)
-    if unknown := set(vars(found).get("tables", ())) - set(ablations.TABLES):
-        sub.error(f"unknown table {min(unknown)!r}: take some of {', '.join(ablations.TABLES)}")
-    return found
-
-
+# ----------------------------------------------------------------------------- command line
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
-def pod(text: str) -> str:
+def topology(text: str) -> str:
     try:
         tpu_memory.num_chips(text)
     except ValueError as problem:
@@ -161,23 +144,108 @@ def pod(text: str) -> str:
     return text
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Ends the program with a usage line if it cannot be parsed."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
+        epilog="Each command has its own -h.")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="{step,clipa,flops,memory,data,ablate}")
+
+    def command(function: Callable, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=text, allow_abbrev=False,
+                                  description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(function=function)
+        sub.add_argument("--json", metavar="FILE", help="also write the table to this file, with "
+                         "the machine and the arguments (null: not known)")
+        return sub
+
+    def add_model_flags(sub: argparse.ArgumentParser, default: Config, default_text: str,
+                        batch_text: str = "images per step (default: the recipe's); lower it if "
+                        "memory runs out") -> None:
+        """default: the settings where the command line names no recipe, for the help."""
+        if "--encoder" in argv:
+            default = Config()
+        for word in argv:
+            default = RECIPES.get(word, default)
+        sub.add_argument("recipe", nargs="?", choices=tuple(RECIPES),
+                         help=f"the settings that flags change (default: {default_text})")
+        config.add_flags(sub, *MODEL_FLAGS, recipe=default)
+        sub.add_argument("--resolution", type=positive,
+                         help="pixels per side (default: the recipe's)")
+        sub.add_argument("--batch", type=positive, help=batch_text)
+
+    toy, toy_text = RECIPES["toy"], "toy; with --encoder the defaults of the flags"
+    sub = command(step, "time, FLOP/s and memory of a training step, on the first device (with "
+                        "--zero1 on all devices of this machine)")
+    add_model_flags(sub, toy, toy_text)
+    sub.add_argument("--compare", choices=("torch", "torch-compile"),
+                     help="also time the same model, weights and batch in PyTorch, step by step "
+                          "in turn with JAX")
+    sub.add_argument("--repeats", type=positive, default=7,
+                     help="timed steps, of which the table has the median (default: 7)")
+    sub = command(clipa, "speedup by the mask and the curriculum, from measured steps")
+    add_model_flags(sub, Config(encoder="L/14", decoder="L"), "L/14 with the defaults of the flags",
+                    "images per step at the high resolution; at the low one as many pixels "
+                    "(default: 2)")
+    sub.add_argument("--repeats", type=positive, default=2,
+                     help="timed steps of each of the four kinds (default: 2)")
+    sub = command(flops, "forward FLOPs per image, by formula")
+    add_model_flags(sub, toy, f"every recipe; with flags {toy_text}")
+    sub = command(memory, "bytes per chip of a training step on a TPU pod, as planned by the TPU "
+                          "compiler, without a TPU")
+    add_model_flags(sub, toy, toy_text)
+    sub.add_argument("--topology", type=topology, default="v4:4x4x2",
+                     help="of the chips: v4:4x4x2 is a v4-64 (the default); others are v5e:4x8, "
+                          "v5p:2x2x2, v6e:4x4")
+    sub.add_argument("--find-max-batch", action="store_true",
+                     help="find the largest batch that fits, starting at --batch; about six "
+                          "compilations")
+    sub = command(data, "samples per second that one core makes from tars of photograph-sized "
+                        "JPEGs, compared with the webdataset library")
+    sub.add_argument("--resolution", type=positive, nargs="+", default=[84, 224],
+                     help="pixels per side (default: 84 224)")
+    sub.add_argument("--images", type=positive, default=256,
+                     help="images to make and to read again and again (default: 256)")
+    sub.add_argument("--batch", type=positive, default=128,
+                     help="samples per timed round (default: 128)")
+    sub.add_argument("--repeats", type=positive, default=7,
+                     help="timed rounds, of which the table has the median (default: 7)")
+    sub.add_argument("--alone", action="store_true", help="leave the other library out")
+    sub = command(ablate, "the paper's ablations on the toy: trains and evaluates each cell, about "
+                          "3 minutes per cell and seed on 2 cores; an interrupted command resumes")
+    sub.add_argument("tables", nargs="*", metavar="TABLE",
+                     help=f"some of {', '.join(ablations.TABLES)} (default: all)")
+    sub.add_argument("--seeds", type=positive, default=3, help="per cell (default: 3)")
+    sub.add_argument("--folder", default="runs/ablate",
+                     help="where the runs are kept (default: runs/ablate)")
+    sub.add_argument("--show", action="store_true",
+                     help="print the tables of results/ablations.json, without a run")
+    config.refuse_old_flags(parser, argv, OLD_FLAGS)
+    args = parser.parse_args(argv)
+    unknown = set(vars(args).get("tables", ())) - set(ablations.TABLES)
+    if unknown:
+        sub.error(f"unknown table {min(unknown)!r}: take some of {', '.join(ablations.TABLES)}")
+    return args
+
+
+def run(argv: list[str]) -> int:
     args = parse(argv)
-    asked = {k: v for k, v in vars(args).items() if k not in ("run", "json") and v is not None}
-    try:
-        if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):  # told now, not after the measurement
-            raise ConfigError(f"--json {args.json}: its folder does not exist or cannot be written")
-        rows = args.run(args)
-        print(format_table(rows))
-        if args.json:
-            with open(args.json, "w", encoding="utf-8") as f:
-                f.write(checkpoint.to_json({"asked": asked, "machine": step_time.machine(), "rows": rows}, indent=1))
-        return 0
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-    except OSError as problem:
-        print(f"error: {problem.filename or 'output'}: {problem.strerror}", file=sys.stderr)
-    return 1
+    if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):
+        raise ConfigError(f"--json {args.json}: its folder does not exist or cannot be written")
+    rows = args.function(args)
+    print(format_table(rows))
+    if args.json:
+        arguments = {name: value for name, value in vars(args).items()
+                     if name not in ("function", "json") and value is not None}
+        table = {"arguments": arguments, "machine": step_time.machine(), "rows": rows}
+        with open(args.json, "w", encoding="utf-8") as f:
+            f.write(checkpoint.to_json(table, indent=1))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

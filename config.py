@@ -254,12 +254,13 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, recipe: Config = Con
         groups[group].add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
 
 
-def refuse_old_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+def refuse_old_flags(parser: argparse.ArgumentParser, argv: list[str],
+                     old_names: dict[str, str] = OLD_NAMES) -> None:
     """Ends the program, with the new name, for a flag that an earlier version had."""
     for word in argv:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
         negated = name.startswith("no_")
-        new = OLD_NAMES.get(name.removeprefix("no_"))
+        new = old_names.get(name.removeprefix("no_"))
         if word.startswith("--") and new:
             parser.error(f"{word.partition('=')[0]} is now {flag('no_' * negated + new)}")
 

@@ -1,4 +1,4 @@
-"""The time of a training step: this project's own, and the same in PyTorch; and what mask and curriculum save by it.
+"""Time of a training step: this project's and PyTorch's, and what the mask and the curriculum save.
 
 `python bench.py step -h` and `python bench.py clipa -h` are the command lines.
 """
@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,204 +18,254 @@ import numpy as np
 from tqdm import tqdm
 
 import decoder
-import masking
 import train
 from config import Config
 from objectives import registry
-from objectives.registry import init_params
-from runtime import curriculum
 from runtime.cpu_tuning import tune_cpu
+from runtime.curriculum import parse_stages
 from runtime.devices import DataParallel, local_shard
 from runtime.errors import ConfigError
 
-# The paper's Table 5: hours of L/14 to 224 px. Method, curriculum, mask, hours.
-TABLE5 = (("neither (CapPa)", False, False, 217), ("mask", False, True, 190), ("CLIPA", True, False, 67), ("both", True, True, 55))
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of losses that must agree; an Adam step turns rounding of small gradients into whole signs
+# Two implementations must compute the same losses. They can differ by more than rounding, because
+# an Adam step turns the rounding of a small gradient into its sign.
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
 def machine() -> str:
-    """What was measured on, in words."""
+    """What a benchmark ran on."""
     device = jax.local_devices()[0]
-    return f"{platform.machine()}, {os.cpu_count()} cores, {device.platform} {device.device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
+    return (f"{platform.machine()}, {os.cpu_count()} cores, {device.platform} "
+            f"{device.device_kind}, jax {jax.__version__}, Python {platform.python_version()}")
 
 
 def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray]:
-    """Random pixels, and captions that fill their rows: {"images" (B,R,R,3) uint8, "text" (B,T) int32, "sample_index" (B,)}, and with --alt-field
-    a second caption "alt" (B,T)."""
+    """Random images (B,R,R,3) uint8, captions without padding "text" (B,T) int32, "sample_index"
+    (B,), and with --alt-field a second caption "alt" (B,T)."""
     rng = np.random.default_rng(cfg.seed)
     text = rng.integers(3, cfg.vocab_size, (batch, cfg.max_text_len), dtype=np.int32)
-    text[:, 0], text[:, -1] = decoder.BOS, decoder.EOS
-    found = {"images": rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8), "text": text, "sample_index": np.arange(batch, dtype=np.int32)}
-    return found | ({"alt": np.roll(text, 1, axis=0)} if cfg.alt_field else {})
+    text[:, 0] = decoder.BOS
+    text[:, -1] = decoder.EOS
+    images = rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8)
+    arrays = {"images": images, "text": text, "sample_index": np.arange(batch, dtype=np.int32)}
+    if cfg.alt_field:
+        arrays["alt"] = np.roll(text, 1, axis=0)
+    return arrays
 
 
 def model_flops(cfg: Config, resolution: int) -> float:
-    """Of one image through one training step: the backward pass costs twice the forward. What remat computes again does not count."""
-    return 3 * sum(registry.flops(registry.model_spec(cfg), resolution, cfg.max_text_len).values())
+    """FLOPs of one image in a training step: forward, and twice that backward. What activation
+    checkpointing computes again does not count."""
+    parts = registry.flops(registry.model_spec(cfg), resolution, cfg.max_text_len)
+    return 3 * sum(parts.values())
 
 
-def one_machine(cfgs: list[Config], batches: list[int]) -> DataParallel:
-    """What steps are timed on: one accelerator, or the CPU as training would use it; with --zero1 all devices of this machine,
-    because one alone has no part of the optimizer's state to leave to others. ConfigError if there is only one."""
-    tune_cpu(max(sum(registry.param_counts(cfg).values()) for cfg in cfgs), [batch // cfg.grad_accum for cfg, batch in zip(cfgs, batches)])
-    shard = any(cfg.zero1 for cfg in cfgs)
-    n = jax.local_device_count() if shard or jax.default_backend() == "cpu" else 1
-    if any(batch % (n * cfg.grad_accum) for cfg, batch in zip(cfgs, batches)):
-        n = 1
-    if shard and n == 1:
-        raise ConfigError("--zero1 divides the optimizer's state over several devices, and here one would take the whole "
-                          "batch: leave it out, or take a --batch that all devices share evenly (pretend devices of a CPU: "
+def benchmark_devices(cfgs: list[Config], batches: list[int]) -> DataParallel:
+    """The devices that all these steps run on: one accelerator, or the CPU as in training. With
+    --zero1 all devices of this machine. ConfigError if there is only one to shard over."""
+    num_params = max(sum(registry.param_counts(cfg).values()) for cfg in cfgs)
+    pieces = [batch // cfg.grad_accum for cfg, batch in zip(cfgs, batches)]
+    tune_cpu(num_params, pieces)
+    zero1 = any(cfg.zero1 for cfg in cfgs)
+    num_devices = 1
+    if zero1 or jax.default_backend() == "cpu":
+        num_devices = jax.local_device_count()
+    if any(batch % (num_devices * cfg.grad_accum) for cfg, batch in zip(cfgs, batches)):
+        num_devices = 1
+    if zero1 and num_devices == 1:
+        raise ConfigError("--zero1 divides the optimizer's state over several devices, but here "
+                          "one would get the complete batch: leave it out, or take a --batch that "
+                          "all devices share evenly (simulated devices on a CPU: "
                           "XLA_FLAGS=--xla_force_host_platform_device_count=2)")
-    return DataParallel(n)
+    return DataParallel(num_devices)
 
 
 class JaxStep:
-    """train.make_step, called again and again on one batch. `state` may be that of another such step in the same place."""
+    """train.make_step, compiled and called on one batch again and again."""
 
-    def __init__(self, cfg: Config, resolution: int, batch: int, parallel: DataParallel, state: list | None = None):
-        model, self.parallel = registry.model_spec(cfg), parallel
-        optimizer = train.make_optimizer(cfg, curriculum.parse_stages(cfg.stages)[0])
+    def __init__(self, cfg: Config, resolution: int, batch: int, parallel: DataParallel,
+                 state: list | None = None):
+        """state: [params, opt_state] of another JaxStep on these devices, to share its memory."""
+        model, devices = registry.model_spec(cfg), parallel.pmap_devices
+        optimizer = train.make_optimizer(cfg, parse_stages(cfg.stages)[0])
+
+        def init_optimizer(params: Any) -> Any:
+            return optimizer.init(jax.tree.map(local_shard, params) if cfg.zero1 else params)
         if state is None:
-            params = parallel.replicate(jax.jit(lambda: init_params(cfg, model))())
-            mine = (lambda p: jax.tree.map(local_shard, p)) if cfg.zero1 else (lambda p: p)
-            state = [params, jax.pmap(lambda p: optimizer.init(mine(p)), "devices", devices=parallel.pmap_devices)(params)]
-        self.state = state
+            params = parallel.replicate(jax.jit(lambda: registry.init_params(cfg, model))())
+            state = [params, jax.pmap(init_optimizer, "devices", devices=devices)(params)]
+        self.parallel, self.state = parallel, state
         self.batch = parallel.shard_batch(make_batch(cfg, resolution, batch))
-        asked = time.perf_counter()
-        step = train.make_step(model, optimizer, cfg.seed, cfg.grad_accum, parallel.pmap_devices, cfg.zero1, cfg.grad_clip)
-        self.call = step.lower(*state, self.batch).compile()
-        self.compile_seconds = time.perf_counter() - asked
+        start = time.perf_counter()
+        step = train.make_step(model, optimizer, cfg.seed, cfg.grad_accum, devices, cfg.zero1,
+                               cfg.grad_clip)
+        self.compiled = step.lower(*state, self.batch).compile()
+        self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> float:
-        """One step, to its end; returns its mean loss."""
-        *self.state[:], metrics = self.call(*self.state, self.batch)
+        """Runs one step to its end and returns its mean loss."""
+        params, opt_state, metrics = self.compiled(*self.state, self.batch)
+        self.state[:] = params, opt_state
         return float(jax.block_until_ready(metrics["loss"])[0])
 
-    def memory(self) -> float:
-        """Peak bytes: as the device counted them, or where it does not (a CPU), as the compiler planned them."""
+    def peak_bytes(self) -> float:
+        """Peak memory as the device counted it, or on a CPU as the compiler planned it."""
         counted = jax.local_devices()[0].memory_stats() or {}
-        m = self.call.memory_analysis()
-        planned = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+        plan = self.compiled.memory_analysis()
+        planned = (plan.argument_size_in_bytes + plan.output_size_in_bytes
+                   - plan.alias_size_in_bytes + plan.temp_size_in_bytes)
         return counted.get("peak_bytes_in_use") or planned * self.parallel.num_devices
-class TorchStep:
-    """The same weights, batch, mask and update in PyTorch, written as one would there: a parameter per layer, fused
-    kernels for layer norm, gelu, attention and AdamW."""
-    compile_seconds = float("nan")
-
-    def __init__(self, cfg: Config, resolution: int, batch: int, params: dict, compiled: bool):
-        import torch
-        sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "parity"))
-        from benchmarks import torch_reference
-        self.torch, model, data = torch, registry.model_spec(cfg), make_batch(cfg, resolution, batch)
-        device = self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        tree = torch_reference.from_jax(params, device)
-        for part in tree.values():
-            part["blocks"] = [jax.tree.map(lambda w: w.detach().clone().requires_grad_(), layer) for layer in torch_reference.layers(part["blocks"])]
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        groups = [{"params": [w for path, w in leaves if (path[-1].key == "kernel") == decays], "weight_decay": cfg.weight_decay * decays}
-                  for decays in (True, False)]
-        self.leaves, self.clip = [w for _, w in leaves], cfg.grad_clip
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_b2), fused=True)
-        self.rates = iter([0.0] + [curriculum.parse_stages(cfg.stages)[0].lr] * 1_000_000)  # a warm-up of one step, as ours
-        n = (resolution // model.encoder.patch_size) ** 2
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(cfg.seed), row))(data["sample_index"])
-        chosen = masking.sample_keep_indices(keys, n, masking.num_kept_tokens(n, cfg.keep_ratio))
-        images, text, chosen = (torch_reference.tensor(x, device) for x in (data["images"], data["text"], chosen))
-        loss = torch.compile(torch_reference.mean_loss) if compiled else torch_reference.mean_loss
-        self.loss = lambda: loss(tree["encoder"], tree["decoder"], images, chosen, text, model.encoder, model.decoder)
-
-    def __call__(self) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss()
-        loss.backward()
-        if self.clip:
-            self.torch.nn.utils.clip_grad_norm_(self.leaves, self.clip)
-        rate = next(self.rates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        value = float(loss.detach())
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
-        return value
-
-    def memory(self) -> float:
-        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else float("nan")
 
 
-def matmul_rate(dtype: str) -> tuple[Callable, float]:
-    """A plain large matmul, to be timed, and its FLOPs: what this device can do at most."""
+def large_matmul(dtype: str) -> tuple[Callable, float]:
+    """A large matmul to be timed, and its FLOPs: the most that this device can do."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
-    a, product = jnp.ones((n, n), dtype), jax.jit(jnp.matmul)
-    return lambda: jax.block_until_ready(product(a, a)), 2.0 * n**3
+    a, matmul = jnp.ones((n, n), dtype), jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(matmul(a, a)), 2.0 * n**3
 
 
-def time_interleaved(runs: dict[str, Callable], repeats: int, title: str) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times one after the other: what disturbs the machine meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(repeats), desc=title, leave=False, disable=not sys.stderr.isatty()):
+def time_interleaved(runs: dict[Any, Callable], repeats: int) -> dict[Any, list[float]]:
+    """Seconds of each call. The runs take turns, so that disturbances of the machine affect all."""
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc="steps", leave=False, disable=not sys.stderr.isatty()):
         for name, run in runs.items():
-            asked = time.perf_counter()
+            start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - asked)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def rows(cfg: Config, resolution: int, batch: int, peer: str | None, repeats: int) -> list[dict]:
-    """The table of `step`: a row for each that ran. peer: "torch", "torch-compile" or None."""
-    if peer and cfg.grad_accum > 1:
+# ----------------------------------------------------------------------------- bench.py step
+def check_compare(cfg: Config, compare: str | None) -> None:
+    """ConfigError for settings that the PyTorch step does not have."""
+    if not compare:
+        return
+    if cfg.grad_accum > 1:
         raise ConfigError("--compare takes the batch in one piece: leave --grad-accum at 1")
-    if peer and cfg.objective != "openvision2":
-        raise ConfigError(f"--compare knows the method alone: leave --objective {cfg.objective} out")
-    if peer and cfg.zero1:
-        raise ConfigError("--compare runs on one device and keeps its optimizer's state whole: leave --zero1 out")
-    if peer and importlib.util.find_spec("torch") is None:
+    if cfg.objective != registry.METHOD:
+        raise ConfigError(f"--compare has only the method: leave --objective {cfg.objective} out")
+    if cfg.zero1:
+        raise ConfigError("--compare runs on one device, which holds all of the optimizer's state: "
+                          "leave --zero1 out")
+    if importlib.util.find_spec("torch") is None:
         raise ConfigError("--compare needs PyTorch: pip install -e '.[bench]'")
-    if peer:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the peer its share of a GPU's memory
-    ours = JaxStep(cfg, resolution, batch, one_machine([cfg], [batch]))
-    runs: dict[str, Any] = {"ours": ours}
-    if peer:
-        runs[peer] = TorchStep(cfg, resolution, batch, jax.tree.map(lambda x: np.asarray(x[0]), ours.state[0]), peer == "torch-compile")
-    product, work = matmul_rate("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    product()
-    losses = {name: [run() for _ in range(5)] for name, run in runs.items()}  # warms up: by then all memory has been touched
-    compared = [each[:3] for each in losses.values()]  # the third tells of the first true update
-    if peer and not np.allclose(*compared, rtol=TOLERANCE[cfg.dtype], atol=0):
-        raise ConfigError(f"--compare {peer} does not compute the same: losses {losses}")
-    seconds = time_interleaved({"matmul": product, **runs}, repeats, "steps")
-    middle = {name: statistics.median(s) for name, s in seconds.items()}
-    rate = work / middle["matmul"]
-    units = 1 if jax.default_backend() == "cpu" else ours.parallel.total  # all cores of a CPU take part in one matmul
+
+
+def rows(cfg: Config, resolution: int, batch: int, compare: str | None,
+         repeats: int) -> list[dict]:
+    """The table of `bench.py step`. compare: "torch", "torch-compile" or None."""
+    check_compare(cfg, compare)
+    if compare:  # JAX must leave a part of a GPU's memory to PyTorch
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax_step = JaxStep(cfg, resolution, batch, benchmark_devices([cfg], [batch]))
+    runs: dict[str, Any] = {"jax": jax_step}
+    if compare:
+        from benchmarks.torch_step import TorchStep
+        params = jax_step.parallel.unreplicate(jax_step.state[0])
+        runs[compare] = TorchStep(cfg, make_batch(cfg, resolution, batch), params,
+                                  compare == "torch-compile")
+    matmul, matmul_flops = large_matmul("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    matmul()
+    losses = {}
+    for name, run in runs.items():  # a warm-up: after five steps all memory has been touched
+        losses[name] = [run() for _ in range(5)]
+    if compare:  # the third loss is the first one after an update
+        first, second = losses["jax"][:3], losses[compare][:3]
+        if not np.allclose(first, second, rtol=LOSS_TOLERANCE[cfg.dtype], atol=0):
+            raise ConfigError(f"--compare {compare} does not compute the same: losses {losses}")
+    seconds = time_interleaved({"matmul": matmul, **runs}, repeats)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    matmul_rate = matmul_flops / median["matmul"]
+    # One matmul occupies all cores of a CPU, but only one of several accelerators.
+    units = 1 if jax.default_backend() == "cpu" else jax_step.parallel.num_devices
     table = []
     for name, run in runs.items():
-        done = model_flops(cfg, resolution) * batch / middle[name]
-        table.append({"what": name, "images/s": batch / middle[name], "ms": middle[name] * 1e3, "least ms": min(seconds[name]) * 1e3,
-                      "GFLOP/s": done / 1e9, "of matmul": f"{done / rate / units:.0%}", "peak GiB": run.memory() / 2**30,
-                      "compile s": run.compile_seconds, "loss": losses[name][2]}
-                     | ({"speed": middle[peer] / middle[name]} if peer else {}))
-    return [*table, {"what": "matmul", "ms": middle["matmul"] * 1e3, "least ms": min(seconds["matmul"]) * 1e3, "GFLOP/s": rate / 1e9, "of matmul": "100%"}]
+        rate = model_flops(cfg, resolution) * batch / median[name]
+        row = {"step": name, "images/s": batch / median[name], "ms": median[name] * 1e3,
+               "min ms": min(seconds[name]) * 1e3, "GFLOP/s": rate / 1e9,
+               "% of matmul rate": 100 * rate / matmul_rate / units,
+               "peak GiB": run.peak_bytes() / 2**30, "compile s": run.compile_seconds,
+               "loss": losses[name][2]}
+        if compare:
+            row["speedup"] = median[compare] / median[name]
+        table.append(row)
+    table.append({"step": "matmul", "ms": median["matmul"] * 1e3,
+                  "min ms": min(seconds["matmul"]) * 1e3, "GFLOP/s": matmul_rate / 1e9,
+                  "% of matmul rate": 100.0})
+    return table
 
 
-def table5(low: tuple[Config, int, int, int], high: tuple[Config, int, int, int], repeats: int) -> list[dict]:
-    """Four step times, with and without the mask at two resolutions, shared out over the images of two stages. Without the
-    curriculum all are seen at the high resolution. low, high: (config, resolution, batch, images of the stage)."""
-    runs: dict[tuple[bool, bool], Callable] = {}
-    flops: dict[tuple[bool, bool], float] = {}
-    state, parallel = None, one_machine([low[0], high[0]], [low[2], high[2]])
-    for is_low, (cfg, resolution, batch, _) in ((True, low), (False, high)):
+# ---------------------------------------------------------------------------- bench.py clipa
+class Cell(NamedTuple):
+    """A stage of the curriculum whose step is timed."""
+    cfg: Config
+    resolution: int
+    batch: int
+    images: int  # that the stage trains on
+
+
+# Method, curriculum, mask, and the paper's hours of L/14 to 224 px.
+TABLE5 = (("neither (CapPa)", False, False, 217), ("mask", False, True, 190),
+          ("curriculum", True, False, 67), ("both", True, True, 55))
+
+
+def table5(low: tuple, high: tuple, repeats: int) -> list[dict]:
+    """The paper's Table 5 from four step times: with and without the mask, at two resolutions.
+    Without the curriculum all images are seen at the high one. low, high: the fields of Cell."""
+    cells = {"low": Cell(*low), "high": Cell(*high)}
+    parallel = benchmark_devices([cell.cfg for cell in cells.values()],
+                                 [cell.batch for cell in cells.values()])
+    runs: dict[tuple[str, bool], Callable] = {}
+    flops: dict[tuple[str, bool], float] = {}
+    state = None
+    for name, cell in cells.items():
         for mask in (True, False):
-            cfg = cfg if mask else dataclasses.replace(cfg, keep_ratio=1.0)
-            runs[is_low, mask] = run = JaxStep(cfg, resolution, batch, parallel, state)
-            state = run.state
+            cfg = cell.cfg if mask else dataclasses.replace(cell.cfg, keep_ratio=1.0)
+            run = JaxStep(cfg, cell.resolution, cell.batch, parallel, state)
             run()
-            flops[is_low, mask] = model_flops(cfg, resolution)
-    took = time_interleaved(runs, repeats, "steps")
-    seconds = {kind: statistics.median(times) / (low if kind[0] else high)[2] for kind, times in took.items()}
+            state, runs[name, mask] = run.state, run
+            flops[name, mask] = model_flops(cfg, cell.resolution)
+    seconds = {}
+    for (name, mask), times in time_interleaved(runs, repeats).items():
+        seconds[name, mask] = statistics.median(times) / cells[name].batch
 
-    def total(cost: dict, curriculum: bool, mask: bool) -> float:
-        return low[3] * cost[curriculum, mask] + high[3] * cost[False, mask]
-    return [{"what": name, "low, ms an image": seconds[True, mask] * 1e3 if curriculum else float("nan"), "high, ms an image": seconds[False, mask] * 1e3,
-             "faster": total(seconds, False, False) / total(seconds, curriculum, mask),
-             "by FLOPs": total(flops, False, False) / total(flops, curriculum, mask), "paper": 217 / hours, "paper, hours": hours}
-            for name, curriculum, mask, hours in TABLE5]
+    def total(per_image: dict, curriculum: bool, mask: bool) -> float:
+        low_cost = per_image["low" if curriculum else "high", mask]
+        return cells["low"].images * low_cost + cells["high"].images * per_image["high", mask]
+    table = []
+    for method, curriculum, mask, hours in TABLE5:
+        table.append({
+            "method": method,
+            "low, ms per image": seconds["low", mask] * 1e3 if curriculum else None,
+            "high, ms per image": seconds["high", mask] * 1e3,
+            "speedup": total(seconds, False, False) / total(seconds, curriculum, mask),
+            "by FLOPs": total(flops, False, False) / total(flops, curriculum, mask),
+            "paper": TABLE5[0][3] / hours, "paper hours": hours})
+    return table
+
+
+# --------------------------------------------------------------------------- bench.py ablate
+def measure_costs(cfgs: dict[str, Config], repeats: int = 15) -> dict:
+    """{"machine": what ran it, "costs": {name: {"seconds": of the training, by the median step;
+    "GFLOPs": of one image in a step; "MiB"}}}, the last two at the last stage. All steps take
+    turns."""
+    stages = {}
+    for name, cfg in cfgs.items():
+        for stage in parse_stages(cfg.stages):
+            stages[name, stage.number] = stage
+    parallel = benchmark_devices([cfgs[name] for name, _ in stages],
+                                 [stage.batch for stage in stages.values()])
+    runs = {}
+    for (name, number), stage in tqdm(stages.items(), desc="compiling steps", leave=False,
+                                      disable=not sys.stderr.isatty()):
+        text = f"resolution={stage.resolution} steps=9 batch={stage.batch} lr=1e-3"
+        cfg = dataclasses.replace(cfgs[name], stages=text)
+        run = JaxStep(cfg, stage.resolution, stage.batch, parallel)
+        run()
+        runs[name, number] = run
+    costs: dict[str, dict[str, float]] = {name: {"seconds": 0.0} for name in cfgs}
+    for (name, number), seconds in time_interleaved(runs, repeats).items():
+        stage = stages[name, number]
+        costs[name]["seconds"] += stage.steps * statistics.median(seconds)
+        costs[name]["GFLOPs"] = model_flops(cfgs[name], stage.resolution) / 1e9
+        costs[name]["MiB"] = runs[name, number].peak_bytes() / 2**20
+    return {"machine": machine(), "costs": costs}

@@ -1,8 +1,8 @@
-"""The memory of a training step on a TPU pod, without a TPU: its compiler plans every byte of a chip, and runs anywhere.
+"""Memory of a training step on a TPU pod, without a TPU: the TPU compiler plans every byte.
 
-What is compiled is train.make_step itself, for a described topology; a step that does not fit is refused by the compiler,
-as it would be there. Each compilation has a process of its own (the compiler keeps what it took, and an interpreter that
-has met the TPU library looks for TPUs), and takes about a minute. `python bench.py memory -h` is its command line.
+It compiles train.make_step itself for a described topology, and refuses a step that does not fit,
+as it would on the pod. Each compilation takes about a minute. It has its own process, because the
+compiler keeps its memory, and a process that has loaded the TPU library searches for TPUs.
 
     python bench.py memory l14 --resolution 224 --batch 2048 --zero1
 """
@@ -22,158 +22,214 @@ import numpy as np
 from tqdm import tqdm
 
 import decoder
-import masking
 import train
 import vit
 from config import Config
 from objectives import registry
-from objectives.registry import init_params
-from runtime import curriculum
+from runtime.curriculum import parse_stages
 from runtime.devices import shard_axis
 from runtime.errors import ConfigError
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIB = 2**30
-CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB each; a little less is a program's to use
+CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+USABLE = 0.97  # share of a chip's memory that a program may use
 KINDS = ("parameters", "optimizer", "temporaries", "other", "program")
 
 
 class DoesNotFit(Exception):
-    """The step does not fit; the message says what it needs."""
+    """The step does not fit. The message says how much it needs."""
 
 
 def num_chips(topology: str) -> int:
-    """How many chips "v4:4x4x2" has. ValueError for what is no topology."""
-    found = re.fullmatch(rf"({'|'.join(CHIPS)}):(\d+(?:x\d+){{1,2}})", topology)
-    if not found:
-        raise ValueError(f"{topology!r} is no topology: write v4:4x4x2 (a v4-64), v5p:2x2x2, v5e:4x4 or v6e:2x2")
-    return math.prod(map(int, found[2].split("x")))
+    """32 for "v4:4x4x2". ValueError for text that is no topology."""
+    match = re.fullmatch(rf"({'|'.join(CHIP_GIB)}):(\d+(?:x\d+){{1,2}})", topology)
+    if not match:
+        raise ValueError(f"{topology!r} is no topology: write v4:4x4x2 (a v4-64), v5p:2x2x2, "
+                         "v5e:4x4 or v6e:2x2")
+    return math.prod(int(side) for side in match[2].split("x"))
 
 
+# ------------------------------------------------------------------------------ compilation
 def compiled_memory(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, float]:
-    """Bytes a chip by kind, of the step compiled for that pod, in a process of its own. Refused if it does not fit,
-    ConfigError if the compiler fails otherwise."""
+    """Bytes per chip by kind, of the step compiled for that pod in another process. DoesNotFit if
+    it does not fit, ConfigError if the compiler fails for another reason."""
     import libtpu
-    asked = json.dumps({"cfg": dataclasses.asdict(cfg), "resolution": resolution, "batch": batch, "topology": topology})
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is touched, so none need be alone
+    request = json.dumps({"cfg": dataclasses.asdict(cfg), "resolution": resolution,
+                          "batch": batch, "topology": topology})
+    # No TPU is used, so other processes may have loaded the library too.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+                        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                         "TPU_LIBRARY_PATH": libtpu.get_library_path()}
-    child = subprocess.run([sys.executable, "-m", "benchmarks.tpu_memory"], input=asked, cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), env=env, capture_output=True, text=True)
-    found = re.search(r"^RESULT (.*)$", child.stdout, re.M)
-    if child.returncode or not found:
-        said = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit status {child.returncode}"]
-        raise ConfigError(f"the TPU compiler ended without an answer: {said[-1][:300]}")
-    result = json.loads(found[1])
-    if "refused" in result:
-        raise DoesNotFit(result["refused"])
+    child = subprocess.run([sys.executable, "-m", "benchmarks.tpu_memory"], input=request,
+                           cwd=ROOT, env=env, capture_output=True, text=True)
+    match = re.search(r"^RESULT (.*)$", child.stdout, re.M)
+    if child.returncode or not match:
+        lines = [line for line in child.stderr.splitlines() if line.strip()]
+        last_line = lines[-1][:300] if lines else f"exit status {child.returncode}"
+        raise ConfigError(f"the TPU compiler ended without an answer: {last_line}")
+    result = json.loads(match[1])
+    if "does_not_fit" in result:
+        raise DoesNotFit(result["does_not_fit"])
     return result
 
 
-def compile_here(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, float]:
-    """What `plan` asks a process of its own to do."""
+def step_arguments(cfg: Config, optimizer: Any, resolution: int, batch: int,
+                   num_devices: int) -> tuple:
+    """Shapes and dtypes of one device's (params, opt_state, batch)."""
+    def local_shape(x: Any) -> Any:
+        axis = shard_axis(x.shape, num_devices) if cfg.zero1 else None
+        if axis is None:
+            return x
+        shape = list(x.shape)
+        shape[axis] //= num_devices
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    params = jax.eval_shape(lambda: registry.init_params(cfg, registry.model_spec(cfg)))
+    opt_state = jax.eval_shape(optimizer.init, jax.tree.map(local_shape, params))
+    B = batch // num_devices
+    text = jax.ShapeDtypeStruct((B, cfg.max_text_len), np.int32)
+    arrays = {"images": jax.ShapeDtypeStruct((B, resolution, resolution, 3), np.uint8),
+              "text": text, "sample_index": jax.ShapeDtypeStruct((B,), np.int32)}
+    if cfg.alt_field:
+        arrays["alt"] = text
+    return params, opt_state, arrays
+
+
+def compile_step(cfg: Config, resolution: int, batch: int, topology: str) -> dict[str, Any]:
+    """What `compiled_memory` has another process do: bytes by kind, or {"does_not_fit": why}."""
     from jax.experimental import topologies
-    kind = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **kind).devices)
-    n = len(devices)
-    model = registry.model_spec(cfg)
-    optimizer = train.make_optimizer(cfg, curriculum.parse_stages(cfg.stages)[0])
-    step = train.make_step(model, optimizer, cfg.seed, cfg.grad_accum, devices, cfg.zero1, cfg.grad_clip)
-
-    def own(x: Any) -> Any:
-        at = shard_axis(x.shape, n) if cfg.zero1 else None
-        return x if at is None else jax.ShapeDtypeStruct((*x.shape[:at], x.shape[at] // n, *x.shape[at + 1:]), x.dtype)
-    params = jax.eval_shape(lambda: init_params(cfg, model))
-    state = jax.eval_shape(optimizer.init, jax.tree.map(own, params))
-    rows = {"images": ((batch // n, resolution, resolution, 3), np.uint8), "text": ((batch // n, cfg.max_text_len), np.int32),
-            "sample_index": ((batch // n,), np.int32)} | ({"alt": ((batch // n, cfg.max_text_len), np.int32)} if cfg.alt_field else {})
-    every = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype),
-                         (params, state, {k: jax.ShapeDtypeStruct(*v) for k, v in rows.items()}))
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    pod = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    devices = list(pod.devices)
+    optimizer = train.make_optimizer(cfg, parse_stages(cfg.stages)[0])
+    step = train.make_step(registry.model_spec(cfg), optimizer, cfg.seed, cfg.grad_accum, devices,
+                           cfg.zero1, cfg.grad_clip)
+    local = step_arguments(cfg, optimizer, resolution, batch, len(devices))
+    replicated = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype), local)
     try:
-        m = step.lower(*every).compile().memory_analysis()
-    except Exception as problem:  # the compiler's own errors have no class of their own
-        text = str(problem)
-        if not (found := re.search(r"[Uu]sed (\S+) of (\S+) hbm", text)):
+        plan = step.lower(*replicated).compile().memory_analysis()
+    except Exception as problem:  # the compiler's errors have no class of their own
+        match = re.search(r"[Uu]sed (\S+) of (\S+) hbm", str(problem))
+        if not match:
             raise
-        return {"refused": f"needs {found[1]} of {found[2]} a chip has"}
-    held = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, state)]
-    other = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes - sum(held)  # the batch, padding, scalars
-    return dict(zip(KINDS, (*held, m.temp_size_in_bytes, other, m.generated_code_size_in_bytes)))
+        return {"does_not_fit": f"needs {match[1]} of {match[2]} per chip"}
+    params_bytes, opt_bytes = tree_bytes(local[0]), tree_bytes(local[1])
+    arguments = (plan.argument_size_in_bytes + plan.output_size_in_bytes
+                 - plan.alias_size_in_bytes)
+    return {"parameters": params_bytes, "optimizer": opt_bytes,
+            "temporaries": plan.temp_size_in_bytes,
+            "other": arguments - params_bytes - opt_bytes,  # the batch, padding, scalars
+            "program": plan.generated_code_size_in_bytes}
 
 
-def find_max_batch(fits: Callable[[int], float | None], batch: int, grain: int, room: float) -> int:
-    """The largest batch that fits, to within a sixteenth, in multiples of grain; 0 if not even one fits. fits(batch) gives the
-    bytes it takes, or None if it is refused; they grow about linearly, so two plans tell where `room` ends."""
-    def whole(b: float) -> int:
-        return max(grain, int(b) // grain * grain)
+def tree_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    low = whole(batch)
-    while (at_low := fits(low)) is None:
-        if low == grain:
+
+# ---------------------------------------------------------------------------- largest batch
+def find_max_batch(needed_bytes: Callable[[int], float | None], batch: int, multiple: int,
+                   capacity: float) -> int:
+    """The largest batch that fits, to within a sixteenth, as a multiple of `multiple`; 0 if none
+    fits. needed_bytes(batch) is None if the batch does not fit. The bytes grow about linearly, so
+    two batches that fit predict where `capacity` is reached."""
+    def round_down(value: float) -> int:
+        return max(multiple, int(value) // multiple * multiple)
+
+    best = round_down(batch)
+    best_bytes = needed_bytes(best)
+    while best_bytes is None:
+        if best == multiple:
             return 0
-        low = whole(low / 2)
-    best, at_best, refused = low, at_low, math.inf
-    guess = 2 * low
-    while (guess := whole(guess)) > best and guess < refused:
-        if (need := fits(guess)) is None:
-            refused = guess
+        best = round_down(best / 2)
+        best_bytes = needed_bytes(best)
+    too_large = math.inf  # the smallest batch that is known not to fit
+    guess = round_down(2 * best)
+    while best < guess < too_large:
+        guess_bytes = needed_bytes(guess)
+        if guess_bytes is None:
+            too_large = guess
         else:
-            low, at_low, best, at_best = best, at_best, guess, need
-        if refused - best <= max(grain, best / 16):
+            slope = max(guess_bytes - best_bytes, 1) / (guess - best)
+            best, best_bytes = guess, guess_bytes
+        if too_large - best <= max(multiple, best / 16):
             break
-        guess = best + (room - at_best) * (best - low) / max(at_best - at_low, 1) if best > low else 2 * best
-        if refused < math.inf:
-            guess = (best + refused) / 2
-        elif guess < best * 17 / 16:
-            break
+        if too_large < math.inf:
+            guess = round_down((best + too_large) / 2)
+        else:
+            predicted = best + (capacity - best_bytes) / slope
+            if predicted < best * 17 / 16:
+                break
+            guess = round_down(predicted)
     return best
 
 
-def recomputed(cfg: Config, resolution: int) -> float:
-    """Forward FLOPs that the backward pass does again, as a share of those of a step that keeps all."""
+# ------------------------------------------------------------------------------------ table
+def recompute_fraction(cfg: Config, resolution: int) -> float:
+    """FLOPs that the backward pass computes again (--remat, --loss-chunk), as a share of the FLOPs
+    of a step that keeps all."""
     enc, dec = registry.model_spec(cfg)[:2]
-    N, T = (resolution // enc.patch_size) ** 2, cfg.max_text_len - 1
-    K = masking.num_kept_tokens(N, cfg.keep_ratio)
-    again = 0.0
-    for c, S in ((enc, N + enc.cls_token), (dec, K + T)):
-        attention = c.depth * 4 * S * S * c.width
-        last = c.depth * 2 * S * c.width * c.mlp_dim  # fc2's output is read by no gradient
-        again += {"none": 0, "dots": attention, "block": vit.block_flops(S, c.width, c.mlp_dim, c.depth) - last}[cfg.remat]
+    num_patches, T = (resolution // enc.patch_size) ** 2, cfg.max_text_len - 1
+    num_kept = registry.num_decoder_tokens(registry.model_spec(cfg), num_patches)
+    recomputed = 0.0
+    for part, S in ((enc, num_patches + enc.cls_token), (dec, num_kept + T)):
+        attention = part.depth * 4 * S * S * part.width
+        fc2 = part.depth * 2 * S * part.width * part.mlp_dim  # no gradient reads its output
+        blocks = vit.block_flops(S, part.width, part.mlp_dim, part.depth)
+        recomputed += {"none": 0, "dots": attention, "block": blocks - fc2}[cfg.remat]
     if 0 < cfg.loss_chunk < T:
-        again += 2 * T * dec.width * dec.vocab_size
-    return again / (3 * (vit.flops(enc, resolution) + decoder.flops(dec, K, T)))
+        recomputed += 2 * T * dec.width * dec.vocab_size
+    forward = vit.flops(enc, resolution) + decoder.flops(dec, num_kept, T)
+    return recomputed / (3 * forward)
 
 
-def row(cfg: Config, resolution: int, batch: int, topology: str, found: dict | str) -> dict:
-    what = {"recipe": f"{cfg.encoder}+{cfg.decoder} {resolution} px", "pod": topology, "batch": batch, "remat": cfg.remat, "accum": cfg.grad_accum,
-            "shard": "yes" if cfg.zero1 else "no"} | ({"computed again": f"{recomputed(cfg, resolution):.0%}"} if cfg.objective == "openvision2" else
-                                                      {"objective": cfg.objective})
-    if isinstance(found, str):
-        return what | {"GiB a chip": found}
-    return what | {kind: found[kind] / GIB for kind in KINDS} | {"GiB a chip": sum(found.values()) / GIB}
+def table_row(cfg: Config, resolution: int, batch: int, topology: str,
+              result: dict[str, float] | str) -> dict:
+    """result: bytes by kind, or why the step does not fit."""
+    row: dict[str, Any] = {
+        "model": f"{cfg.encoder}+{cfg.decoder} {resolution} px", "topology": topology,
+        "batch": batch, "remat": cfg.remat, "grad accum": cfg.grad_accum,
+        "zero1": "yes" if cfg.zero1 else "no"}
+    if cfg.objective == registry.METHOD:
+        row["recompute"] = f"{recompute_fraction(cfg, resolution):.0%}"
+    else:
+        row["objective"] = cfg.objective
+    if isinstance(result, str):
+        return row | {"GiB per chip": result}
+    row |= {kind: result[kind] / GIB for kind in KINDS}
+    return row | {"GiB per chip": sum(result.values()) / GIB}
 
 
 def rows(cfg: Config, resolution: int, batch: int, topology: str, search: bool) -> list[dict]:
-    """The table: one row, or with `search` a row for each batch that was tried and the largest that fits."""
+    """The table of `bench.py memory`: one row, or with `search` a row per batch that was tried, and
+    the largest that fits."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("memory needs the TPU compiler: pip install -e '.[plan]'")
-    jax.config.update("jax_platforms", "cpu")  # with the TPU library installed this process too would look for TPUs
+    jax.config.update("jax_platforms", "cpu")  # with libtpu installed, JAX would search for TPUs
     tried: dict[int, dict] = {}
-    with tqdm(desc="compiling", unit="plan", leave=False, disable=not sys.stderr.isatty()) as bar:
-        def fits(b: int) -> float | None:
-            try:
-                found: dict | str = compiled_memory(cfg, resolution, b, topology)
-            except DoesNotFit as problem:
-                found = str(problem)
-            bar.update()
-            tried[b] = row(cfg, resolution, b, topology, found)
-            return None if isinstance(found, str) else sum(found.values())
+    bar = tqdm(desc="compiling", unit="plan", leave=False, disable=not sys.stderr.isatty())
+
+    def needed_bytes(candidate: int) -> float | None:
+        result: dict[str, float] | str
+        try:
+            result = compiled_memory(cfg, resolution, candidate, topology)
+        except DoesNotFit as problem:
+            result = str(problem)
+        bar.update()
+        tried[candidate] = table_row(cfg, resolution, candidate, topology, result)
+        return None if isinstance(result, str) else sum(result.values())
+    with bar:
         if not search:
-            fits(batch)
-            return [*tried.values()]
-        room = CHIPS[topology.partition(":")[0]] * GIB * 0.97
-        best = find_max_batch(fits, batch, 8 * num_chips(topology) * cfg.grad_accum, room)
-    return [*(tried[b] for b in sorted(tried)), {"recipe": "largest that fits", "batch": best}]
+            needed_bytes(batch)
+            return list(tried.values())
+        capacity = CHIP_GIB[topology.partition(":")[0]] * GIB * USABLE
+        multiple = 8 * num_chips(topology) * cfg.grad_accum
+        best = find_max_batch(needed_bytes, batch, multiple, capacity)
+    table = [tried[candidate] for candidate in sorted(tried)]
+    return [*table, {"model": "largest that fits", "batch": best}]
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.stdin.read())
-    answer = compile_here(Config(**given.pop("cfg")), **given)
+    request = json.loads(sys.stdin.read())
+    answer = compile_step(Config(**request.pop("cfg")), **request)
     print("\nRESULT " + json.dumps(answer))

@@ -1,4 +1,5 @@
-"""The ablations: each cell is the run that its name says, what is stopped goes on, and the tables are what the figures say."""
+"""The ablations: a cell is the run of its name, an interrupted command resumes, tables show the
+stored figures."""
 import dataclasses
 import json
 
@@ -7,113 +8,167 @@ import pytest
 import bench
 import config
 import masking
-from benchmarks import ablations
-from benchmarks.ablations import CELLS, COSTS, TABLES, load, markdown, rewritten, settings
+from benchmarks import ablation_tables, ablations, step_time
+from benchmarks.ablation_tables import COSTS, TABLES, load, markdown, update_text
+from benchmarks.ablations import CELLS, settings
 from objectives import registry
-from runtime import curriculum
+from runtime.curriculum import parse_stages
 from runtime.errors import ConfigError
 
 SECONDS = {"base": 100.0, "openvision": 290.0}
-PRICES = {cell: {"seconds": SECONDS.get(cell, 200.0), "GFLOPs": 1.5, "MiB": 70.0} for cell in CELLS}
+FAKE_COSTS = {cell: {"seconds": SECONDS.get(cell, 200.0), "GFLOPs": 1.5, "MiB": 70.0}
+              for cell in CELLS}
+EMPTY_TEXT = "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in TABLES)
 
 
-def figures(value):
-    return {column: value for table in TABLES.values() for column in table.columns if column not in (*COSTS, "images")} | {"images": 81280}
+def fake_figures(value):
+    figures = {"images": 81280}
+    for table in TABLES.values():
+        for column in table.columns:
+            if column not in (*COSTS, "images"):
+                figures[column] = value
+    return figures
+
+
+@pytest.fixture
+def text():
+    with open(ablation_tables.TEXT, encoding="utf-8") as f:
+        return f.read()
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_each_cell_is_a_run_that_its_command_line_makes(cell):
-    cfg = dataclasses.replace(settings(cell, PRICES), seed=2, workdir="x")
+def test_a_cell_is_the_run_of_its_command_line(cell):
+    cfg = dataclasses.replace(settings(cell, FAKE_COSTS), seed=2, workdir="x")
     config.validate(cfg)
     assert config.parse_args(ablations.flags(cfg)) == (cfg, False)
-    toy, plan = curriculum.parse_stages(ablations.TOY.stages), curriculum.parse_stages(cfg.stages)
-    images = sum(s.steps * s.batch for s in plan)
+    base, stages = parse_stages(ablations.BASE.stages), parse_stages(cfg.stages)
     if cell.endswith("-time"):
-        dearer = PRICES[cell.removesuffix("-time")]["seconds"] / PRICES["base"]["seconds"]
-        assert [(s.steps, s.warmup) for s in plan] == [(round(s.steps / dearer), round(s.warmup / dearer)) for s in toy]
+        cost = FAKE_COSTS[cell.removesuffix("-time")]["seconds"] / FAKE_COSTS["base"]["seconds"]
+        assert [stage.steps for stage in stages] == [round(s.steps / cost) for s in base]
+        assert [stage.warmup for stage in stages] == [round(s.warmup / cost) for s in base]
     else:
-        assert images == sum(s.steps * s.batch for s in toy)
+        assert sum(s.steps * s.batch for s in stages) == sum(s.steps * s.batch for s in base)
 
 
-def test_every_table_has_the_method_itself_and_known_cells():
+def test_costs_are_of_the_steps_of_all_stages(monkeypatch):
+    """Steps of 2 s, of which the run has 9."""
+    class FakeStep:
+        def __init__(self, cfg, resolution, batch, parallel):
+            self.bytes = 2**20 * resolution
+
+        def __call__(self):
+            return 0.0
+
+        def peak_bytes(self):
+            return self.bytes
+    monkeypatch.setattr(step_time, "JaxStep", FakeStep)
+    monkeypatch.setattr(step_time, "time_interleaved",
+                        lambda runs, repeats: {name: [1.0, 2.0, 9.0] for name in runs})
+    stages = "resolution=16 steps=4 batch=8 lr=1e-3, resolution=32 steps=5 batch=8 lr=1e-3"
+    cfg = dataclasses.replace(ablations.BASE, stages=stages)
+    measured = step_time.measure_costs({"base": cfg})
+    gflops = step_time.model_flops(cfg, 32) / 1e9
+    assert measured["costs"] == {"base": {"seconds": 18.0, "GFLOPs": gflops, "MiB": 32.0}}
+    assert "jax" in measured["machine"]
+
+
+def test_every_table_has_the_method_and_known_cells():
+    in_tables = set()
     for table in TABLES.values():
-        assert "base" in table.rows and set(table.rows) <= set(CELLS)
-    assert set().union(*(table.rows for table in TABLES.values())) == set(CELLS)
+        assert "base" in table.rows
+        in_tables |= set(table.rows)
+    assert in_tables == set(CELLS)
 
 
-def test_a_table_gives_mean_and_spread_and_says_what_is_missing():
-    found = {"costs": PRICES, "cells": {"base": {"0": figures(0.5), "1": figures(0.6), "2": figures(0.7)}, "clip": {"0": figures(0.25)}}}
-    lines = markdown(found, "objectives").splitlines()
-    base, clip, cappa = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("OpenVision 2", "CLIP", "CapPa"))
-    assert "| 60.0 ± 10.0 |" in base and base.endswith("| 100 |")
-    assert "| 25.0 |" in clip and clip.endswith("| 200 |")
-    assert "| – | –" in cappa and lines[-1] == "Seeds a cell: 0 to 3."
+def test_a_table_shows_mean_and_spread_and_marks_missing_figures():
+    base = {str(seed): fake_figures(0.5 + seed / 10) for seed in range(3)}
+    results = {"costs": FAKE_COSTS, "cells": {"base": base, "clip": {"0": fake_figures(0.25)}}}
+    lines = markdown(results, "objectives").splitlines()
+    by_title = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    assert "| 60.0 ± 10.0 |" in by_title["OpenVision 2"]
+    assert by_title["OpenVision 2"].endswith("| 100 |")
+    assert "| 25.0 |" in by_title["CLIP"] and by_title["CLIP"].endswith("| 200 |")
+    assert "| – | –" in by_title["CapPa"] and lines[-1] == "Seeds per cell: 0 to 3."
 
 
-def test_the_committed_tables_are_those_of_the_committed_figures():
-    with open(ablations.TEXT, encoding="utf-8") as f:
-        text = f.read()
-    assert rewritten(text, load()) == text
-    other = load()
-    other["cells"].setdefault("base", {})["0"] = figures(0.123)
-    assert rewritten(text, other) != text
+def test_committed_tables_show_the_committed_figures(text):
+    assert update_text(text, load()) == text
+    changed = load()
+    changed["cells"].setdefault("base", {})["0"] = fake_figures(0.123)
+    assert update_text(text, changed) != text
     with pytest.raises(ConfigError, match="lacks the mark"):
-        rewritten(text.replace("<!-- keep -->", ""), load())
+        update_text(text.replace("<!-- keep -->", ""), load())
 
 
-def test_every_objective_trained_below_its_floor_and_the_text_says_so():
+def test_every_objective_trained_below_its_blind_loss_and_the_text_says_so(text):
     cells = load()["cells"]
     for cell in ("base", *ablations.RIVALS):
-        known = [f for f in cells[cell].values() if "floor" in f]
-        assert len(known) > 1 and all(f["held-out loss"] < 0.6 * f["floor"] for f in known), cell
-    with open(ablations.TEXT, encoding="utf-8") as f:
-        text = f.read()
-    for cell in ("base", *ablations.RIVALS):
-        loss, floor = (f"{cells[cell]['1'][k]:.2f}" for k in ("held-out loss", "floor"))
-        assert f"{loss} against {floor}" in text, cell
+        known = [figures for figures in cells[cell].values() if "val_loss_blind" in figures]
+        assert len(known) > 1, cell
+        assert all(f["val_loss"] < 0.6 * f["val_loss_blind"] for f in known), cell
+        loss, blind = cells[cell]["1"]["val_loss"], cells[cell]["1"]["val_loss_blind"]
+        assert f"{loss:.2f} against {blind:.2f}" in " ".join(text.split()), cell
 
 
-def test_what_is_stopped_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
-    for name in ("RESULTS", "TEXT", "PLOT"):
-        monkeypatch.setattr(ablations, name, str(tmp_path / f"{name}.png"))
-    monkeypatch.setattr(ablations.load, "__defaults__", (str(tmp_path / "RESULTS.png"),))
-    monkeypatch.setattr(ablations.store, "__defaults__", (str(tmp_path / "RESULTS.png"),))
-    (tmp_path / "TEXT.png").write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in TABLES))
-    done = []
+def test_a_text_of_the_committed_run_counts_kept_tokens_as_the_mask_does(text):
+    """In the last stage of the base cell."""
+    cfg = ablations.BASE
+    patch_size = registry.model_spec(cfg).encoder.patch_size
+    num_patches = (parse_stages(cfg.stages)[-1].resolution // patch_size) ** 2
+    num_kept = masking.num_kept_tokens(num_patches, cfg.keep_ratio)
+    numbers = ("no", "one", "two", "three", "four", "five", "six")
+    text = " ".join(text.split())
+    assert f"give {num_patches} tokens" in text
+    assert f"over any {numbers[num_kept]} of them" in text
 
-    def cell(name, seed, folder, costs):
-        if len(done) == 5:
+
+def test_an_interrupted_command_resumes_and_repeats_nothing(tmp_path, monkeypatch):
+    results, text = tmp_path / "results" / "ablations.json", tmp_path / "results.md"
+    monkeypatch.setattr(ablation_tables, "RESULTS", str(results))
+    monkeypatch.setattr(ablation_tables, "TEXT", str(text))
+    monkeypatch.setattr(ablation_tables, "PLOT", str(tmp_path / "plot.png"))
+    text.write_text(EMPTY_TEXT)
+    finished, in_this_command = [], []
+
+    def train_and_evaluate(cell, seed, folder, costs):
+        if len(in_this_command) == 5:
             raise KeyboardInterrupt
-        done.append((name, seed))
-        return figures(0.5)
-    monkeypatch.setattr(ablations, "train_and_read", cell)
-    monkeypatch.setattr(ablations, "measure_costs", lambda cells: {c: PRICES[c] for c in cells})
-    ask = ["keep", "captions"], 2, str(tmp_path / "runs"), False
-    (tmp_path / "RESULTS.png").write_text(json.dumps({"recipe": "a longer night", "costs": {}, "cells": {}}))
+        in_this_command.append((cell, seed))
+        return fake_figures(0.5)
+    monkeypatch.setattr(ablations, "train_and_evaluate", train_and_evaluate)
+
+    def measure_costs(cfgs):
+        return {"machine": "none", "costs": {cell: FAKE_COSTS[cell] for cell in cfgs}}
+    arguments = ["keep", "captions"], 2, str(tmp_path / "runs"), False, measure_costs
+    results.parent.mkdir()
+    results.write_text(json.dumps({"recipe": "a longer night", "costs": {}, "cells": {}}))
     with pytest.raises(ConfigError, match="another recipe"):
-        ablations.rows(*ask)
-    (tmp_path / "RESULTS.png").unlink()
+        ablations.rows(*arguments)
+    results.unlink()
     with pytest.raises(KeyboardInterrupt):
-        ablations.rows(*ask)
-    assert len(json.loads((tmp_path / "RESULTS.png").read_text())["cells"]) == 5 and "| 50.0 |" in (tmp_path / "TEXT.png").read_text()
-    first, done[:] = list(done), []
+        ablations.rows(*arguments)
+    assert len(json.loads(results.read_text())["cells"]) == 5
+    assert "| 50.0 |" in text.read_text()
     for _ in range(9):
+        finished += in_this_command
+        in_this_command.clear()
         try:
-            ablations.rows(*ask)
+            ablations.rows(*arguments)
             break
         except KeyboardInterrupt:
-            first, done[:] = first + done, []
-    rows = first + done
-    wanted = {*TABLES["keep"].rows, *TABLES["captions"].rows, *ablations.BASELINES}
-    assert len(rows) == len(set(rows)) == 2 * len(wanted) and {name for name, _ in rows} == wanted
-    (tmp_path / "TEXT.png").write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in TABLES))
-    ablations.rows(*ask)  # nothing is left to do, but the tables are made
-    assert "| 50.0 " in (tmp_path / "TEXT.png").read_text()
-    shown = ablations.rows(["keep"], 2, "nowhere", True)
-    assert [r["seeds"] for r in shown] == [2] * len(shown)
+            pass
+    finished += in_this_command
+    wanted = {*TABLES["keep"].rows, *TABLES["captions"].rows, *ablation_tables.BASELINES}
+    assert {cell for cell, _ in finished} == wanted
+    assert len(finished) == len(set(finished)) == 2 * len(wanted)
+    text.write_text(EMPTY_TEXT)
+    ablations.rows(*arguments)  # nothing is left to train, but the tables are made
+    assert "| 50.0 " in text.read_text()
+    shown = ablations.rows(["keep"], 2, "nowhere", True, measure_costs)
+    assert [row["seeds"] for row in shown] == [2] * len(shown)
 
 
-def test_a_finished_run_of_other_settings_is_not_taken_for_the_cell(tmp_path, monkeypatch):
+def test_a_finished_run_with_other_settings_is_not_taken_for_the_cell(tmp_path, monkeypatch):
     (tmp_path / "clip-0").mkdir()
     (tmp_path / "clip-0" / "summary.json").write_text("{}")
 
@@ -121,30 +176,20 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_cell(tmp_path, mo
         raise ConfigError(f"{cfg.workdir} holds a run with other settings")
     monkeypatch.setattr(ablations, "train", refuse)
     with pytest.raises(ConfigError, match="clip-0 holds a run with other settings"):
-        ablations.train_and_read("clip", 0, str(tmp_path), PRICES)
+        ablations.train_and_evaluate("clip", 0, str(tmp_path), FAKE_COSTS)
 
 
-def test_damaged_figures_and_unknown_tables_are_one_sentence(tmp_path, capsys):
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ConfigError, match="mend it, or move it away"):
-        load(str(tmp_path / "x.json"))
+def test_damaged_results_and_unknown_tables_are_reported(tmp_path, capsys):
+    for damaged in ("{", "[]", '{"cells": {}}'):
+        (tmp_path / "x.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="repair it, or move it away"):
+            load(str(tmp_path / "x.json"))
     with pytest.raises(SystemExit):
         bench.main(["ablate", "keeps"])
     assert "unknown table 'keeps'" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_says_where_its_words_are(tmp_path):
-    with pytest.raises(ConfigError, match=r"status 1 .*no data.*log has its words"):
-        ablations.train(dataclasses.replace(ablations.TOY, data="nothing/here", workdir=str(tmp_path / "r")), str(tmp_path / "r.log"))
-
-
-def test_the_text_counts_the_kept_tokens_as_the_mask_does():
-    """Of the base cell's last stage."""
-    with open(ablations.TEXT, encoding="utf-8") as f:
-        text = f.read()
-    cfg = ablations.TOY
-    patch = registry.model_spec(cfg).encoder.patch_size
-    n = (curriculum.parse_stages(cfg.stages)[-1].resolution // patch) ** 2
-    kept = masking.num_kept_tokens(n, cfg.keep_ratio)
-    numbers = ("no", "one", "two", "three", "four", "five", "six")
-    assert f"give {n}\ntokens" in text and f"over any {numbers[kept]} of them" in text
+def test_a_failed_run_is_reported_with_its_log(tmp_path):
+    cfg = dataclasses.replace(ablations.BASE, data="nothing/here", workdir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"status 1 .*no data.*output is in .*run.log"):
+        ablations.train(cfg, str(tmp_path / "run.log"))

@@ -1,13 +1,11 @@
-"""The bench tells what it claims to tell: its formulas are XLA's counts, its tables hold the figures, its refusals are sentences."""
+"""The bench: its FLOPs are XLA's counts, its tables have the figures, its errors are one line."""
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 
 import bench
@@ -17,197 +15,241 @@ from config import Config
 from objectives import registry
 from runtime import devices
 from runtime.tables import format_table
+from tests.helpers.paths import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=512, max_text_len=24, keep_ratio=0.5, scan_unroll=4,
-               stages="resolution=48 steps=9 batch=4 lr=1e-3")
+SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=512, max_text_len=24, keep_ratio=0.5,
+               scan_unroll=4, stages="resolution=48 steps=9 batch=4 lr=1e-3")
+TINY_STEP = ["step", "--encoder", "micro/8", "--resolution", "16", "--batch", "2",
+             "--vocab-size", "64", "--max-text-len", "8"]
 
 
-def counted(cfg: Config, backward: bool) -> float:
-    """FLOPs an image by XLA's own count, which sees every layer of an unrolled model."""
+def read_table(path) -> dict:
+    return json.loads(path.read_text())
+
+
+def xla_flops(cfg: Config, backward: bool) -> float:
+    """FLOPs per image as XLA counts them, which sees every layer of an unrolled model."""
     model, batch = registry.model_spec(cfg), step_time.make_batch(cfg, 48, 4)
     params = jax.eval_shape(lambda: registry.init_params(cfg, model))
-    run = jax.value_and_grad(train.openvision2_loss, has_aux=True) if backward else train.openvision2_loss
+    function = train.openvision2_loss
+    if backward:
+        function = jax.value_and_grad(function, has_aux=True)
     keys = jax.random.split(jax.random.key(0), 4)
-    return jax.jit(run, static_argnums=3).lower(params, batch, keys, model).cost_analysis()["flops"] / 4
+    lowered = jax.jit(function, static_argnums=3).lower(params, batch, keys, model)
+    return lowered.cost_analysis()["flops"] / 4
 
 
 @pytest.fixture(scope="module")
-def kept_all() -> float:
-    return counted(SMALL, backward=True)
+def small_flops() -> float:
+    return xla_flops(SMALL, backward=True)
 
 
-def test_flops_are_xlas(kept_all):
-    """Matmuls are nearly all there is; what stands between them makes XLA's figure a little larger."""
+def test_flops_formula_agrees_with_xla(small_flops):
+    """Nearly all FLOPs are matmuls. The operations between them make XLA's figure a bit larger."""
     formula = step_time.model_flops(SMALL, 48)
-    assert formula < kept_all < 1.12 * formula
-    assert formula / 3 < counted(SMALL, backward=False) < 1.12 * formula / 3
+    assert formula < small_flops < 1.12 * formula
+    assert formula / 3 < xla_flops(SMALL, backward=False) < 1.12 * formula / 3
 
 
-@pytest.mark.parametrize("how", [{"remat": "block"}, {"remat": "dots"}, {"loss_chunk": 8}])
-def test_what_is_computed_again_is_xlas(how, kept_all):
-    cfg = dataclasses.replace(SMALL, **how)
-    if cfg.loss_chunk:  # its loop over pieces is counted once
-        assert tpu_memory.recomputed(cfg, 48) == pytest.approx(2 * 23 * 96 * 512 / step_time.model_flops(cfg, 48))
+@pytest.mark.parametrize("changes", [{"remat": "block"}, {"remat": "dots"}, {"loss_chunk": 8}])
+def test_recompute_fraction_agrees_with_xla(changes, small_flops):
+    cfg = dataclasses.replace(SMALL, **changes)
+    fraction = tpu_memory.recompute_fraction(cfg, 48)
+    if cfg.loss_chunk:  # XLA counts the body of the loop over pieces once only
+        assert fraction == pytest.approx(2 * 23 * 96 * 512 / step_time.model_flops(cfg, 48))
         return
-    again = counted(cfg, backward=True) / kept_all - 1
-    assert again == pytest.approx(tpu_memory.recomputed(cfg, 48), abs=0.05)
-    assert tpu_memory.recomputed(SMALL, 48) == 0
+    assert xla_flops(cfg, backward=True) / small_flops - 1 == pytest.approx(fraction, abs=0.05)
+    assert tpu_memory.recompute_fraction(SMALL, 48) == 0
 
 
 def test_flops_table(tmp_path, capsys):
-    assert bench.main(["flops", "--json", str(tmp_path / "f.json")]) == 0
-    found = json.load(open(tmp_path / "f.json"))
-    paper = [r for r in found["rows"] if r["paper, G"]]
-    assert paper[0]["encoder"] == "L/14" and paper[0]["in all, G"] == pytest.approx(208.9, rel=0.02)
-    assert found["asked"]["command"] == "flops" and "jax" in found["machine"]
+    file = tmp_path / "flops.json"
+    assert bench.main(["flops", "--json", str(file)]) == 0
+    table = read_table(file)
+    paper = [row for row in table["rows"] if row["paper GFLOPs"]]
+    assert paper[0]["encoder"] == "L/14"
+    assert paper[0]["total GFLOPs"] == pytest.approx(208.9, rel=0.02)
+    assert table["arguments"]["command"] == "flops" and "jax" in table["machine"]
     assert "So400m/14" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv, encoder, length", [("step", "micro/8", 28), ("step --encoder Ti/16", None, 128), ("flops pictures", "micro/8", 48),
-                                                   ("clipa", "L/14", 128), ("memory g14", "g/14", 128)])
-def test_help_has_the_defaults_of_the_settings_that_are_taken(argv, encoder, length, capsys):
+def test_flops_with_a_flag_are_those_of_the_toy(capsys):
+    assert bench.main(["flops", "--keep-ratio", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == [
+        "micro/4", "micro", "24", "36", "36"]
+
+
+@pytest.mark.parametrize(("argv", "encoder", "text_len"), [
+    ("step", "micro/4", 28), ("step --encoder Ti/16", None, 128), ("flops pictures", "micro/8", 48),
+    ("clipa", "L/14", 128), ("memory g14", "g/14", 128)])
+def test_help_shows_the_defaults_of_the_chosen_settings(argv, encoder, text_len, capsys):
     with pytest.raises(SystemExit):
         bench.parse([*argv.split(), "-h"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"are cut (default: {length})" in said and (encoder is None or f"a smaller one (default: {encoder})" in said)
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {text_len})" in text.partition("--max-text-len MAX")[2]
+    assert encoder is None or f"(default: {encoder})" in text
 
 
-def test_flops_of_flags_are_the_toys(capsys):
-    assert bench.main(["flops", "--keep-ratio", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["micro/8", "micro", "24", "9", "9"]
-
-
-def test_step(tmp_path, capsys):
-    file = tmp_path / "s.json"
-    assert bench.main(["step", "--encoder", "micro/8", "--resolution", "16", "--batch", "2", "--vocab-size", "64", "--max-text-len", "8",
-                       "--repeats", "2", "--json", str(file)]) == 0
-    ours, matmul = json.load(open(file))["rows"]
-    assert ours["what"] == "ours" and matmul["what"] == "matmul"
-    assert ours["images/s"] == pytest.approx(2e3 / ours["ms"])
-    assert ours["GFLOP/s"] > 0 and ours["compile s"] > 0 and 0 < ours["peak GiB"] < 1 and 1 < ours["loss"] < 8
+def test_step_table(tmp_path, capsys):
+    file = tmp_path / "step.json"
+    assert bench.main([*TINY_STEP, "--repeats", "2", "--json", str(file)]) == 0
+    step, matmul = read_table(file)["rows"]
+    assert step["step"] == "jax" and matmul["step"] == "matmul"
+    assert step["images/s"] == pytest.approx(2e3 / step["ms"]) and step["min ms"] <= step["ms"]
+    assert step["GFLOP/s"] > 0 and step["compile s"] > 0 and 0 < step["% of matmul rate"] < 100
+    assert 0 < step["peak GiB"] < 1 and 1 < step["loss"] < 8
     assert "images/s" in capsys.readouterr().out
 
 
-def test_a_step_with_shard_divides_the_optimizers_state(cache, tmp_path):
-    """On two pretend devices: the same loss, and one copy of AdamW's moments less."""
+def test_zero1_divides_the_optimizer_state(cache, tmp_path):
+    """On two simulated devices: the same loss, and one copy of AdamW's moments less."""
     env = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "bench.py", "step", "--encoder", "micro/8", "--resolution", "16", "--batch", "2",
-               "--vocab-size", "64", "--max-text-len", "8", "--repeats", "1", "--json"]
-    rows = {}
-    for name, flags in (("whole", []), ("shard", ["--zero1"])):
+    steps = {}
+    for name, flags in (("replicated", []), ("zero1", ["--zero1"])):
         file = tmp_path / f"{name}.json"
-        done = subprocess.run([*command, str(file), *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        rows[name] = json.load(open(file))["rows"][0]
-    assert rows["shard"]["loss"] == pytest.approx(rows["whole"]["loss"], rel=1e-5)
+        command = [sys.executable, "bench.py", *TINY_STEP, "--repeats", "1", "--json", str(file)]
+        process = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True,
+                                 text=True)
+        assert process.returncode == 0, process.stderr
+        steps[name] = read_table(file)["rows"][0]
+    assert steps["zero1"]["loss"] == pytest.approx(steps["replicated"]["loss"], rel=1e-5)
     cfg = Config(encoder="micro/8", decoder="micro", vocab_size=64, max_text_len=8)
     moments = 2 * 4 * sum(registry.param_counts(cfg).values())
-    saved = (rows["whole"]["peak GiB"] - rows["shard"]["peak GiB"]) * 2**30
-    assert saved > 0.9 * moments
+    saved_bytes = (steps["replicated"]["peak GiB"] - steps["zero1"]["peak GiB"]) * 2**30
+    assert saved_bytes > 0.9 * moments
 
 
-def test_a_step_learns_its_one_batch():
-    """What is timed is training: the loss of the batch falls."""
-    run = step_time.JaxStep(dataclasses.replace(SMALL, scan_unroll=1, stages="resolution=16 steps=1000 batch=2 lr=1e-3 warmup=1"), 16, 2, devices.DataParallel(1))
+def test_the_timed_step_trains():
+    """The loss of its one batch falls."""
+    cfg = dataclasses.replace(SMALL, scan_unroll=1,
+                              stages="resolution=16 steps=1000 batch=2 lr=1e-3 warmup=1")
+    run = step_time.JaxStep(cfg, 16, 2, devices.DataParallel(1))
     losses = [run() for _ in range(8)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # the warm-up's first rate is 0
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # the warm-up begins at rate 0
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_table5_shares_the_steps_out(monkeypatch):
-    """Step times of 1 s at low and 4 s (6 s unmasked) at high resolution, of batches of 2, for 10 and 1 images."""
-    class Fake:
-        def __init__(self, cfg, resolution, batch, place, state):
-            self.state, self.seconds = "state", (1, 1) if resolution == 16 else (4, 6)
-            self.took = self.seconds[cfg.keep_ratio == 1]
+def test_table5_weights_step_times_by_the_images_of_the_stages(monkeypatch):
+    """Steps of 1 s at low and 4 s (6 s without the mask) at high resolution, of 2 images each; the
+    stages have 10 images and 1."""
+    class FakeStep:
+        def __init__(self, cfg, resolution, batch, parallel, state):
+            self.state = ["state"]
+            masked, unmasked = (1, 1) if resolution == 16 else (4, 6)
+            self.seconds = unmasked if cfg.keep_ratio == 1 else masked
 
         def __call__(self):
             return 0.0
-    monkeypatch.setattr(step_time, "JaxStep", Fake)
-    monkeypatch.setattr(step_time, "time_interleaved", lambda runs, repeats, title: {kind: [run.took] for kind, run in runs.items()})
-    rows = step_time.table5((SMALL, 16, 2, 10), (SMALL, 48, 2, 1), 3)
-    assert [r["faster"] for r in rows] == pytest.approx([1, 33 / 22, 33 / 8, 33 / 7])
-    assert [r["paper"] for r in rows] == pytest.approx([1, 217 / 190, 217 / 67, 217 / 55])
-    assert rows[0]["by FLOPs"] == 1 < rows[1]["by FLOPs"] < rows[3]["by FLOPs"]
+
+    def fake_timer(runs, repeats):
+        return {name: [run.seconds] * repeats for name, run in runs.items()}
+    monkeypatch.setattr(step_time, "JaxStep", FakeStep)
+    monkeypatch.setattr(step_time, "time_interleaved", fake_timer)
+    table = step_time.table5((SMALL, 16, 2, 10), (SMALL, 48, 2, 1), 3)
+    assert [row["speedup"] for row in table] == pytest.approx([1, 33 / 22, 33 / 8, 33 / 7])
+    assert [row["paper"] for row in table] == pytest.approx([1, 217 / 190, 217 / 67, 217 / 55])
+    assert table[0]["by FLOPs"] == 1 < table[1]["by FLOPs"] < table[3]["by FLOPs"]
 
 
-@pytest.mark.parametrize(("base", "each", "room", "start", "true"), [
-    (4.0, 0.001, 31.0, 2048, 26880), (1.0, 0.05, 15.0, 2048, 256), (30.9, 0.001, 31.0, 2048, 0), (1.0, 0.002, 31.0, 256, 14848)])
-def test_largest_batch(base, each, room, start, true):
-    """Bytes that grow not quite evenly; an answer within a sixteenth below the truth, and few plans."""
-    asked = []
+@pytest.mark.parametrize(("base", "per_image", "capacity", "start", "largest"), [
+    (4.0, 0.001, 31.0, 2048, 26880), (1.0, 0.05, 15.0, 2048, 256), (30.9, 0.001, 31.0, 2048, 0),
+    (1.0, 0.002, 31.0, 256, 14848)])
+def test_find_max_batch(base, per_image, capacity, start, largest):
+    """For memory that grows a little unevenly: at most a sixteenth below the largest, in few
+    compilations."""
+    tried = []
 
-    def fits(batch):
-        asked.append(batch)
-        need = base + each * batch + (0.3 if batch % 1024 == 0 else 0)
-        return need if need <= room else None
-    found = tpu_memory.find_max_batch(fits, start, 256, room)
-    assert true * 15 / 16 - 512 <= found <= true and len(asked) <= 9
-    assert found % 256 == 0 and (found == 0 or base + each * found <= room)
+    def needed_bytes(batch):
+        tried.append(batch)
+        need = base + per_image * batch + (0.3 if batch % 1024 == 0 else 0)
+        return need if need <= capacity else None
+    batch = tpu_memory.find_max_batch(needed_bytes, start, 256, capacity)
+    assert largest * 15 / 16 - 512 <= batch <= largest and len(tried) <= 9
+    assert batch % 256 == 0 and (batch == 0 or base + per_image * batch <= capacity)
 
 
 @pytest.fixture
-def pretend(monkeypatch):
-    """A compiler that refuses above 4,096 images."""
-    def plan(cfg, resolution, batch, topology):
+def fake_compiler(monkeypatch):
+    """It refuses more than 4,096 images."""
+    def compiled_memory(cfg, resolution, batch, topology):
         if batch > 4096:
-            raise tpu_memory.DoesNotFit("needs 40G of 31G a chip has")
+            raise tpu_memory.DoesNotFit("needs 40G of 31G per chip")
         return dict.fromkeys(tpu_memory.KINDS, tpu_memory.GIB * batch / 4096)
-    monkeypatch.setattr(tpu_memory, "compiled_memory", plan)
+    monkeypatch.setattr(tpu_memory, "compiled_memory", compiled_memory)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 
 
-def test_memory_tables(pretend, tmp_path, capsys):
-    file = tmp_path / "m.json"
-    assert bench.main(["memory", "l14", "--resolution", "224", "--batch", "2048", "--zero1", "--json", str(file)]) == 0
-    (row,) = json.load(open(file))["rows"]
-    assert row["GiB a chip"] == 2.5 and row["parameters"] == 0.5 and row["shard"] == "yes" and row["pod"] == "v4:4x4x2"
-    assert bench.main(["memory", "l14", "--resolution", "224", "--batch", "1024", "--find-max-batch", "--json", str(file)]) == 0
-    rows = json.load(open(file))["rows"]
-    assert 3840 <= rows[-1]["batch"] <= 4096 and rows[-1]["recipe"] == "largest that fits"
+def test_memory_tables(fake_compiler, tmp_path, capsys):
+    file = tmp_path / "memory.json"
+    command = ["memory", "l14", "--resolution", "224", "--json", str(file)]
+    assert bench.main([*command, "--batch", "2048", "--zero1"]) == 0
+    (row,) = read_table(file)["rows"]
+    assert row["GiB per chip"] == 2.5 and row["parameters"] == 0.5
+    assert row["zero1"] == "yes" and row["topology"] == "v4:4x4x2" and row["recompute"] == "23%"
+    assert bench.main([*command, "--batch", "1024", "--find-max-batch"]) == 0
+    table = read_table(file)["rows"]
+    assert 3840 <= table[-1]["batch"] <= 4096 and table[-1]["model"] == "largest that fits"
     assert "needs 40G of 31G" in capsys.readouterr().out
 
 
-def test_data(tmp_path):
-    file = tmp_path / "d.json"
-    assert bench.main(["data", "--alone", "--pictures", "3", "--batch", "2", "--repeats", "1", "--resolution", "16", "24", "--json", str(file)]) == 0
-    rows = json.load(open(file))["rows"]
-    assert [r["px"] for r in rows] == [16, 24] and all(r["ours/s"] > 0 and 40 < r["kB per JPEG"] < 120 for r in rows)
+def test_data_table(tmp_path):
+    file = tmp_path / "data.json"
+    assert bench.main(["data", "--alone", "--images", "3", "--batch", "2", "--repeats", "1",
+                       "--resolution", "16", "24", "--json", str(file)]) == 0
+    table = read_table(file)["rows"]
+    assert [row["px"] for row in table] == [16, 24]
+    assert all(row["ours/s"] > 0 and 40 < row["kB per JPEG"] < 120 for row in table)
 
 
-@pytest.mark.parametrize(("argv", "says"), [
+@pytest.mark.parametrize(("argv", "message"), [
     (["step", "--encoder", "L/14", "--resolution", "13"], "--resolution 13"),
     (["step", "--encoder", "XXL/14"], "unknown encoder 'XXL/14'"),
     (["step", "toy", "--compare", "torch", "--grad-accum", "2"], "--grad-accum"),
     (["step", "toy", "--compare", "torch", "--zero1"], "--zero1"),
-    (["step", "toy", "--zero1", "--batch", "3"], "--zero1 divides the optimizer's state over several devices"),
+    (["step", "toy", "--compare", "torch", "--objective", "clip"], "--objective clip"),
+    (["step", "toy", "--zero1", "--batch", "3"], "--zero1 divides the optimizer's state"),
     (["flops", "toy", "--keep-ratio", "0"], "--keep-ratio 0.0"),
     (["flops", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
     (["memory", "l14", "--batch", "33"], "--batch 33"),
 ])
-def test_what_cannot_be_is_told_in_a_sentence(argv, says, capsys):
+def test_impossible_settings_are_reported_in_one_line(argv, message, capsys):
     assert bench.main(argv) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and says in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["step", "--batch", "0"], ["memory", "--topology", "v9:2x2"], ["memory", "--topology", "v4:2x2x"], ["data", "l14"],
-                                  ["stepp"], ["step", "--batc", "4"], ["step", "--compare", "jax"], []])
-def test_what_cannot_be_read_gives_a_usage_line(argv, capsys):
+@pytest.mark.parametrize("argv", [
+    ["step", "--batch", "0"], ["memory", "--topology", "v9:2x2"],
+    ["memory", "--topology", "v4:2x2x"], ["data", "l14"], ["stepp"], ["step", "--batc", "4"],
+    ["step", "--compare", "jax"], []])
+def test_a_command_line_that_cannot_be_parsed_gives_a_usage_line(argv, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(argv)
     assert end.value.code == 2 and "usage: bench.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("argv", "needs"), [(["step", "--compare", "torch"], "'.[bench]'"), (["data"], "'.[bench]'"), (["memory", "l14"], "'.[plan]'")])
-def test_a_missing_extra_is_named(argv, needs, monkeypatch, capsys):
+@pytest.mark.parametrize(("argv", "new"), [
+    (["step", "--peer", "torch"], "--peer is now --compare"),
+    (["memory", "--largest"], "--largest is now --find-max-batch"),
+    (["data", "--pictures=9"], "--pictures is now --images"),
+    (["flops", "--text-length", "9"], "--text-length is now --max-text-len")])
+def test_an_old_flag_gets_its_new_name(argv, new, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(argv)
+    assert new in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "extra"), [
+    (["step", "--compare", "torch"], "'.[bench]'"), (["data"], "'.[bench]'"),
+    (["memory", "l14"], "'.[plan]'")])
+def test_a_missing_extra_is_named(argv, extra, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main(argv) == 1
-    assert f"pip install -e {needs}" in capsys.readouterr().err
+    assert f"pip install -e {extra}" in capsys.readouterr().err
 
 
-def test_tables_line_up():
-    lines = format_table([{"a": "x", "b": 1.0}, {"a": "longer", "c": 12345}]).splitlines()
+def test_table_columns_are_aligned():
+    table = [{"a": "x", "b": 1.0}, {"a": "longer", "c": 12345}]
+    lines = format_table(table).splitlines()
     assert lines[0].split() == ["a", "b", "c"] and lines[2].split() == ["longer", "–", "12,345"]
-    assert np.ptp([len(line) for line in lines[::2]]) == 0
+    assert len(lines[0]) == len(lines[2])

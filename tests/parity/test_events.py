@@ -1,4 +1,4 @@
-"""Event files by tensorboardX itself: read back record by record, they hold the rows and pictures that went in, and restart at step 0."""
+"""TensorBoard event files, read by tensorboardX, hold the rows and images that were logged."""
 import glob
 import json
 import struct
@@ -10,7 +10,7 @@ from tensorboardX.proto import event_pb2
 from runtime import monitoring
 
 
-def events(path):
+def read_events(path):
     with open(path, "rb") as f:
         data = f.read()
     while data:
@@ -19,9 +19,10 @@ def events(path):
         data = data[12 + size + 4:]
 
 
-def test_points_and_pictures(tmp_path):
+def test_numbers_and_images_are_logged_from_step_0_on(tmp_path):
     (tmp_path / "events.out.tfevents.1.old").write_bytes(b"old")
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "loss": 2.5, "seconds": 10.0}) + "\n")
+    row = {"step": 4, "loss": 2.5, "seconds": 10.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "curve.png")
     board = monitoring.Board(str(tmp_path), 1.7e9)
@@ -29,9 +30,15 @@ def test_points_and_pictures(tmp_path):
     board.picture(str(tmp_path / "curve.png"), 8)
     board.close()
     (path,) = glob.glob(str(tmp_path / "events*"))
-    found = list(events(path))
-    values = {(v.tag, e.step): (v, e.wall_time) for e in found for v in e.summary.value}
+    events = list(read_events(path))
+    values, times = {}, {}
+    for event in events:
+        for value in event.summary.value:
+            values[value.tag, event.step] = value
+            times[value.tag, event.step] = event.wall_time
     assert values.keys() == {("loss", 4), ("val_loss", 8), ("curve", 8)}
-    assert [(v.simple_value, t) for v, t in (values["loss", 4], values["val_loss", 8])] == [(2.5, 1.7e9 + 10), (1.25, 1.7e9 + 20)]
-    assert (values["curve", 8][0].image.height, values["curve", 8][0].image.width) == (5, 7)
-    assert [e.step for e in found if e.HasField("session_log")] == [0]
+    assert values["loss", 4].simple_value == 2.5 and times["loss", 4] == 1.7e9 + 10
+    assert values["val_loss", 8].simple_value == 1.25 and times["val_loss", 8] == 1.7e9 + 20
+    image = values["curve", 8].image
+    assert (image.height, image.width) == (5, 7)
+    assert [event.step for event in events if event.HasField("session_log")] == [0]

@@ -1,0 +1,217 @@
+"""The losses of the other objectives, by closed formulas, and what each prediction can see."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import decoder
+import layers
+import vit
+from objectives import aimv2, cappa, contrastive, registry
+from tests.helpers.models import perturbed
+from tests.objectives.small import (
+    DEC,
+    ENC,
+    KEYS,
+    B,
+    N,
+    T,
+    V,
+    captions,
+    loss_and_count,
+    make_batch,
+    make_model,
+    make_params,
+)
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+
+def symmetric_cross_entropy(logits: np.ndarray) -> float:
+    """CLIP's loss, by optax."""
+    matching = np.arange(len(logits))
+    both = cross_entropy(logits, matching).mean() + cross_entropy(logits.T, matching).mean()
+    return float(both / 2)
+
+
+def with_other_token(text: np.ndarray, row: int, position: int) -> np.ndarray:
+    """The captions with another token there."""
+    other = text.copy()
+    other[row, position] = 3 + (other[row, position] - 2) % (V - 3)
+    return other
+
+
+# ------------------------------------------------------------------------- CLIP, OpenVision
+def test_contrastive_loss_is_clips_on_any_number_of_devices():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((2, 8, 5)).astype(np.float32)
+    image, text = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    real = np.array([True] * 3 + [False] + [True] * 3 + [False])
+    expected = symmetric_cross_entropy(7.0 * (image @ text.T)[real][:, real])
+
+    def loss(image, text, real):
+        return contrastive.contrastive_loss(image, text, real, 7.0)
+    for devices in (1, 2, 8):
+        parts = [x.reshape(devices, -1, *x.shape[1:]) for x in (image, text, real)]
+        losses = jax.vmap(loss, axis_name="devices")(*parts).reshape(-1)
+        assert float(losses.sum()) / 6 == pytest.approx(expected, rel=1e-5)
+        assert (losses[~real] == 0).all()
+
+
+def test_logit_scale_starts_at_clips_and_can_leave_its_bound():
+    def logit_scale(log):
+        return contrastive.logit_scale({"pair": {"temperature": {"log": log}}})
+    assert float(logit_scale(0.0)) == pytest.approx(1 / 0.07)
+    assert float(logit_scale(5.0)) == pytest.approx(100)
+    assert float(jax.grad(logit_scale)(5.0)) == pytest.approx(100)  # with a plain bound it were 0
+
+
+def test_a_captions_feature_depends_on_every_token_but_no_padding():
+    params, text = make_params(make_model("clip"))["text"], captions(1)
+    feature = contrastive.encode_text(params, text, DEC)[1]
+    shorter = contrastive.encode_text(params, text[1:2, :7], DEC)[1]
+    np.testing.assert_allclose(shorter, feature[1:2], atol=1e-5)
+    for position in range(1, 6):
+        other = contrastive.encode_text(params, with_other_token(text, 1, position), DEC)[1]
+        assert np.abs(other[1] - feature[1]).max() > 1e-4
+
+
+def test_openvision_is_the_sum_of_its_terms():
+    batch, model = make_batch(), make_model("openvision")
+    params = make_params(model)
+    encoded = vit.vit(params["encoder"], batch["images"], ENC)
+    image = contrastive.l2_normalize(encoded["pooled"] @ params["pair"]["image"]["kernel"])
+    scale = contrastive.logit_scale(params)
+    pairs = 0.0
+    for text in (batch["alt"], batch["text"]):
+        _, feature = contrastive.encode_text(params["text"], text, DEC)
+        pairs += symmetric_cross_entropy(scale * image @ contrastive.l2_normalize(feature).T)
+    web, _ = contrastive.encode_text(params["text"], batch["alt"], DEC)
+    prefix = jnp.concatenate([encoded["tokens"], web @ params["web"]["kernel"]], axis=1)
+    bidirectional = dataclasses.replace(DEC, prefix_attention="bidirectional")
+    logits = decoder.logits(params["decoder"], prefix, batch["text"][:, :-1], bidirectional)
+    targets = batch["text"][:, 1:]
+    caption_loss = float(cross_entropy(logits, targets)[targets != 0].mean())
+    loss, count = loss_and_count("openvision", batch)
+    assert count == (targets != 0).sum()
+    assert loss / count == pytest.approx(2 * caption_loss + pairs / 2, rel=1e-5)
+    assert loss_and_count("openvision", batch, devices=2)[0] == pytest.approx(loss, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------ AIMv2
+def test_pixel_targets_are_those_of_mae():
+    batch = make_batch()
+    targets = np.asarray(aimv2.pixel_targets(batch["images"], 8))
+    pixels = (batch["images"] / 255 - vit.IMAGENET_MEAN) / vit.IMAGENET_STD
+    patch = pixels[1, 8:16, 16:24].reshape(-1)  # second row, third column
+    expected = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+    np.testing.assert_allclose(targets[1, 5], expected, atol=1e-5)
+    uniform = aimv2.pixel_targets(np.full((1, 8, 8, 3), 90, np.uint8), 8)
+    assert np.isfinite(uniform).all()
+
+
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_aimv2_is_the_mean_over_images_of_both_terms(cls_token):
+    batch, model = make_batch(), make_model("aimv2", cls_token)
+    params = make_params(model)
+    dec_params, total = params["decoder"], 0.0
+    for b, key in enumerate(KEYS):
+        prefix_len = int(jax.random.randint(key, (), 1, N))
+        mask = np.tril(np.ones((N + cls_token, N + cls_token), bool))
+        mask[:, :prefix_len + cls_token] = True
+        image, text = batch["images"][b:b + 1], batch["text"][b:b + 1]
+        tokens = vit.vit(params["encoder"], image, model.encoder, mask=mask)["tokens"]
+        length = int((text[0] != 0).sum()) - 1
+        logits = decoder.logits(dec_params, tokens, text[:, :length], DEC)
+        text_loss = cross_entropy(logits, text[:, 1:length + 1]).mean()
+        hidden = decoder.hidden_states(dec_params, tokens, text[:, :1], DEC)
+        hidden = layers.layer_norm(hidden, dec_params["norm"])[0, prefix_len - 1:N - 1]
+        predicted = hidden @ dec_params["pixels"]["kernel"] + dec_params["pixels"]["bias"]
+        targets = aimv2.pixel_targets(image, 8)[0, prefix_len:]
+        total += float(text_loss) + 0.4 * float(optax.squared_error(predicted, targets).mean())
+    loss, count = jax.jit(aimv2.loss, static_argnums=3)(params, batch, KEYS, model)
+    assert count == B and float(loss) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("cls_token", [0, 1])
+@pytest.mark.parametrize("prefix_len", [1, 5, 8])
+def test_aimv2s_encoder_attends_to_the_prefix_and_to_earlier_patches(prefix_len, cls_token):
+    cfg = dataclasses.replace(ENC, cls_token=bool(cls_token))
+    params, images = perturbed(vit.init(jax.random.key(0), cfg)), make_batch()["images"][:1]
+    mask = aimv2.prefix_mask(jnp.array([prefix_len + cls_token]), N + cls_token)
+    tokens = vit.vit(params, images, cfg, mask=mask)["tokens"][0]
+    for patch in range(N):
+        y, x = divmod(patch, 3)
+        other = images.copy()
+        other[:, 8 * y:8 * y + 8, 8 * x:8 * x + 8] ^= 255
+        other_tokens = vit.vit(params, other, cfg, mask=mask)["tokens"][0]
+        changed = np.abs(other_tokens - tokens).max(-1) > 1e-5
+        assert changed.tolist() == [patch < prefix_len or i >= patch for i in range(N)]
+
+
+# ------------------------------------------------------------------------------------ CapPa
+def test_cappa_reads_earlier_tokens_only_and_in_parallel_none():
+    params, rng = make_params(make_model("cappa"))["decoder"], np.random.default_rng(0)
+    memory = rng.standard_normal((1, N, 32), np.float32)
+    text, causal = captions(1)[:1], decoder.attention_mask(0, T, "causal")
+
+    def features(memory, text, mask):
+        return cappa.cross_features(params, memory, text, mask, DEC)[0]
+    hidden = features(memory, text, causal)
+    for position in range(1, T):
+        other = features(memory, with_other_token(text, 0, position), causal)
+        changed = np.abs(other - hidden).max(-1) > 1e-5
+        assert not changed[:position].any() and changed[position]
+    assert (np.abs(features(memory + 1, text, causal) - hidden).max(-1) > 1e-5).all()
+    in_parallel = features(memory, np.full((1, T), V), np.ones((T, T), bool))
+    assert np.abs(in_parallel[1:] - in_parallel[:-1]).max(-1).min() > 1e-4  # positions differ
+
+
+def test_cappas_parallel_predictions_do_not_depend_on_other_tokens():
+    """In parallel the loss is a sum over the targets, so that two changes of the caption add up."""
+    batch = make_batch()
+    batch["text"][:, 1:-1], batch["text"][:, -1] = 5, decoder.EOS
+    first, second = batch["text"].copy(), batch["text"].copy()
+    first[:, 3], second[:, 6] = 9, 11
+    both = np.where(second == 11, 11, first)
+
+    def interaction(parallel_prob):
+        """What both changes do to the loss beyond the sum of what each does."""
+        neither, only_first, only_second, with_both = (
+            loss_and_count("cappa", batch | {"text": text}, parallel_prob=parallel_prob)[0]
+            for text in (batch["text"], first, second, both))
+        return (with_both - only_second) - (only_first - neither)
+    assert interaction(1.0) == pytest.approx(0, abs=1e-3)
+    assert abs(interaction(0.0)) > 1e-2
+
+
+def test_cappa_predicts_by_each_images_draw_in_parallel_three_times_of_four():
+    model, batch, keys = make_model("cappa"), make_batch(), jax.random.split(jax.random.key(4), B)
+    params = make_params(model)
+
+    def losses(**options):
+        """Of each image alone."""
+        def loss(sample, key):
+            batch_of_one = jax.tree.map(lambda x: x[None], sample)
+            return cappa.loss(params, batch_of_one, key[None], model, **options)[0]
+        return jax.jit(jax.vmap(loss))(batch, keys)
+    parallel = jax.vmap(jax.random.uniform)(keys) < 0.75
+    assert 0 < parallel.sum() < B
+    expected = np.where(parallel, losses(parallel_prob=1.0), losses(parallel_prob=0.0))
+    np.testing.assert_allclose(losses(), expected, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- all
+@pytest.mark.parametrize("objective", registry.RIVALS)
+def test_images_that_only_fill_up_a_batch_do_not_count(objective):
+    batch = make_batch()
+    batch["text"][-1] = batch["alt"][-1] = 0
+    other = batch | {"images": batch["images"].copy()}
+    other["images"][-1] = 255 - other["images"][-1]
+    loss, count = loss_and_count(objective, batch)
+    assert loss_and_count(objective, other) == pytest.approx((loss, count), rel=1e-6)
+    num_targets = (batch["text"][:, 1:] != 0).sum()
+    assert count == (3 if objective in ("clip", "aimv2") else num_targets)
