@@ -85,19 +85,19 @@ class JaxStep:
     def __init__(self, cfg: Config, resolution: int, batch: int, parallel: DataParallel,
                  state: list | None = None):
         """state: [params, opt_state] of another JaxStep on these devices, to share its memory."""
-        model, devices = registry.model_spec(cfg), parallel.pmap_devices
+        model = registry.model_spec(cfg)
         optimizer = train.make_optimizer(cfg, parse_stages(cfg.stages)[0])
 
         def init_optimizer(params: Any) -> Any:
             return optimizer.init(jax.tree.map(local_shard, params) if cfg.zero1 else params)
         if state is None:
             params = parallel.replicate(jax.jit(lambda: registry.init_params(cfg, model))())
-            state = [params, jax.pmap(init_optimizer, "devices", devices=devices)(params)]
+            state = [params, parallel.pmap(init_optimizer)(params)]
         self.parallel, self.state = parallel, state
         self.batch = parallel.shard_batch(make_batch(cfg, resolution, batch))
         start = time.perf_counter()
-        step = train.make_step(model, optimizer, cfg.seed, cfg.grad_accum, devices, cfg.zero1,
-                               cfg.grad_clip)
+        step = train.make_step(model, optimizer, cfg.seed, cfg.grad_accum, parallel.pmap_devices,
+                               cfg.zero1, cfg.grad_clip)
         self.compiled = step.lower(*state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
