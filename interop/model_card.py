@@ -1,92 +1,144 @@
-"""The model card of an exported encoder: what it is, how it is used, what it was trained on, and how far it got."""
+"""The model card of an exported encoder: what it is, how to use it, its training, its metrics."""
 import json
 import os
 from typing import Any
 
 import layers
 import vit
+from config import OLD_NAMES
 from runtime import plots
 
-SETTINGS = ("objective", "data", "caption_field", "alt_field", "stages", "keep_ratio", "decoder", "prefix_attention", "min_crop_area", "hflip", "jitter", "hue", "grayscale_prob",
+SETTINGS = ("objective", "data", "caption_field", "alt_field", "stages", "keep_ratio", "decoder",
+            "prefix_attention", "min_crop_area", "hflip", "jitter", "hue", "grayscale_prob",
             "weight_decay", "adam_b2", "dtype", "init_encoder", "seed")
-NORM = """The tokens leave **before** the final norm: the caption decoder reads them so in training, and so a multimodal model should take them. A
-`last_hidden_state` has the norm on each token. `pooled` is the mean of the patch tokens and then the norm; a mean of normed tokens is another
-thing. In transformers' LLaVA, `vision_feature_layer=-1` reads these tokens (its default, -2, those of the block before).
+PATHS = ("data", "init_encoder")  # of these settings, the card shows the last part
+COUNTS = ("images_seen", "num_val_images", "held_out_pictures")  # the last: of earlier versions
+LIBRARY_NAMES = {"siglip": "transformers", "vit": "transformers"}
+NORM = """The tokens are those **before** the final norm: the caption decoder reads them in
+training, and a multimodal model should too. A `last_hidden_state` has the norm on each token.
+`pooled` is the mean of the patch tokens, then the norm; a mean of normed tokens is different. In
+transformers' LLaVA, `vision_feature_layer=-1` reads these tokens (its default, -2, those of the
+block before).
 
-Captions give the norm no gradient: unless the weights were imported, it is as initialised."""
-USE = {  # how each export is used, and which of its outputs is which of ours; the card's code
+Captions give the norm no gradient: unless the weights were imported, it is as initialized."""
+IMAGES = """Images are resized to {0} x {0} (bilinear, antialiased, no crop), then normalized with
+the ImageNet mean and standard deviation. First apply the EXIF rotation and composite alpha on
+white, as in training."""
+USE = {  # the card's code; it defines `tokens` and `pooled`
     "siglip": '''from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained(".")
-processor = AutoImageProcessor.from_pretrained(".", backend="pil")  # torchvision's, where it is installed, rounds pixels otherwise
+# torchvision's backend, the default where it is installed, rounds pixels differently
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")
 out = model(**processor(image, return_tensors="pt"), output_hidden_states=True)
-tokens = out.hidden_states[-1]                                      # (1, N, D), before the final norm
+tokens = out.hidden_states[-1]                  # (1, N, D), before the final norm
 pooled = getattr(model, "vision_model", model).post_layernorm(tokens.mean(1))''',
     "vit": '''from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained(".", add_pooling_layer=False)
-processor = AutoImageProcessor.from_pretrained(".", backend="pil")  # torchvision's, where it is installed, rounds pixels otherwise
+# torchvision's backend, the default where it is installed, rounds pixels differently
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")
 out = model(**processor(image, return_tensors="pt"), output_hidden_states=True)
-tokens = out.hidden_states[-1][:, 1:]                               # (1, N, D), before the final norm, CLS left out
+tokens = out.hidden_states[-1][:, 1:]           # (1, N, D), before the final norm, without CLS
 pooled = model.layernorm(tokens.mean(1))''',
     "timm": '''import timm
 model = timm.create_model("local-dir:.", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-found = model.forward_features(transform(image)[None])
-tokens = found[:, model.num_prefix_tokens:]                         # (1, N, D), before the final norm
-pooled = model.forward_head(found)''',
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config, is_training=False)
+features = model.forward_features(transform(image)[None])
+tokens = features[:, model.num_prefix_tokens:]  # (1, N, D), before the final norm
+pooled = model.forward_head(features)''',
     "open_clip": '''import json, safetensors.torch
 from open_clip import image_transform
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 config = json.load(open("open_clip_config.json"))
-model = _build_vision_tower(config["model_cfg"]["embed_dim"], CLIPVisionCfg(**config["model_cfg"]["vision_cfg"])).eval()
+tower = config["model_cfg"]
+model = _build_vision_tower(tower["embed_dim"], CLIPVisionCfg(**tower["vision_cfg"])).eval()
 model.load_state_dict(safetensors.torch.load_file("open_clip_model.safetensors"), strict=True)
-look = config["preprocess_cfg"]
-pixels = image_transform(look["size"], False, look["mean"], look["std"], look["resize_mode"], look["interpolation"])(image)[None]
-tokens = model.forward_intermediates(pixels, indices=1, output_fmt="NLC")["image_intermediates"][0]   # (1, N, D), before the final norm
-pooled = model(pixels)                                              # its projection is the identity, for this method has none''',
-    "npz": '''from features import load_encoder
-tokens, pooled = load_encoder("encoder.npz")(image)                 # (1, N, D), before the final norm, and (1, D)''',
+p = config["preprocess_cfg"]
+transform = image_transform(p["size"], False, p["mean"], p["std"], p["resize_mode"],
+                            p["interpolation"])
+pixels = transform(image)[None]
+out = model.forward_intermediates(pixels, indices=1, output_fmt="NLC")
+tokens = out["image_intermediates"][0]          # (1, N, D), before the final norm
+pooled = model(pixels)                          # the projection is the identity''',
+    "npz": '''import sys
+sys.path.append("/path/to/clone")               # of OpenVision 2, read and run
+from interop.encoder import load_encoder
+encoder = load_encoder("encoder.npz")
+tokens, pooled = encoder(image)                 # (1, N, D), before the final norm, and (1, D)''',
 }
 
 
 def table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, figures: dict) -> str:
-    """README.md of an export: what the encoder is, how to use it there, what it was trained on, and how far it got."""
-    run, library = meta.get("config", {}), {"siglip": "transformers", "vit": "transformers"}.get(kind, kind)
-    sizes = {"layers": cfg.depth, "width": cfg.width, "heads": cfg.num_heads, "mlp": cfg.mlp_dim, "patch": cfg.patch_size, "resolution": resolution,
-             "patch tokens": (resolution // cfg.patch_size) ** 2, "CLS token": "yes, which nothing reads" if cfg.cls_token else "no",
-             "positions": f"learned, {cfg.learned_pos_grid} x {cfg.learned_pos_grid}" if cfg.learned_pos_grid else "2-D sin-cos",
-             "parameters": f"{layers.count_params(vit.param_specs(cfg)) / 1e6:.1f} M"}
-    front = ["---", *([f"library_name: {library}"] if kind != "npz" else []), "pipeline_tag: image-feature-extraction",
-             "tags: [openvision2, vision-encoder]", "---", ""]
-    parts = [
-        "# Vision encoder, OpenVision 2",
-        f"A plain ViT, imported from `{meta['source']}`." if "source" in meta else "A plain ViT, trained from captions alone.",
-        table(sizes),
-        "## Use",
-        f"From this folder, with a PIL picture `image`:\n\n```python\n{USE[kind]}\n```",
-        NORM, f"Pictures are squashed whole to {resolution} x {resolution} (bilinear, antialiased; no crop), then normalised with ImageNet's mean and "
-              "deviation. Turn photos upright and lay transparent pictures on white first, as in training."]
-    if run:
-        told = {k: os.path.basename(run[k]) if k in ("data", "init_encoder") else run[k] for k in SETTINGS if run.get(k) not in (None, "")}
-        parts += ["## Training", table({k: f"`{v}`" for k, v in told.items()})]
-    if figures := {k: v for k, v in figures.items() if k.endswith(("_loss", "_accuracy", "_match")) or k in ("images_seen", "held_out_pictures")}:
-        parts += ["## Figures on held-out pictures", table({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}),
-                  "Losses are nats a token (a word, or a piece of one); `val_loss_blind` needs no picture, `val_loss_shuffled` had another one."]
+def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metrics: dict) -> str:
+    """README.md of an export in the layout `kind`. meta: of checkpoint.read_encoder. metrics: of
+    read_metrics."""
+    front = ["---"]
+    if kind != "npz":
+        front.append(f"library_name: {LIBRARY_NAMES.get(kind, kind)}")
+    front += ["pipeline_tag: image-feature-extraction", "tags: [openvision2, vision-encoder]",
+              "---", ""]
+    origin = "trained from captions alone"
+    if "source" in meta:
+        origin = f"imported from `{meta['source']}`"
+    parts = ["# Vision encoder, OpenVision 2", f"A plain ViT, {origin}.",
+             table(size_rows(cfg, resolution)), "## Use",
+             f"From this folder, with a PIL image `image`:\n\n```python\n{USE[kind]}\n```", NORM,
+             IMAGES.format(resolution)]
+    settings = setting_rows(meta.get("config", {}))
+    if settings:
+        parts += ["## Training", table(settings)]
+    rows = metric_rows(metrics)
+    if rows:
+        parts += ["## Metrics on validation images", table(rows),
+                  "Losses are nats per token. `val_loss_blind` is the best possible loss without "
+                  "the image, `val_loss_shuffled` the loss with another image."]
     return "\n".join(front) + "\n" + "\n\n".join(parts) + "\n"
 
 
-def figures_of(path: str) -> dict:
-    """What a run measured: its summary, or, while it is not finished, its last evaluation."""
+def size_rows(cfg: vit.ViTConfig, resolution: int) -> dict[str, Any]:
+    grid = cfg.learned_pos_grid
+    return {"depth": cfg.depth, "width": cfg.width, "heads": cfg.num_heads,
+            "MLP width": cfg.mlp_dim, "patch size": cfg.patch_size, "resolution": resolution,
+            "patch tokens": (resolution // cfg.patch_size) ** 2,
+            "CLS token": "yes, but nothing reads it" if cfg.cls_token else "no",
+            "positions": f"learned, {grid} x {grid}" if grid else "2-D sin-cos",
+            "parameters": f"{layers.count_params(vit.param_specs(cfg)) / 1e6:.1f} M"}
+
+
+def setting_rows(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings of the run, which an earlier version may have saved under other names."""
+    settings = {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+    rows = {}
+    for name in SETTINGS:
+        value = settings.get(name)
+        if value not in (None, ""):
+            rows[name] = f"`{os.path.basename(value) if name in PATHS else value}`"
+    return rows
+
+
+def metric_rows(metrics: dict[str, Any]) -> dict[str, Any]:
+    rows = {}
+    for name, value in metrics.items():
+        if name in COUNTS or name.endswith(("_loss", "_accuracy", "_match", "_blind", "_shuffled")):
+            rows[name] = f"{value:.4g}" if isinstance(value, float) else value
+    return rows
+
+
+def read_metrics(path: str) -> dict[str, Any]:
+    """The summary of a run, or, while it is not finished, its last evaluation."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     try:
         with open(os.path.join(folder, "summary.json"), encoding="utf-8") as f:
             return json.load(f)
     except (OSError, ValueError):
-        try:
-            rows = [row for row in plots.read_metrics(os.path.join(folder, "metrics.jsonl")) if "val_loss" in row]
-        except OSError:
-            rows = []
-        return rows[-1] if rows else {}
+        pass
+    try:
+        rows = plots.read_metrics(os.path.join(folder, "metrics.jsonl"))
+    except OSError:
+        return {}
+    evaluations = [row for row in rows if "val_loss" in row]
+    return evaluations[-1] if evaluations else {}

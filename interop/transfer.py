@@ -1,6 +1,5 @@
-"""TODO."""
+"""Import and export: read weights in any known layout, write an encoder for another library."""
 import importlib
-import json
 import os
 import warnings
 from typing import Any
@@ -9,29 +8,34 @@ import numpy as np
 
 import vit
 from interop.layouts import LAYOUTS, detect, to_library
-from interop.model_card import figures_of, model_card
+from interop.model_card import model_card, read_metrics
 from layers import LAYER_NORM_EPS
 from runtime import checkpoint
-from runtime.checkpoint import read_encoder
-from runtime.errors import ConvertError, LayoutError
+from runtime.errors import ConvertError, LayoutError, MissingExtra
+
+WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+                "pytorch_model.bin")  # of a folder, the first that is there
 
 
-def require(module: str, what: str) -> Any:
+def require(module: str, purpose: str) -> Any:
+    """An optional module. MissingExtra if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as problem:
-        raise ConvertError(f"{what} needs {module.partition('.')[0]} ({problem}): pip install -e '.[hf]'") from None
+        raise MissingExtra(f"{purpose} needs {module.partition('.')[0]} ({problem}): "
+                           "pip install -e '.[hf]'") from None
 
 
+# ---------------------------------------------------------------------------------- reading
 def load_arrays(path: str) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors file, or of a torch file, of which nothing but tensors is ever unpickled; of a
-    folder, its weights file's. ConvertError if it cannot be read."""
+    """The tensors of a .safetensors or torch file, or of the weights file in a folder. Of a torch
+    file only tensors are unpickled. ConvertError if it cannot be read."""
     if os.path.isdir(path):
-        names = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
-        inside = [os.path.join(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
-        if not inside:
-            raise ConvertError(f"{path} holds none of {', '.join(names)}")
-        path = inside[0]
+        files = [os.path.join(path, name) for name in WEIGHT_FILES]
+        existing = [file for file in files if os.path.isfile(file)]
+        if not existing:
+            raise ConvertError(f"{path} holds none of {', '.join(WEIGHT_FILES)}")
+        path = existing[0]
     if not os.path.isfile(path):
         raise ConvertError(f"{path} does not exist")
     if path.endswith(".npz"):
@@ -42,7 +46,7 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
 def load_safetensors(path: str) -> dict[str, np.ndarray]:
     safetensors = require("safetensors", f"reading {path}")
     try:
-        with safetensors.safe_open(path, framework="numpy") as f:  # bfloat16 too, for jax has made it known to numpy
+        with safetensors.safe_open(path, framework="numpy") as f:  # JAX registers bfloat16 in numpy
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no dict
     except (safetensors.SafetensorError, OSError, TypeError) as problem:
         raise ConvertError(f"{path} is damaged or no safetensors file ({problem})") from None
@@ -52,93 +56,140 @@ def load_torch(path: str) -> dict[str, np.ndarray]:
     torch = require("torch", f"reading {path}")
     try:
         with warnings.catch_warnings(action="ignore"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch and its unpickler raise many kinds on bytes that are not theirs
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch and its unpickler raise many types on broken bytes
         if "safe_globals" in str(problem):
-            raise ConvertError(f"{path} is refused: it holds code or objects, not tensors alone, and loading those could do anything") from None
-        raise ConvertError(f"{path} is damaged, or no torch file of plain tensors ({type(problem).__name__}); nothing in it was run") from None
-    for wrap in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(wrap), dict):
-            found = found[wrap]
-    if not isinstance(found, dict):
-        raise ConvertError(f"{path} holds a {type(found).__name__}, not tensors by name")
+            raise ConvertError(f"{path} is refused: it holds code or objects, not only tensors, "
+                               "and loading those could do anything") from None
+        raise ConvertError(f"{path} is damaged, or no torch file of plain tensors "
+                           f"({type(problem).__name__}); nothing in it was run") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise ConvertError(f"{path} holds a {type(state).__name__}, not tensors by name")
 
     def to_numpy(x: Any) -> np.ndarray:
         x = x.detach()
-        return x.view(torch.uint16).numpy().view("bfloat16") if x.dtype == torch.bfloat16 else x.numpy()
-    return {str(name): to_numpy(x) for name, x in found.items() if isinstance(x, torch.Tensor)}
+        if x.dtype == torch.bfloat16:
+            return x.view(torch.uint16).numpy().view("bfloat16")
+        return x.numpy()
+    return {str(name): to_numpy(x) for name, x in state.items() if isinstance(x, torch.Tensor)}
 
 
 def import_encoder(path: str, out: str, heads: int = 0) -> list[str]:
-    """Write the encoder in a file or folder to `out` (.npz, or a folder for encoder.npz). Returns notes on what was found."""
+    """Writes the encoder in a file or folder to `out` (.npz, or a folder for encoder.npz). Returns
+    notes on what was read."""
     try:
         params, cfg, resolution, notes = detect(load_arrays(path), heads)
     except LayoutError as problem:
         raise ConvertError(f"{path}: {problem}") from None
-    target = out if out.endswith(".npz") else os.path.join(out, "encoder.npz")
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    checkpoint.save(target, params, {"encoder": vars(cfg), "resolution": resolution, "source": os.path.basename(os.path.abspath(path))})
-    return [*notes, f"written: {target}"]
+    file = out if out.endswith(".npz") else os.path.join(out, "encoder.npz")
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    source = os.path.basename(os.path.abspath(path))
+    meta = {"encoder": vars(cfg), "resolution": resolution, "source": source}
+    checkpoint.save(file, params, meta)
+    return [*notes, f"written: {file}"]
 
 
-def library_files(to: str, cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, dict[str, dict]]:
-    """(layout, name of the weights file, configuration files by name) for a library. ConvertError if it cannot hold this encoder."""
-    mean, std = list(vit.IMAGENET_MEAN), list(vit.IMAGENET_STD)
-    if to == "transformers":
-        kind = "ViT" if cfg.cls_token else "Siglip"
-        shared = {"hidden_size": cfg.width, "intermediate_size": cfg.mlp_dim, "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.num_heads,
-                  "image_size": resolution, "patch_size": cfg.patch_size, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS,
-                  "torch_dtype": "float32"}
-        own = {"architectures": ["ViTModel"], "model_type": "vit", "qkv_bias": True} if cfg.cls_token else {
-            "architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", "vision_use_head": False}
-        processor = {"image_processor_type": f"{kind}ImageProcessor", "do_convert_rgb": True, "do_resize": True,
-                     "size": {"height": resolution, "width": resolution}, "resample": 2, "do_rescale": True,
-                     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
-        return kind.lower(), "model.safetensors", {"config.json": own | shared, "preprocessor_config.json": processor}
-    if to == "timm":
-        model = {"img_size": resolution, "patch_size": cfg.patch_size, "embed_dim": cfg.width, "depth": cfg.depth, "num_heads": cfg.num_heads,
-                 "mlp_ratio": (cfg.mlp_dim + 0.5) / cfg.width,  # timm cuts the product to a whole number
-                 "class_token": cfg.cls_token, "global_pool": "avg", "fc_norm": True, "pre_norm": False}
-        look = {"input_size": [3, resolution, resolution], "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": mean, "std": std,
-                "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
-        return "timm", "model.safetensors", {"config.json": {"architecture": "vit_base_patch16_224", "num_classes": 0, "num_features": cfg.width,
-                                                             "global_pool": "avg", "model_args": model, "pretrained_cfg": look}}
+# ---------------------------------------------------------------------------------- writing
+def transformers_files(cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, dict[str, dict]]:
+    kind = "ViT" if cfg.cls_token else "Siglip"
+    if cfg.cls_token:
+        model = {"architectures": ["ViTModel"], "model_type": "vit", "qkv_bias": True}
+    else:
+        model = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model",
+                 "vision_use_head": False}
+    model |= {
+        "hidden_size": cfg.width, "intermediate_size": cfg.mlp_dim, "num_hidden_layers": cfg.depth,
+        "num_attention_heads": cfg.num_heads, "image_size": resolution,
+        "patch_size": cfg.patch_size, "num_channels": 3, "hidden_act": "gelu",
+        "layer_norm_eps": LAYER_NORM_EPS, "torch_dtype": "float32"}
+    processor = {
+        "image_processor_type": f"{kind}ImageProcessor", "do_convert_rgb": True, "do_resize": True,
+        "size": {"height": resolution, "width": resolution}, "resample": 2, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(vit.IMAGENET_MEAN),
+        "image_std": list(vit.IMAGENET_STD)}
+    return kind.lower(), "model.safetensors", {"config.json": model,
+                                               "preprocessor_config.json": processor}
+
+
+def mlp_ratio(cfg: vit.ViTConfig) -> float:
+    return (cfg.mlp_dim + 0.5) / cfg.width  # the libraries round the product down
+
+
+def timm_files(cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, dict[str, dict]]:
+    model = {
+        "img_size": resolution, "patch_size": cfg.patch_size, "embed_dim": cfg.width,
+        "depth": cfg.depth, "num_heads": cfg.num_heads, "mlp_ratio": mlp_ratio(cfg),
+        "class_token": cfg.cls_token, "global_pool": "avg", "fc_norm": True, "pre_norm": False}
+    preprocessing = {
+        "input_size": [3, resolution, resolution], "interpolation": "bilinear", "crop_pct": 1.0,
+        "crop_mode": "squash", "mean": list(vit.IMAGENET_MEAN), "std": list(vit.IMAGENET_STD),
+        "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
+    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "num_features": cfg.width,
+              "global_pool": "avg", "model_args": model, "pretrained_cfg": preprocessing}
+    return "timm", "model.safetensors", {"config.json": config}
+
+
+def open_clip_files(cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, dict[str, dict]]:
     if not cfg.cls_token:
-        raise ConvertError("open_clip's vision tower always has a CLS token, which this encoder has not: export to transformers or timm, or train with --cls-token")
-    tower = {"image_size": resolution, "layers": cfg.depth, "width": cfg.width, "head_width": cfg.width // cfg.num_heads, "patch_size": cfg.patch_size,
-             "mlp_ratio": (cfg.mlp_dim + 0.5) / cfg.width, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True, "norm_kwargs": {"eps": LAYER_NORM_EPS}}
-    return "open_clip", "open_clip_model.safetensors", {"open_clip_config.json": {
-        "model_cfg": {"embed_dim": cfg.width, "vision_cfg": tower},
-        "preprocess_cfg": {"size": [resolution, resolution], "mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "squash"}}}
+        raise ConvertError("open_clip's vision tower always has a CLS token, which this encoder "
+                           "does not have: export to transformers or timm, or train with "
+                           "--cls-token")
+    tower = {
+        "image_size": resolution, "layers": cfg.depth, "width": cfg.width,
+        "head_width": cfg.width // cfg.num_heads, "patch_size": cfg.patch_size,
+        "mlp_ratio": mlp_ratio(cfg), "no_ln_pre": True, "pool_type": "avg",
+        "final_ln_after_pool": True, "norm_kwargs": {"eps": LAYER_NORM_EPS}}
+    preprocessing = {
+        "size": [resolution, resolution], "mean": list(vit.IMAGENET_MEAN),
+        "std": list(vit.IMAGENET_STD), "interpolation": "bilinear", "resize_mode": "squash"}
+    config = {"model_cfg": {"embed_dim": cfg.width, "vision_cfg": tower},
+              "preprocess_cfg": preprocessing}
+    return "open_clip", "open_clip_model.safetensors", {"open_clip_config.json": config}
 
 
-def export_encoder(path: str, to: str, out: str, resolution: int = 0) -> list[str]:
-    """Write the encoder of a run's folder or an .npz to the folder `out` for a library. Returns the paths written."""
-    params, cfg, meta = read_encoder(path)
+# Functions of (config, resolution) that return (layout, weights file, {file: configuration}).
+LIBRARY_FILES = {
+    "transformers": transformers_files, "timm": timm_files, "open_clip": open_clip_files,
+    "npz": lambda cfg, resolution: ("npz", "encoder.npz", {})}
+
+
+def export_encoder(path: str, library: str, out: str, resolution: int = 0) -> list[str]:
+    """Writes the encoder of a run's folder or an .npz to the folder `out`, for a library of
+    LIBRARY_FILES. resolution: in pixels, 0 for the encoder's. Returns the paths written.
+    ConvertError if the library cannot hold this encoder."""
+    params, cfg, meta = checkpoint.read_encoder(path)
     resolution = resolution or meta["resolution"]
     if resolution < cfg.patch_size:
         raise ConvertError(f"--resolution {resolution} is below the patch size {cfg.patch_size}")
-    if to == "npz":
-        kind, weights, configs = "npz", "encoder.npz", {}
-    else:
-        kind, weights, configs = library_files(to, cfg, resolution)
-    texts = {name: json.dumps(config, indent=1) + "\n" for name, config in configs.items()}
-    texts["README.md"] = model_card(kind, cfg, resolution, meta, figures_of(path) if "config" in meta else {})
+    kind, weights, configs = LIBRARY_FILES[library](cfg, resolution)
+    texts = {}
+    for name, config in configs.items():
+        texts[name] = checkpoint.to_json(config, indent=1) + "\n"
+    metrics = read_metrics(path) if "config" in meta else {}
+    texts["README.md"] = model_card(kind, cfg, resolution, meta, metrics)
     os.makedirs(out, exist_ok=True)
-    target = os.path.join(out, weights)
-    if to == "npz":
-        checkpoint.save(target, params, meta | {"encoder": vars(cfg), "resolution": resolution})
+    file = os.path.join(out, weights)
+    if kind == "npz":
+        checkpoint.save(file, params, meta | {"encoder": vars(cfg), "resolution": resolution})
     else:
-        numpy = require("safetensors.numpy", f"writing {target}")
-        arrays = to_library(params, cfg, resolution // cfg.patch_size, LAYOUTS[kind])
-        if to == "open_clip":
-            arrays["proj"] = np.eye(cfg.width, dtype=np.float32)
-        solid = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
-        if kind == "siglip":
-            solid = {f"vision_model.{name}": x for name, x in solid.items()}
-        numpy.save_file(solid, target + ".part", metadata={"format": "pt"})
-        os.chmod(target + ".part", 0o644)  # to be shared, as the files beside it
-        os.replace(target + ".part", target)
+        save_safetensors(file, params, cfg, resolution, kind)
     for name, text in texts.items():
-        checkpoint.atomic_write(os.path.join(out, name), lambda f, text=text: f.write(text.encode()))
-    return [target, *(os.path.join(out, name) for name in texts)]
+        checkpoint.write_text(os.path.join(out, name), text)
+    return [file, *(os.path.join(out, name) for name in texts)]
+
+
+def save_safetensors(file: str, params: dict, cfg: vit.ViTConfig, resolution: int, kind: str
+                     ) -> None:
+    safetensors = require("safetensors.numpy", f"writing {file}")
+    prefix = "vision_model." if kind == "siglip" else ""
+    arrays = {}
+    for name, x in to_library(params, cfg, resolution // cfg.patch_size, LAYOUTS[kind]).items():
+        arrays[prefix + name] = np.ascontiguousarray(x, np.float32)
+    if kind == "open_clip":
+        arrays["proj"] = np.eye(cfg.width, dtype=np.float32)
+    safetensors.save_file(arrays, file + ".part", metadata={"format": "pt"})
+    os.chmod(file + ".part", 0o644)  # readable for all, as the files beside it
+    os.replace(file + ".part", file)

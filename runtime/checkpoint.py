@@ -91,6 +91,10 @@ def atomic_write(path: str, write: Callable[[BinaryIO], Any]) -> None:
         os.close(folder)
 
 
+def write_text(path: str, text: str) -> None:
+    atomic_write(path, lambda f: f.write(text.encode()))
+
+
 def save_step(folder: str, step: int, tree: Any, meta: dict[str, Any], keep: int = 2,
               keep_every: int = 0) -> str:
     """Writes step-N.npz, then deletes all but the last `keep` and the multiples of `keep_every`."""

@@ -17,7 +17,6 @@ from objectives import registry
 from runtime import checkpoint, cpu_tuning
 from tests.helpers.paths import ROOT, python
 
-
 # ----------------------------------------------------------------------------------- memory
 PAGE_FAULTS = """
 import resource, sys, numpy as np

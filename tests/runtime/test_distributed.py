@@ -11,7 +11,6 @@ from runtime import distributed
 from runtime.errors import DistributedError
 from tests.helpers.paths import ROOT, python
 
-
 # --------------------------------------------------------------------------- a lost process
 FILTERED = """
 import os, sys
