@@ -8,11 +8,12 @@ PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 .PHONY: install run emoji test test-parity lint clean same-python
 
 install: $(VENV)/core
-run: $(VENV)/core          ## train the toy, both stages, and say where its pictures are
+run: $(VENV)/core          ## train the toy, both stages, and say where its samples are
 	$(BIN)/python train.py
 
-emoji: $(VENV)/core        ## a real data set: fetched with npm, trained on one vendor's drawings, measured on another's
+emoji: $(VENV)/core        ## a real data set: download with npm, train on one vendor's drawings, validate on another's
 	$(BIN)/python -m inputs.emoji
+	$(BIN)/python train.py emoji
 
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
 	$(BIN)/python -m pytest tests --ignore=tests/parity -n 2 --dist loadfile

@@ -171,17 +171,20 @@ def paper_recipe(encoder: str, decoder_size: str, low_resolution: int) -> Config
                f"resolution=224 images={800 * epoch} batch=16384 lr=2.56e-5 warmup={20 * epoch}")
 
 
+SMALL_IMAGES = Config(
+    min_crop_area=0.6, max_text_len=48, vocab_size=4000, grad_clip=1.0, jitter=0.2,
+    weight_decay=0.1,
+    stages="resolution=32 steps=1100 batch=64 lr=1.5e-3 warmup=100, "
+           "resolution=48 steps=200 batch=64 lr=1e-3 warmup=20")
 RECIPES = {
     "toy": Config(
         encoder="micro/4", data="scenes", min_crop_area=1.0, max_text_len=28, vocab_size=192,
         grad_clip=1.0, weight_decay=0.05,
         stages="resolution=24 steps=350 batch=64 lr=2e-3 warmup=100, "
                "resolution=32 steps=920 batch=64 lr=2e-3 warmup=20"),
-    "pictures": Config(
-        min_crop_area=0.6, max_text_len=48, vocab_size=4000, grad_clip=1.0, jitter=0.2,
-        weight_decay=0.1,
-        stages="resolution=32 steps=1100 batch=64 lr=1.5e-3 warmup=100, "
-               "resolution=48 steps=200 batch=64 lr=1e-3 warmup=20"),
+    "images": SMALL_IMAGES,
+    "emoji": dataclasses.replace(SMALL_IMAGES, data="emoji/google/*.tar",
+                                 val="emoji/twitter/*.tar", caption_field="re_caption"),
     "ti16": paper_recipe("Ti/16", "Ti", 160),
     "s16": paper_recipe("S/16", "S", 160),
     "b16": paper_recipe("B/16", "B", 160),
@@ -265,6 +268,9 @@ def refuse_old_flags(parser: argparse.ArgumentParser, argv: list[str],
             parser.error(f"{word.partition('=')[0]} is now {flag('no_' * negated + new)}")
 
 
+OLD_RECIPES = {"pictures": "images"}
+
+
 def parse_args(argv: list[str]) -> tuple[Config, bool]:
     """(config, whether --dry-run) from a command line: a recipe's name, then flags, one per field
     of Config. Unknown names and bad values end the program with a usage line."""
@@ -283,6 +289,8 @@ def parse_args(argv: list[str]) -> tuple[Config, bool]:
     given = vars(found)
     if unknown:  # before the recipe, for which argparse takes what stands behind an unknown flag
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if found.recipe in OLD_RECIPES:
+        parser.error(f"the recipe {found.recipe} is now {OLD_RECIPES[found.recipe]}")
     if found.recipe not in RECIPES:
         parser.error(f"argument recipe: invalid choice: {found.recipe!r} "
                      f"(choose from {', '.join(RECIPES)})")

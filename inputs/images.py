@@ -1,4 +1,10 @@
-"""TODO."""
+"""From a file's bytes to the pixels that training reads: open, decode, crop, resize, augment.
+
+All files enter through `open_image`, which accepts few formats and bounds the size. Color jitter
+follows TensorFlow's formulas, as released (docs/fidelity.md).
+
+Letters: R pixels per side, P pixels of an image.
+"""
 import warnings
 from typing import Any, BinaryIO, NamedTuple
 
@@ -7,158 +13,192 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from runtime.errors import BadSample
 
-CROP_ATTEMPTS = 100           # at a crop, before the whole image is taken
-CROP_ASPECTS = (0.75, 1.33)   # width / height of a crop: TensorFlow's defaults, which the release keeps
-JITTER_PROB = 0.8           # probability that an image's colors are jittered
-TINY = np.float32(1e-12)  # in place of 0 as a divisor
-JITTER_BLOCK = 8192             # pixels whose colors change at a time: so intermediate results stay in the cache
-CHANNEL_HUES = np.arange(0, 6, 2, dtype=np.float32)[:, None]  # of red, green and blue, in sixths of the circle
-EXIF_TRANSPOSE = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # what undoes a camera's orientation, 2 to 8
+# by content, not by name; other formats might start a program (EPS)
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_IMAGE_PIXELS = 89_478_485  # 256 MiB as RGB; above that Pillow itself only warns
+EXIF_TRANSPOSE = {  # what undoes a camera's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+CROP_ATTEMPTS = 100          # before the complete image is taken
+CROP_ASPECTS = (0.75, 1.33)  # width / height: TensorFlow's defaults, which the release keeps
+JITTER_PROB = 0.8            # of an image
+JITTER_BLOCK = 8192          # pixels changed at a time, so that intermediate results stay in cache
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Augment(NamedTuple):
-    """What training does to a picture; the held-out ones are only resized."""
-    min_crop_area: float = 0.4    # least area of the random-resized crop; 1 for none
-    hflip: bool = False   # off: a mirrored picture makes "left of" a lie, and letters unreadable
-    jitter: float = 0.0  # brightness, contrast and saturation by a factor of 1 +- this
-    hue: float = 0.0     # hue by +- this share of the color circle
-    grayscale_prob: float = 0.0    # chance of a picture without color
+    """What training does to an image. Validation images are only resized."""
+    min_crop_area: float = 0.4   # of the random-resized crop, as a share of the image; 1 for none
+    hflip: bool = False          # makes captions that say left or right untrue
+    jitter: float = 0.0          # factor of 1 +- this on brightness, contrast and saturation
+    hue: float = 0.0             # shift of +- this share of the color circle
+    grayscale_prob: float = 0.0
 
 
-def random_crop_box(width: int, height: int, least: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A random-resized crop, drawn as TensorFlow does: an aspect, then a height among those that
-    fit and give an area of `least`..1 of the image, then a place. An aspect that has no such height
-    is drawn anew. The whole image if none is found, which is so where its sides are too unlike."""
+# ---------------------------------------------------------------------------- open and decode
+def open_image(file: BinaryIO) -> Image.Image:
+    """The image in an open file, not yet decoded. BadSample says what is wrong."""
+    try:
+        image = Image.open(file, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        names = f"{', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
+        raise BadSample(f"image cannot be opened: it is not a complete {names} file") from None
+    except Exception as problem:  # Pillow's plugins raise anything on corrupt bytes
+        raise BadSample(f"image cannot be opened ({type(problem).__name__})") from None
+    pixels = image.width * image.height
+    if pixels > MAX_IMAGE_PIXELS:
+        raise BadSample(f"image has {pixels:,} pixels, and more than {MAX_IMAGE_PIXELS:,} are not "
+                        "read")
+    return image
+
+
+def decode_and_augment(image: Image.Image, resolution: int, augment: Augment | None = None,
+                       rng: Any = None) -> np.ndarray:
+    """An image of any mode and size to (R,R,3) uint8. It is resized to a square, not padded.
+
+    Alpha is composited on white, the first frame of an animation counts, a camera's orientation is
+    applied. With `augment`, rng (a numpy Generator) draws. BadSample if it cannot be decoded."""
+    if image.mode in ("I", "F"):
+        raise BadSample("image has 32-bit pixels, and which of them is white is not known")
+    try:
+        width, height = image.size
+        box: Box = (0, 0, width, height)
+        if augment and augment.min_crop_area < 1:
+            box = random_crop_box(width, height, augment.min_crop_area, rng)
+        box = decode_smaller(image, box, resolution)
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)  # some conversions lose it
+        image = to_rgb(image).resize((resolution, resolution), Image.Resampling.BILINEAR, box)
+        if orientation in EXIF_TRANSPOSE:
+            image = image.transpose(EXIF_TRANSPOSE[orientation])
+        return np.asarray(augment_image(image, augment, rng) if augment else image)
+    except Exception as problem:  # Pillow's plugins raise anything on corrupt bytes
+        raise BadSample(f"image cannot be decoded ({type(problem).__name__})") from None
+
+
+def decode_smaller(image: Image.Image, box: Box, resolution: int) -> Box:
+    """Lets a JPEG decode at 1/2, 1/4 or 1/8 of its size where that is enough for the crop. Returns
+    the box in the pixels that will be decoded."""
+    width, height = image.size
+    left, top, right, bottom = box
+    needed = (int(resolution * width / max(right - left, 1)) + 1,
+              int(resolution * height / max(bottom - top, 1)) + 1)
+    draft = image.draft("RGB", needed)
+    if draft is None:
+        return box
+    # fractions: of 1003 pixels at 1/8, 126 are decoded, and the last lies partly outside the image
+    _, _, new_width, new_height = draft[1]
+    return (left * new_width / width, top * new_height / height,
+            right * new_width / width, bottom * new_height / height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def silence_pillow() -> None:
+    """Do not print Pillow's warnings, such as those on damaged EXIF. An image that cannot be used
+    raises. Only a command calls this, as it starts, because warning filters are global."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+# ------------------------------------------------------------------------------- augmentation
+def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> Box:
+    """A random-resized crop, sampled as TensorFlow does: an aspect, then a height among those that
+    fit and give an area of min_area..1 of the image, then a position. An aspect without such a
+    height is drawn again. The complete image if no attempt fits (a very long image)."""
     for _ in range(CROP_ATTEMPTS):
         aspect = rng.uniform(*CROP_ASPECTS)
-        lowest = float(np.sqrt(least * width * height / aspect))
+        lowest = float(np.sqrt(min_area * width * height / aspect))
         highest = min(height, width / aspect)
         if lowest <= highest:
-            h = rng.uniform(lowest, highest)
-            w = min(h * aspect, width)
-            x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return x, y, x + w, y + h
+            crop_height = rng.uniform(lowest, highest)
+            crop_width = min(crop_height * aspect, width)
+            left = rng.uniform(0, width - crop_width)
+            top = rng.uniform(0, height - crop_height)
+            return left, top, left + crop_width, top + crop_height
     return 0.0, 0.0, float(width), float(height)
 
 
-def adjust_brightness(x: np.ndarray, factor: float) -> np.ndarray:
-    """x (3,P) float32 in 0..1, the P pixels of an image, here and below. Black stays black."""
+def augment_image(image: Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
+    """Flip, color jitter and grayscale of a cropped image."""
+    if augment.hflip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if augment.jitter or augment.hue:
+        image = Image.fromarray(color_jitter(np.asarray(image), augment, rng))
+    if augment.grayscale_prob and rng.random() < augment.grayscale_prob:
+        image = ImageOps.grayscale(image).convert("RGB")
+    return image
+
+
+def color_jitter(image: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
+    """(R,R,3) uint8, with probability JITTER_PROB changed in brightness, contrast, saturation and
+    hue, in random order, each result clipped to 0..1. Amounts are uniform, as in SimCLR v2.
+
+    torchvision differs from TensorFlow: its contrast uses the mean gray level of all channels, its
+    saturation blends with the gray level, and on 8-bit images it rounds after each change."""
+    if rng.random() >= JITTER_PROB:
+        return image
+    order = rng.permutation(len(ADJUSTMENTS))
+    least = max(0, 1 - augment.jitter)
+    amounts = rng.uniform([least, least, least, -augment.hue],
+                          [1 + augment.jitter] * 3 + [augment.hue])
+    x = image.reshape(-1, 3).T.astype(np.float32, order="C")  # (3,P)
+    x /= 255
+    for n in order.tolist():
+        adjust, amount = ADJUSTMENTS[n], amounts[n]
+        strength = augment.hue if adjust is adjust_hue else augment.jitter
+        if not strength:
+            continue
+        mean = x.mean(1, keepdims=True)
+        for start in range(0, x.shape[1], JITTER_BLOCK):
+            block = x[:, start:start + JITTER_BLOCK]
+            np.clip(adjust(block, amount, mean), 0, 1, out=block)
+    x *= 255
+    return np.rint(x, out=x).astype(np.uint8).T.reshape(image.shape)
+
+
+# Each adjustment gets x (3,P) float32 in 0..1, an amount and the means (3,1) of the channels.
+TINY = np.float32(1e-12)  # in place of 0 as a divisor
+CHANNEL_HUES = np.float32([[0], [2], [4]])  # of red, green and blue, in sixths of the circle
+
+
+def adjust_brightness(x: np.ndarray, factor: float, mean: np.ndarray) -> np.ndarray:
     return x * np.float32(factor)
 
 
 def adjust_contrast(x: np.ndarray, factor: float, mean: np.ndarray) -> np.ndarray:
-    """Each channel away from its mean over the image (3,1), or towards it."""
+    """Each channel away from its mean, or towards it."""
     return x * np.float32(factor) + mean * np.float32(1 - factor)
 
 
-def adjust_saturation(x: np.ndarray, factor: float) -> np.ndarray:
-    """HSV's saturation times a factor, 1 at most: hue and greatest channel stay."""
+def adjust_saturation(x: np.ndarray, factor: float, mean: np.ndarray) -> np.ndarray:
+    """HSV's saturation times the factor, at most 1. Hue and the maximum channel stay."""
     high, low = x.max(0), x.min(0)
-    most = high / np.maximum(high - low, TINY)
-    return high + (x - high) * np.minimum(np.float32(factor), most)
+    max_factor = high / np.maximum(high - low, TINY)
+    return high + (x - high) * np.minimum(np.float32(factor), max_factor)
 
 
-def adjust_hue(x: np.ndarray, shift: float) -> np.ndarray:
-    """HSV's hue turned by a share of the color circle, half of it at most: greatest and least
-    channel stay. A channel is greatest within a sixth of the circle from its own hue, and least
-    from two sixths on."""
+def adjust_hue(x: np.ndarray, shift: float, mean: np.ndarray) -> np.ndarray:
+    """HSV's hue turned by a share of the color circle, at most half of it. The maximum and minimum
+    channel stay. A channel is the maximum within a sixth of the circle from its own hue, and the
+    minimum from two sixths on."""
     red, green, blue = x
     high, low = x.max(0), x.min(0)
     chroma = high - low
     scale = 1 / np.maximum(chroma, TINY)
     hue = np.where(green == high, 2 + (blue - red) * scale, 4 + (red - green) * scale)
     hue = np.where(red == high, (green - blue) * scale, hue) + np.float32(6 * shift)  # in sixths
-    apart = np.abs(hue - CHANNEL_HUES)
-    apart = np.abs(np.minimum(apart, 6 - apart))  # the shorter way round
-    return low + chroma * np.clip(2 - apart, 0, 1)
+    distance = np.abs(hue - CHANNEL_HUES)
+    distance = np.abs(np.minimum(distance, 6 - distance))  # the shorter way round
+    return low + chroma * np.clip(2 - distance, 0, 1)
 
 
-ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-
-
-def color_jitter(image: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
-    """(R,R,3) uint8, with probability JITTERED changed in brightness, contrast, saturation and hue,
-    in random order, each result cut to 0..1. Factors and shift are uniform, as in SimCLR's v2.
-
-    The changes are TensorFlow's, which the release uses. torchvision differs in two: its contrast
-    is about the mean gray level, one number for all channels, and its saturation blends each pixel
-    with its gray level. On 8-bit images torchvision also rounds after each change; here, once."""
-    if rng.random() >= JITTER_PROB:
-        return image
-    order = rng.permutation(len(ADJUST))
-    lowest = max(0, 1 - augment.jitter)
-    drawn = rng.uniform([lowest] * 3 + [-augment.hue], [1 + augment.jitter] * 3 + [augment.hue])
-    x = image.reshape(-1, 3).T.astype(np.float32, order="C")
-    x /= 255
-    for n in order.tolist():
-        if augment.hue if n == 3 else augment.jitter:
-            mean = [x.mean(1, keepdims=True)] if n == 1 else []
-            for start in range(0, x.shape[1], JITTER_BLOCK):
-                part = x[:, start:start + JITTER_BLOCK]
-                np.clip(ADJUST[n](part, drawn[n], *mean), 0, 1, out=part)
-    x *= 255
-    changed = np.empty_like(image)
-    np.copyto(changed.reshape(-1, 3).T, np.rint(x, out=x), casting="unsafe")
-    return changed
-
-
-def decode_and_augment(image: Image.Image, resolution: int, augment: Augment | None = None, rng: Any = None) -> np.ndarray:
-    """A picture of any mode and size to (R,R,3) uint8: (crop,) bilinear antialiased resize of the whole to a square.
-    Transparency lies on white, an animation gives its first frame, a camera's rotation is applied. BadSample if it
-    cannot be decoded."""
-    if image.mode in ("I", "F"):
-        raise BadSample("image has 32-bit pixels, and which of them is white is not known")
-    try:
-        width, height = image.size
-        box = random_crop_box(width, height, augment.min_crop_area, rng) if augment and augment.min_crop_area < 1 else (0, 0, width, height)
-        need = (resolution * width / max(box[2] - box[0], 1), resolution * height / max(box[3] - box[1], 1))
-        if drafted := image.draft("RGB", (int(need[0]) + 1, int(need[1]) + 1)):  # a JPEG decodes at 1/2, 1/4 or 1/8 when that suffices
-            inside = drafted[1][2:]  # 1003 / 8 pixels show the picture, where 126 are decoded: the last is in part beyond it
-            box = [b * new / old for b, new, old in zip(box, inside * 2, (width, height) * 2)]
-        image.load()
-        turned = image.getexif().get(ExifTags.Base.Orientation)  # now, for not every conversion below keeps it
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = (image if image.mode == "RGB" else image.convert("RGB")).resize((resolution, resolution), Image.Resampling.BILINEAR, box)
-        if turned in EXIF_TRANSPOSE:
-            image = image.transpose(EXIF_TRANSPOSE[turned])
-        if augment:
-            if augment.hflip and rng.random() < 0.5:
-                image = ImageOps.mirror(image)
-            if augment.jitter or augment.hue:
-                image = Image.fromarray(color_jitter(np.asarray(image), augment, rng))
-            if augment.grayscale_prob and rng.random() < augment.grayscale_prob:
-                image = ImageOps.grayscale(image).convert("RGB")
-        return np.asarray(image)
-    except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
-        raise BadSample(f"image cannot be decoded ({type(problem).__name__})") from None
-
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by the bytes, not by the name; others might start a program (EPS)
-MAX_IMAGE_PIXELS = 89_478_485  # of an image: 256 MiB as RGB; above that Pillow itself only warns
-
-
-def open_image(file: BinaryIO) -> Image.Image:
-    """The image in an open file, not yet decoded. All files enter through here, so no bytes reach a
-    plugin that is not in FORMATS, and none are decoded to more than MOST_PIXELS. BadSample says
-    what is wrong."""
-    try:
-        image = Image.open(file, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        names = f"{', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
-        raise BadSample(f"image cannot be opened: it is not a whole {names} file") from None
-    except Exception as problem:  # Pillow's plugins raise what they like on broken bytes
-        raise BadSample(f"image cannot be opened ({type(problem).__name__})") from None
-    pixels = image.width * image.height
-    if pixels > MAX_IMAGE_PIXELS:
-        raise BadSample(f"image has {pixels:,} pixels, and more than {MAX_IMAGE_PIXELS:,} are not read")
-    return image
-
-
-def silence_pillow() -> None:
-    """Do not print what Pillow warns of, such as damaged EXIF: an image that cannot be used raises.
-    The warning filters belong to the whole process, so only a program calls this, as it starts."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)

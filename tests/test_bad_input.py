@@ -41,6 +41,7 @@ def say(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("argv, says", [
     ("--color red", "unrecognized arguments: --color"),
     ("--see 1", "unrecognized arguments"),
+    ("pictures", "the recipe pictures is now images"),
     ("l15", "invalid choice: 'l15'"),
     ("toy toy", "unrecognized arguments: toy"),
     ("--seed one", "--seed: invalid int value: 'one'"),
@@ -165,7 +166,7 @@ def test_a_run_whose_samples_came_in_another_order_is_not_continued(say, tmp_pat
     (tmp_path / "run").mkdir()
     meta = {"step": 1, "config": {}, "data": {"held-out data": "other"}}
     checkpoint.save(str(tmp_path / "run" / "step-00000001.npz"), {}, meta)
-    line = say("pictures", "--stages", TINY, "--data", "*.tar", "--out", "run")
+    line = say("images", "--stages", TINY, "--data", "*.tar", "--out", "run")
     assert re.search("run holds a run with other settings: .*the held-out data is .*, was other", line)
     moved = "the order of the training data is shuffled whole, was shuffled in windows of 16 tars"
     assert (moved in line) == (tars > 16)

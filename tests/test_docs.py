@@ -111,10 +111,6 @@ def test_other_commands_are_understood(command, tmp_path, monkeypatch, capsys):
         assert end.value.code in (0, None) and "usage:" in capsys.readouterr().out
     elif script == "bench.py":
         assert module.parse(arguments).command == arguments[0]
-    elif script == "inputs.emoji":  # it passes on the flags of a training
-        import config
-        own = re.sub(r"--(out|workdir|data|packages) \S+", "", command)
-        config.parse_args(["pictures", *shlex.split(own)[2:]])
     elif hasattr(module, "main"):
         assert module.main(arguments) == 1
         assert capsys.readouterr().err.startswith("error: ")

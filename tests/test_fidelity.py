@@ -113,7 +113,7 @@ def test_numbers_of_kept_tokens(pixels, patch, patches, kept):
     assert kept_here == kept == int(patches * 0.35)
 
 
-@pytest.mark.parametrize("name", [*PAPER, "toy", "pictures"])
+@pytest.mark.parametrize("name", [*PAPER, "toy", "images"])
 def test_order_of_the_kept_tokens(name):
     """The paper's recipes keep the order of the draw; the small ones sort."""
     model = registry.model_spec(RECIPES[name])
@@ -177,7 +177,7 @@ def test_scales_of_a_deep_decoder_use_depth_12():
     assert specs["project"]["kernel"].std == pytest.approx(1280**-0.5)
 
 
-@pytest.mark.parametrize("name", [*PAPER, "toy", "pictures"])
+@pytest.mark.parametrize("name", [*PAPER, "toy", "images"])
 def test_init_scale_of_each_recipe(name):
     assert RECIPES[name].init_scale == ("released" if name in PAPER else "xavier")
 

@@ -1,4 +1,4 @@
-"""What training does to an image: crops and color jitter, each against a formula of its own."""
+"""Random crops and color jitter, each against an independent formula."""
 import colorsys
 import itertools
 
@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import config
-import data
 from inputs import images
 from inputs.images import Augment, decode_and_augment
 from tests.helpers.samples import photo
@@ -24,19 +23,21 @@ def hsv(pixels):
     return np.array([colorsys.rgb_to_hsv(*p) for p in np.asarray(pixels).reshape(-1, 3) / 255])
 
 
-def augmented(image, count=400, side=4, **how):
-    """(count,R,R,3) of an image, each by a generator of its own."""
-    augment = Augment(min_crop_area=1.0, **how)
-    return np.stack([decode_and_augment(image.copy(), side, augment, np.random.default_rng(s)) for s in range(count)])
+def augmented(image, count=400, side=4, **settings):
+    """(count,R,R,3): the image augmented by `count` generators."""
+    augment = Augment(min_crop_area=1.0, **settings)
+    rngs = [np.random.default_rng(seed) for seed in range(count)]
+    return np.stack([decode_and_augment(image.copy(), side, augment, rng) for rng in rngs])
 
 
-def boxes(width, height, least, count=2000):
-    return np.array([images.random_crop_box(width, height, least, np.random.default_rng(s)) for s in range(count)])
+def crop_boxes(width, height, min_area, count=2000):
+    rngs = [np.random.default_rng(seed) for seed in range(count)]
+    return np.array([images.random_crop_box(width, height, min_area, rng) for rng in rngs])
 
 
 @pytest.mark.parametrize("size", [(300, 100), (100, 300), (640, 480), (310, 100)])
-def test_a_long_image_is_cropped_and_never_squashed_whole(size):
-    x0, y0, x1, y1 = boxes(*size, 0.4).T
+def test_a_long_image_is_cropped_and_never_squashed(size):
+    x0, y0, x1, y1 = crop_boxes(*size, 0.4).T
     share, aspect = (x1 - x0) * (y1 - y0) / np.prod(size), (x1 - x0) / (y1 - y0)
     assert share.min() >= 0.4 - 1e-9 and share.max() <= 1
     assert aspect.min() >= 3 / 4 - 1e-9 and aspect.max() <= 4 / 3 + 1e-9
@@ -44,37 +45,38 @@ def test_a_long_image_is_cropped_and_never_squashed_whole(size):
     assert x1.max() <= size[0] + 1e-9 and y1.max() <= size[1] + 1e-9
 
 
-def test_what_no_crop_fits_is_taken_whole():
-    assert (boxes(1000, 200, 0.4, 20) == (0, 0, 1000, 200)).all()
+def test_an_image_that_no_crop_fits_is_not_cropped():
+    assert (crop_boxes(1000, 200, 0.4, 20) == (0, 0, 1000, 200)).all()
 
 
 def test_crops_are_distributed_as_released():
-    """Aspect uniform; then the height uniform among those that give area enough and fit."""
-    x0, y0, x1, y1 = boxes(400, 400, 0.4, 6000).T
+    """The aspect is uniform, then the height among those that give enough area and fit."""
+    x0, y0, x1, y1 = crop_boxes(400, 400, 0.4, 6000).T
     aspect, height = (x1 - x0) / (y1 - y0), y1 - y0
     least, most = np.sqrt(0.4 * 400 * 400 / aspect), np.minimum(400, 400 / aspect)
-    for found, low, high in ((aspect, 0.75, 1.33), ((height - least) / (most - least), 0, 1)):
-        wanted = low + (high - low) * np.array([0.05, 0.25, 0.5, 0.75, 0.95])
-        assert np.abs(np.quantile(found, [0.05, 0.25, 0.5, 0.75, 0.95]) - wanted).max() < 0.025
-    room = np.maximum(400 - (x1 - x0), 1e-9)
-    assert abs(np.mean((x0 / room)[room > 9]) - 0.5) < 0.02
+    quantiles = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+    for values, low, high in ((aspect, 0.75, 1.33), ((height - least) / (most - least), 0, 1)):
+        expected = low + (high - low) * quantiles
+        assert np.abs(np.quantile(values, quantiles) - expected).max() < 0.025
+    free = np.maximum(400 - (x1 - x0), 1e-9)
+    assert abs(np.mean((x0 / free)[free > 9]) - 0.5) < 0.02
 
 
 def triangle(size, new):
     """(new,size) weights of the antialiased bilinear filter."""
     scale = max(size / new, 1)
-    centres = (np.arange(new) + 0.5) * size / new
-    weights = np.maximum(1 - np.abs((np.arange(size) + 0.5 - centres[:, None]) / scale), 0)
+    centers = (np.arange(new) + 0.5) * size / new
+    weights = np.maximum(1 - np.abs((np.arange(size) + 0.5 - centers[:, None]) / scale), 0)
     return weights / weights.sum(1, keepdims=True)
 
 
 @pytest.mark.parametrize("size", [(97, 61), (64, 64), (20, 30)])
-def test_resize_is_antialiased_bilinear_and_rounded_to_the_nearest(size):
+def test_resize_is_antialiased_bilinear_and_rounds_to_nearest(size):
     image = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     wide = np.einsum("ah,hwc->awc", triangle(size[1], 24), image.astype(float))
     exact = np.einsum("bw,awc->abc", triangle(size[0], 24), wide)
     error = decode_and_augment(Image.fromarray(image), 24) - exact
-    assert np.abs(error).max() < 1.1 and abs(error.mean()) < 0.1  # cut off, it would be -0.5
+    assert np.abs(error).max() < 1.1 and abs(error.mean()) < 0.1  # truncation would give -0.5
 
 
 def some_colors():
@@ -83,40 +85,41 @@ def some_colors():
     return np.concatenate([ramp, drawn]).reshape(16, 16, 3)
 
 
-def independent(name, image, by):
-    """The same change of an (R,R,3) image in 0..1, pixel by pixel in float64."""
+def reference(name, image, amount):
+    """The adjustment of an (R,R,3) image in 0..1, pixel by pixel in float64."""
     x = image.astype(np.float64)
     if name == "brightness":
-        return (x * by).clip(0, 1)
+        return (x * amount).clip(0, 1)
     if name == "contrast":
         mean = x.reshape(-1, 3).mean(0)
-        return ((x - mean) * by + mean).clip(0, 1)
-    found = np.array([colorsys.rgb_to_hsv(*p) for p in x.reshape(-1, 3)])
+        return ((x - mean) * amount + mean).clip(0, 1)
+    pixels = np.array([colorsys.rgb_to_hsv(*p) for p in x.reshape(-1, 3)])
     if name == "saturation":
-        found[:, 1] = (found[:, 1] * by).clip(0, 1)
+        pixels[:, 1] = (pixels[:, 1] * amount).clip(0, 1)
     else:
-        found[:, 0] = (found[:, 0] + by) % 1
-    return np.array([colorsys.hsv_to_rgb(*p) for p in found]).reshape(x.shape)
+        pixels[:, 0] = (pixels[:, 0] + amount) % 1
+    return np.array([colorsys.hsv_to_rgb(*p) for p in pixels]).reshape(x.shape)
 
 
-CHANGES = ("brightness", "contrast", "saturation", "hue")
+NAMES = ("brightness", "contrast", "saturation", "hue")
+AMOUNTS = (1.3, 0.7, 1.25, 0.07)
 
 
-@pytest.mark.parametrize("name, by", [
-    *itertools.product(CHANGES[:3], (0.0, 0.5, 0.68, 1.0, 1.32, 2.0)),
+@pytest.mark.parametrize("name, amount", [
+    *itertools.product(NAMES[:3], (0.0, 0.5, 0.68, 1.0, 1.32, 2.0)),
     *itertools.product(["hue"], (-0.5, -0.08, -0.01, 0.0, 0.08, 0.3, 0.5))])
-def test_each_change_of_color_is_its_formula(name, by):
+def test_each_adjustment_equals_its_formula(name, amount):
     image = some_colors()
     planes = image.reshape(-1, 3).T.copy()
-    mean = [planes.mean(1, keepdims=True)] if name == "contrast" else []
-    found = getattr(images, "adjust_" + name)(planes, by, *mean).T.reshape(image.shape).clip(0, 1)
-    assert np.abs(found - independent(name, image, by)).max() < 2e-6
+    adjust = getattr(images, f"adjust_{name}")
+    adjusted = adjust(planes, amount, planes.mean(1, keepdims=True)).T.reshape(image.shape)
+    assert np.abs(adjusted.clip(0, 1) - reference(name, image, amount)).max() < 2e-6
 
 
-class Fixed:
-    """A generator that draws what it is told, in the order of the changes."""
-    def __init__(self, order, factors):
-        self.order, self.factors = order, factors
+class FixedDraws:
+    """A generator that draws a given order, and amounts in the order of NAMES."""
+    def __init__(self, order, amounts):
+        self.order, self.amounts = order, amounts
 
     def random(self):
         return 0.0
@@ -127,33 +130,36 @@ class Fixed:
 
     def uniform(self, low, high):
         assert len(low) == len(high) == 4
-        return np.array(self.factors)
+        return np.array(self.amounts)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_the_four_follow_one_another_each_cut_to_range(order):
-    """Cut between them, 0.9 x 1.3 is white, and no contrast brings it back."""
-    image = some_colors()
-    by = (1.3, 0.7, 1.25, 0.07)
-    wanted = (np.round(image * 255) / 255).astype(np.float64)
+def test_adjustments_follow_one_another_and_each_result_is_clipped(order):
+    """Clipped between them, 0.9 x 1.3 is white, and no contrast brings it back."""
+    pixels = np.round(some_colors() * 255)
+    expected = pixels.astype(np.float64) / 255
     for n in order:
-        wanted = independent(CHANGES[n], wanted, by[n])
-    found = images.color_jitter(np.round(image * 255).astype(np.uint8), RELEASED, Fixed(order, by))
-    assert found.dtype == np.uint8 and np.abs(found - wanted * 255).max() <= 0.51
+        expected = reference(NAMES[n], expected, AMOUNTS[n])
+    rng = FixedDraws(order, AMOUNTS)
+    jittered = images.color_jitter(pixels.astype(np.uint8), RELEASED, rng)
+    assert jittered.dtype == np.uint8 and np.abs(jittered - expected * 255).max() <= 0.51
 
 
 def test_the_order_is_random():
-    """All 24 orders with the same factors: as many images as the formula gives."""
+    """With the same amounts, all 24 orders occur."""
     image = np.round(some_colors() * 255).astype(np.uint8)
-    by = (1.3, 0.7, 1.25, 0.07)
-    orders = itertools.permutations(range(4))
-    wanted = {images.color_jitter(image, RELEASED, Fixed(o, by)).tobytes() for o in orders}
+    expected = set()
+    for order in itertools.permutations(range(4)):
+        expected.add(images.color_jitter(image, RELEASED, FixedDraws(order, AMOUNTS)).tobytes())
 
-    class Shuffled(Fixed):
+    class RandomOrder(FixedDraws):
         def permutation(self, count):
             return np.random.default_rng(self.order).permutation(count)
-    found = {images.color_jitter(image, RELEASED, Shuffled(s, by)).tobytes() for s in range(400)}
-    assert found == wanted and len(wanted) > 8
+
+    drawn = set()
+    for seed in range(400):
+        drawn.add(images.color_jitter(image, RELEASED, RandomOrder(seed, AMOUNTS)).tobytes())
+    assert drawn == expected and len(expected) > 8
 
 
 def test_four_images_of_five_are_jittered():
@@ -162,64 +168,66 @@ def test_four_images_of_five_are_jittered():
     assert 0.16 < same.mean() < 0.24
 
 
-def spread(found, low, high, slack):
-    """That what was drawn is uniform between two bounds, but for the rounding of pixels."""
-    assert low - slack <= found.min() <= low + 0.05 * (high - low) + slack
-    assert high + slack >= found.max() >= high - 0.05 * (high - low) - slack
-    assert abs(found.mean() - (low + high) / 2) < 0.06 * (high - low)
+def assert_uniform(values, low, high, tolerance):
+    """The values are uniform in low..high, except for the rounding of pixels."""
+    assert low - tolerance <= values.min() <= low + 0.05 * (high - low) + tolerance
+    assert high + tolerance >= values.max() >= high - 0.05 * (high - low) - tolerance
+    assert abs(values.mean() - (low + high) / 2) < 0.06 * (high - low)
 
 
-def changed(found, image):
-    """Those of some augmented images that were jittered."""
-    return found[(found != decode_and_augment(image, found.shape[1])).any((1, 2, 3))]
+def jittered_only(image):
+    """The augmented versions of an image that were jittered."""
+    out = augmented(image, jitter=0.32, hue=0.08)
+    return out[(out != decode_and_augment(image, out.shape[1])).any((1, 2, 3))]
 
 
 def test_the_ranges_are_as_released():
-    gray = changed(augmented(flat((180, 180, 180)), jitter=0.32, hue=0.08), flat((180,) * 3))
-    spread(gray[:, 0, 0, 0] / 180, 0.68, 1.32, 0.003)                       # brightness
-    image = flat((120, 80, 60))
-    drawn = changed(augmented(image, jitter=0.32, hue=0.08), image)[:, 0, 0]
-    before, after = hsv([120, 80, 60])[0], hsv(drawn)
-    spread(after[:, 1] / before[1], 0.68, 1.32, 0.03)                       # saturation
-    spread((after[:, 0] - before[0] + 0.5) % 1 - 0.5, -0.08, 0.08, 0.012)   # hue
-    tones = Image.fromarray(np.repeat(np.array([[90, 90, 150, 150]], np.uint8), 4, 0)).convert("RGB")
-    drawn = changed(augmented(tones, jitter=0.32, hue=0.08), tones)[..., 0].reshape(-1, 16)
-    spread(drawn.std(1) / drawn.mean(1) * 4, 0.68, 1.32, 0.03)              # contrast: 30 / 120
+    brightness = jittered_only(flat((180, 180, 180)))[:, 0, 0, 0] / 180
+    assert_uniform(brightness, 0.68, 1.32, 0.003)
+    before, after = hsv([120, 80, 60])[0], hsv(jittered_only(flat((120, 80, 60)))[:, 0, 0])
+    assert_uniform(after[:, 1] / before[1], 0.68, 1.32, 0.03)                       # saturation
+    assert_uniform((after[:, 0] - before[0] + 0.5) % 1 - 0.5, -0.08, 0.08, 0.012)   # hue
+    two_grays = np.repeat(np.array([[90, 90, 150, 150]], np.uint8), 4, 0)
+    out = jittered_only(Image.fromarray(two_grays).convert("RGB"))[..., 0].reshape(-1, 16)
+    assert_uniform(out.std(1) / out.mean(1) * 4, 0.68, 1.32, 0.03)                  # contrast
 
 
-def test_hue_and_strength_are_apart():
+def test_hue_and_jitter_are_independent_settings():
     color = flat((200, 80, 60))
     turned = augmented(color, 100, hue=0.08)[:, 0, 0]
-    assert np.ptp(turned.max(1)) == 0 == np.ptp(turned.min(1)) and len(np.unique(turned, axis=0)) > 20
+    assert np.ptp(turned.max(1)) == 0 == np.ptp(turned.min(1))
+    assert len(np.unique(turned, axis=0)) > 20
     kept = augmented(color, 100, jitter=0.32)[:, 0, 0]
     assert np.abs(hsv(kept)[:, 0] - hsv([200, 80, 60])[0, 0]).max() < 0.012
 
 
-def test_one_in_five_is_gray_as_its_luma():
-    found = augmented(photo(), 1000, 24, gray=0.2)
-    gray = (np.ptp(found, axis=-1) == 0).all((1, 2))
+def test_one_image_of_five_is_gray_with_its_luma():
+    out = augmented(photo(), 1000, 24, grayscale_prob=0.2)
+    gray = (np.ptp(out, axis=-1) == 0).all((1, 2))
     assert 0.16 < gray.mean() < 0.24
     luma = decode_and_augment(photo(), 24) @ [0.299, 0.587, 0.114]
-    assert np.abs(found[gray][0][..., 0] - luma).max() < 0.51
-    both = augmented(photo(), 20, 24, jitter=0.32, hue=0.08, gray=1.0)  # the colors first, gray last
+    assert np.abs(out[gray][0][..., 0] - luma).max() < 0.51
+    both = augmented(photo(), 20, 24, jitter=0.32, hue=0.08, grayscale_prob=1.0)  # gray comes last
     assert np.ptp(both, axis=-1).max() == 0 and len({x.tobytes() for x in both}) > 12
 
 
 @pytest.mark.parametrize("recipe", PAPER)
 def test_the_papers_recipes_augment_as_released(recipe):
     cfg = config.RECIPES[recipe]
-    found = cfg.min_crop_area, cfg.hflip, cfg.jitter, cfg.hue, cfg.grayscale_prob
-    assert found == (0.4, False, 0.32, 0.08, 0.2)
+    settings = cfg.min_crop_area, cfg.hflip, cfg.jitter, cfg.hue, cfg.grayscale_prob
+    assert settings == (0.4, False, 0.32, 0.08, 0.2)
 
 
 def test_the_small_recipes_leave_hue_alone():
     """Their captions name colors."""
-    toy, pictures = (config.RECIPES[name] for name in ("toy", "pictures"))
+    toy = config.RECIPES["toy"]
     assert (toy.min_crop_area, toy.jitter, toy.hue, toy.grayscale_prob) == (1.0, 0.0, 0.0, 0.0)
-    assert (pictures.jitter, pictures.hue) == (0.2, 0.0)
+    for name in ("images", "emoji"):
+        assert (config.RECIPES[name].jitter, config.RECIPES[name].hue) == (0.2, 0.0)
 
 
 def test_the_same_generator_draws_the_same_image():
     for seed in range(8):
-        one, two = (decode_and_augment(photo(60, 40), 24, RELEASED, np.random.default_rng(seed)) for _ in "12")
-        assert np.array_equal(one, two)
+        rngs = np.random.default_rng(seed), np.random.default_rng(seed)
+        first, second = (decode_and_augment(photo(60, 40), 24, RELEASED, rng) for rng in rngs)
+        assert np.array_equal(first, second)

@@ -112,7 +112,7 @@ def test_every_name_that_a_run_saves_under_is_known_as_its_own(tmp_path, monkeyp
 
 
 def test_a_start_that_fails_leaves_no_folder_and_no_lock(tmp_path, capsys):
-    command = ["pictures", "--data", str(tmp_path / "none"), "--out"]
+    command = ["images", "--data", str(tmp_path / "none"), "--out"]
     assert train.main([*command, str(tmp_path / "run")]) == 1
     assert not (tmp_path / "run").exists()
     (tmp_path / "there").mkdir()

@@ -183,7 +183,7 @@ def test_bad_samples_are_replaced_counted_and_listed_once(cache, tmp_path):
     """Also in a run that was killed: the same list, the same numbers."""
     shard(tmp_path / "a.tar", 100, {3, 40, 41, 77})
     shard(tmp_path / "val.tar", 20, set())
-    flags = ["pictures", "--data", str(tmp_path / "a.tar"), "--val", str(tmp_path / "val.tar"), "--val-samples", "16",
+    flags = ["images", "--data", str(tmp_path / "a.tar"), "--val", str(tmp_path / "val.tar"), "--val-samples", "16",
              "--vocab-size", "200", "--stages", "resolution=16 steps=20 batch=8 lr=1e-3"]
     assert begin(cache, tmp_path / "whole", *flags).wait() == 0
     listed = (tmp_path / "whole" / "bad-samples.txt").read_text()
@@ -202,7 +202,7 @@ def test_bad_samples_are_replaced_counted_and_listed_once(cache, tmp_path):
 
 def test_too_many_bad_samples_stop_a_run(cache, tmp_path):
     shard(tmp_path / "a.tar", 60, set(range(0, 60, 3)))
-    flags = ["pictures", "--data", str(tmp_path / "a.tar"), "--val-samples", "4", "--max-bad-fraction", "0.2"]
+    flags = ["images", "--data", str(tmp_path / "a.tar"), "--val-samples", "4", "--max-bad-fraction", "0.2"]
     process = begin(cache, tmp_path / "run", *flags)
     _, errors = process.communicate()
     assert process.returncode == 1 and "--max-bad-fraction 0.2" in errors and "bad-samples.txt" in errors and "Traceback" not in errors
