@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import train
 from evaluation import probe, vqa, zeroshot
 from evaluation.captioning import evaluate_captions
 from evaluation.context import EvalContext
@@ -59,7 +60,7 @@ def draw_images(asked: EvalContext) -> dict[str, str]:
 
 
 MEASURES: dict[str, tuple[Callable[[EvalContext], dict], str]] = {
-    "caption": (lambda asked: evaluate_captions(asked.given.encoder, asked.changes, asked.given.num_samples),
+    "caption": (lambda asked: evaluate_captions(asked.given.encoder, asked.changes, asked.given.num_samples, train.openvision2_loss),
                 "held-out loss, floor and graded captions of a run (if nothing is named)"),
     "probe": (probes(("pooled", "grid", "attended")), "linear and attention-pooled probes of the features, beside a random encoder and raw pixels"),
     "knn": (probes(("neighbours", "whitened")), "nearest neighbours by features, likewise"),

@@ -11,7 +11,6 @@ in its folder. The same command, started again on that folder, continues from th
 Letters: B images per device, R pixels per side, N patches, K kept patches, T text positions.
 """
 import contextlib
-import errno
 import sys
 import time
 from collections.abc import Callable
@@ -39,8 +38,10 @@ from runtime.distributed import (
     abort_process,
     initialize_distributed,
 )
-from runtime.errors import CheckpointError, ConfigError, DataError, DistributedError, TrainingError
+from runtime.errors import ConfigError, run_command
+from runtime.monitoring import Monitor, PendingStep, check_tensorboard
 from runtime.run_folder import FolderLock, Run
+from runtime.validation import Evaluator
 
 
 # ------------------------------------------------------------------------------ the method
@@ -165,123 +166,160 @@ def initial_params(cfg: Config, model: ModelSpec) -> dict:
 
 # ------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
-    """A whole run, or what is left of it. Returns the exit status: 0, or 128 + the signal that
-    stopped it."""
-    sys.setswitchinterval(0.0005)  # seconds that a thread which makes batches may hold Python while the loop wants it; 0.005 is what it was
+    """A run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped
+    it. UserError for what cannot work."""
     validate(cfg)
-    tune_cpu(sum(param_counts(cfg).values()), [] if cfg.distributed else [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)], cfg.num_devices)
+    sys.setswitchinterval(0.0005)  # seconds: threads that make batches delay the loop less
+    device_batches = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
+    tune_cpu(sum(param_counts(cfg).values()), [] if cfg.distributed else device_batches,
+             cfg.num_devices)
     initialize_distributed(cfg.distributed, cfg.workdir)
     try:
         parallel = DataParallel(cfg.num_devices)
     except ValueError as problem:
         raise ConfigError(f"--num-devices: {problem}") from None
     validate(cfg, parallel.num_devices)
+    if cfg.tensorboard:
+        parallel.broadcast_from_main(check_tensorboard)
     with contextlib.closing(FolderLock(cfg.workdir)) as lock:
-        return train_run(cfg, parallel, Run(cfg, parallel, lock=lock))
-
-
-def train_run(cfg: Config, parallel: DataParallel, run: Run) -> int:
-    """What is left of a run whose folder is open, and the exit status."""
-    if run.finished:
-        print(f"{cfg.workdir} is finished: look at {run.path('samples.png')}; delete the folder or name another --workdir to train anew")
-        return 0
-    shapes = jax.eval_shape(lambda: init_params(cfg, run.model))
-    params = parallel.replicate(run.restore(shapes, "params") if run.step else initial_params(cfg, run.model))
-
-    with PreemptionHandler(parallel) as interrupt:
         try:
-            for stage in run.plan:
-                pending = run.step == stage.end and run.state["unmeasured"]  # at its own resolution
-                if run.step < stage.end or pending or stage is run.plan[-1]:
-                    params = train_stage(cfg, run, stage, params, interrupt)
-            run.finish(params)
-        except Preempted as found:
-            run.bar.close()
-            if parallel.is_main:
-                print(f"{found}: saved at step {run.step}; the same command goes on from there")
-            return 128 + found.signal
+            return train_run(Run(cfg, parallel, lock))
+        except OSError as problem:  # of an open file it does not name
+            problem.filename = problem.filename or cfg.workdir
+            raise
+
+
+def train_run(run: Run) -> int:
+    """Trains through the stages that are left. Returns the exit status."""
+    if run.finished:
+        print(f"{run.cfg.workdir} is finished: see {run.path('samples.png')}; delete the folder or "
+              "name another --workdir to train again")
+        return 0
+    if run.step:
+        params = run.restore(jax.eval_shape(lambda: init_params(run.cfg, run.model)), "params")
+    else:
+        params = initial_params(run.cfg, run.model)
+    params = run.parallel.replicate(params)
+    monitor = Monitor(run)
+    evaluator = Evaluator(run, monitor, openvision2_loss)
+
+    with PreemptionHandler(run.parallel) as preemption:
+        try:
+            for stage in run.stages:
+                # An evaluation that is due at a stage's end is made at that stage's resolution.
+                evaluation_pending = run.step == stage.end and run.state["evaluation_pending"]
+                if run.step < stage.end or evaluation_pending or stage is run.stages[-1]:
+                    params = train_stage(run, monitor, evaluator, stage, params, preemption)
+            evaluator.finish(params)
+        except Preempted as preempted:
+            monitor.bar.close()
+            if run.parallel.is_main:
+                print(f"{preempted}: saved at step {run.step}; the same command continues from "
+                      "there")
+            return 128 + preempted.signal
         finally:
-            run.close()  # before an error is told, or the bar is drawn over it
+            monitor.close()  # before an error is printed: the bar would be drawn over it
     return 0
 
 
-def train_stage(cfg: Config, run: Run, stage: Stage, params: Any, interrupt: PreemptionHandler) -> Any:
-    """The stage's steps from the run's on, and the parameters after it."""
-    parallel, optimizer = run.parallel, make_optimizer(cfg, stage)
-    step = make_step(run.model, optimizer, cfg.seed, cfg.grad_accum, parallel.pmap_devices, cfg.zero1, cfg.grad_clip)
-    like = jax.eval_shape(optimizer.init, jax.eval_shape(lambda: init_params(cfg, run.model)))
-    if run.step > stage.start:
-        opt_state = (parallel.shard if cfg.zero1 else parallel.replicate)(run.restore(like, "opt"))
-    else:
-        opt_state = jax.pmap(lambda p: optimizer.init(jax.tree.map(local_shard, p) if cfg.zero1 else p), "devices", devices=parallel.pmap_devices)(params)
-    run.arrays = None  # all that is used of a checkpoint is on the devices now
-    run.enter(stage, interrupt.check)
+def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, params: Any,
+                preemption: PreemptionHandler) -> Any:
+    """The steps of a stage that are left. Returns the parameters after them. Preempted, after a
+    save, if a process received a signal."""
+    cfg, parallel = run.cfg, run.parallel
+    optimizer = make_optimizer(cfg, stage)
+    train_step = make_step(run.model, optimizer, cfg.seed, cfg.grad_accum, parallel.pmap_devices,
+                           cfg.zero1, cfg.grad_clip)
+    opt_shapes = jax.eval_shape(lambda: optimizer.init(init_params(cfg, run.model)))
+    opt_state = initial_opt_state(run, stage, optimizer, opt_shapes, params)
+    run.arrays = {}  # of the checkpoint: what is used of them is on the devices now
+    evaluator.start_stage(stage, preemption.check)
+    monitor.start_stage(stage)
 
     def save() -> None:
-        run.save({"params": parallel.unreplicate(params), "opt": parallel.gather(opt_state, like)})
+        run.save({"params": parallel.unreplicate(params),
+                  "opt": parallel.gather(opt_state, opt_shapes)})
 
-    behind, stop = None, 0
+    pending = None  # the step that runs on the device, whose metrics are not read yet
+    signal = 0
     try:
-        if run.state["unmeasured"]:
-            run.measure(params)
-        with contextlib.closing(run.batches(stage)) as feed:
-            for at in range(run.step + 1, stage.end + 1):
-                asked = time.time()
-                batch, bad = next(feed)
-                run.waited += time.time() - asked
-                params, opt_state, metrics = run.profile(at, step, params, opt_state, batch)
-                lr = learning_rate(stage, at - stage.start - 1)
-                now = at, lr, metrics, parallel.all_reduce_status(interrupt.signal, len(bad)), bad
-                if behind:
-                    stop = run.note(*behind)  # looked at a step later: the device is never waited for while it could work
-                behind = now
-                measure, due = at % cfg.eval_every == 0 or at == stage.end, at % cfg.save_every == 0 or at == run.plan[-1].end
-                if measure or due or stop:
-                    stop, behind = run.note(*now) or stop, None
-                    run.state["unmeasured"] = measure
-                    if stop:
-                        raise Preempted(stop)
-                    if measure:
-                        run.measure(params)
-                    if due:
+        if run.state["evaluation_pending"]:
+            evaluator.evaluate(params)
+        with contextlib.closing(run.batches(stage)) as batches:
+            for step in range(run.step + 1, stage.end + 1):
+                wait_start = time.time()
+                batch, bad = next(batches)
+                monitor.data_wait += time.time() - wait_start
+
+                # This starts the step and does not wait for it.
+                params, opt_state, metrics = monitor.profiler(step, train_step, params, opt_state,
+                                                              batch)
+                status = parallel.all_reduce_status(preemption.signal, len(bad))
+                lr = learning_rate(stage, step - 1 - stage.start)
+
+                # Now that the device has work, read the metrics of the step before.
+                if pending is not None:
+                    signal = monitor.log_step(pending)
+                pending = PendingStep(step, lr, metrics, status, bad)
+
+                evaluate_now = step % cfg.eval_every == 0 or step == stage.end
+                save_now = step % cfg.save_every == 0 or step == run.stages[-1].end
+                if evaluate_now or save_now or signal:
+                    signal = monitor.log_step(pending) or signal  # waits for this step
+                    pending = None
+                    run.state["evaluation_pending"] = evaluate_now
+                    if signal:
+                        raise Preempted(signal)
+                    if evaluate_now:
+                        evaluator.evaluate(params)
+                    if save_now:
                         save()
-    except Preempted:  # in an evaluation too, which is then made anew
+    except Preempted:  # perhaps in an evaluation, which is then made again
         save()
         raise
-    run.bar.close()
+    monitor.bar.close()
     return params
 
 
+def initial_opt_state(run: Run, stage: Stage, optimizer: optax.GradientTransformation,
+                      opt_shapes: Any, params: Any) -> Any:
+    """The checkpoint's optimizer state inside a stage, a new one at its start. On the devices; with
+    --zero1, sharded."""
+    zero1, parallel = run.cfg.zero1, run.parallel
+    if run.step > stage.start:
+        saved = run.restore(opt_shapes, "opt")
+        return parallel.shard(saved) if zero1 else parallel.replicate(saved)
+
+    def init(params: dict) -> Any:
+        return optimizer.init(jax.tree.map(local_shard, params) if zero1 else params)
+    return jax.pmap(init, "devices", devices=parallel.pmap_devices)(params)
+
+
+# ---------------------------------------------------------------------------- the command
+def dry_run(cfg: Config) -> int:
+    validate(cfg)
+    print(run_summary(cfg))
+    return 0
+
+
 def main(argv: list[str]) -> int:
-    cfg, dry = parse_args(argv)
+    """The command. Returns the exit status."""
+    cfg, only_summary = parse_args(argv)
     try:
-        if not dry:
-            return train(cfg)
-        validate(cfg)
-        print(run_summary(cfg))
-        return 0
-    except (ConfigError, DataError, CheckpointError, DistributedError, TrainingError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-    except OSError as problem:
-        if problem.strerror is None:
-            raise
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        print(f"error: {problem.filename or cfg.workdir}: {problem.strerror}" + full * ": make room, and the same command will go on from the last checkpoint",
-              file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped before the first step", file=sys.stderr)
-        return 130
+        status = run_command(dry_run if only_summary else train, cfg)
     except jax.errors.JaxRuntimeError as problem:
         if "RESOURCE_EXHAUSTED" in str(problem):
-            print(f"error: out of memory: --grad-accum 4 makes the same update in four pieces; then --remat block, then a smaller batch in --stages "
-                  f"({str(problem).splitlines()[0][:200]})", file=sys.stderr)
-            abort_process()
-            return 1
-        if jax.process_count() == 1:
+            message = ("out of memory: --grad-accum 4 makes the same update in four pieces; then "
+                       "--remat block, then a smaller batch in --stages")
+        elif jax.process_count() > 1:
+            message = PEER_LOST
+        else:
             raise
-        print(f"error: {PEER_LOST} ({str(problem).splitlines()[0][:200]})", file=sys.stderr)
-    abort_process()
-    return 1
+        print(f"error: {message} ({str(problem).splitlines()[0][:200]})", file=sys.stderr)
+        status = 1
+    if status == 1:
+        abort_process()  # so that the other processes notice
+    return status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """TODO."""
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def override_config(cfg: Config, changes: dict[str, Any], count: int) -> Config:
     return new if not count or (not new.val and new.data == cfg.data != "scenes") else dataclasses.replace(new, val_samples=count)
 
 
-def evaluate_captions(path: str, changes: dict[str, Any], count: int = 0) -> dict[str, float]:
+def evaluate_captions(path: str, changes: dict[str, Any], count: int, method_loss: Callable) -> dict[str, float]:
     """Losses and grades of a run's last checkpoint, or of the one that is named, on its held-out pictures, or `count` of them; or, by changes
     of its settings, on others. Where no floor is known and they are not the run's very pictures, it is their own shuffled loss."""
     own, arrays, meta = load_run_checkpoint(path)
@@ -36,11 +37,12 @@ def evaluate_captions(path: str, changes: dict[str, Any], count: int = 0) -> dic
     parallel, networks = DataParallel(math.gcd(stage.batch, jax.local_device_count())), model_spec(cfg)
     params = parallel.replicate(checkpoint.restore(arrays, jax.eval_shape(lambda: registry.init_params(cfg, networks)), path, prefix="params"))
     source = data.open_validation_data(cfg)
-    if not changes and cfg == own and source.fingerprint() != meta["data"]["held-out data"]:
-        raise ConfigError(f"the held-out data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "
+    if not changes and cfg == own and source.fingerprint() != meta["data"]["validation data"]:
+        raise ConfigError(f"the validation data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "
                           "name what to measure on with --data and --val")
     reader = data.Loader(source, tokenizer.from_state(meta["vocabulary"]), cfg.max_text_len, cfg.seed, None, cfg.workers, cfg.alt_field)
-    held = ValidationSet(dataclasses.replace(cfg, val_samples=count or cfg.val_samples), reader, stage.resolution, stage.batch, networks, parallel)
+    held = ValidationSet(dataclasses.replace(cfg, val_samples=count or cfg.val_samples), reader, stage.resolution, stage.batch, networks, parallel,
+                         method_loss)
     losses, blind = held.losses(params), held.blind_loss()
     floor = blind if blind is not None else losses["val_loss_shuffled"] if changes or count else meta["best_shuffled"]
     return losses | {"val_loss_blind": floor} | (caption_metrics(held, params) if isinstance(source, sources.SceneSource) and held.can_caption else {})

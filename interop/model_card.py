@@ -12,7 +12,7 @@ SETTINGS = ("objective", "data", "caption_field", "alt_field", "stages", "keep_r
             "prefix_attention", "min_crop_area", "hflip", "jitter", "hue", "grayscale_prob",
             "weight_decay", "adam_b2", "dtype", "init_encoder", "seed")
 PATHS = ("data", "init_encoder")  # of these settings, the card shows the last part
-COUNTS = ("images_seen", "num_val_images", "held_out_pictures")  # the last: of earlier versions
+COUNTS = ("images_seen", "num_val_images")
 LIBRARY_NAMES = {"siglip": "transformers", "vit": "transformers"}
 NORM = """The tokens are those **before** the final norm: the caption decoder reads them in
 training, and a multimodal model should too. A `last_hidden_state` has the norm on each token.
@@ -133,7 +133,7 @@ def read_metrics(path: str) -> dict[str, Any]:
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     try:
         with open(os.path.join(folder, "summary.json"), encoding="utf-8") as f:
-            return json.load(f)
+            return plots.rename_old_metrics(json.load(f))
     except (OSError, ValueError):
         pass
     try:

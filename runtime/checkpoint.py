@@ -27,7 +27,8 @@ from runtime.cpu_tuning import SMALL_MODEL_PARAMS
 from runtime.curriculum import parse_stages
 from runtime.errors import CheckpointError, ConfigError, first_problems, run_command
 
-OLD_ENCODER_NAMES = {  # settings of the encoder, as earlier versions called them in meta
+OLD_NAMES = {  # in meta, as earlier versions called them
+    "unmeasured": "evaluation_pending", "held-out data": "validation data",
     "layers": "depth", "heads": "num_heads", "mlp": "mlp_dim", "patch": "patch_size",
     "cls": "cls_token", "positions": "learned_pos_grid", "unroll": "scan_unroll"}
 EXPORT_ENDINGS = (".safetensors", ".bin")  # of weights in the layout of another library
@@ -117,7 +118,9 @@ def read_header(path: str) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, A
             meta = json.loads(np.load(io.BytesIO(f.read("meta.npy")), allow_pickle=False).tobytes())
         for name, dtype in meta.pop("bits").items():
             shapes[name] = jax.ShapeDtypeStruct(shapes[name].shape, getattr(ml_dtypes, dtype))
-        return shapes, meta
+        if "data" in meta:
+            meta["data"] = with_new_names(meta["data"])
+        return shapes, with_new_names(meta)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as problem:  # zip, npy and json parsers raise many types on broken bytes
@@ -255,7 +258,7 @@ def encoder_config(meta: dict[str, Any]) -> tuple[vit.ViTConfig, int]:
 
 
 def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return {OLD_ENCODER_NAMES.get(name, name): value for name, value in settings.items()}
+    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 # --------------------------------------------------------------------------------- its size

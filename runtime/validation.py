@@ -1,6 +1,18 @@
-"""TODO."""
+"""Evaluation during training: validation losses, captions and their grades, and the final summary.
+
+    val_loss             of the validation images with their captions
+    val_loss_shuffled    of the same images with the captions of others
+    val_loss_blind       the best possible loss without the image, where it is known
+                         (objectives.registry.blind_loss); otherwise the lowest val_loss_shuffled
+
+A model whose val_loss is not below val_loss_blind does not use the image.
+
+Letters: B images, N patches, K kept patches, R pixels per side, T text positions, D width.
+"""
+import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,138 +22,249 @@ import numpy as np
 
 import data
 from config import Config
-from decoder import caption_loss, count_targets, generate
-from inputs import sources
+from decoder import generate
+from inputs import images, sources
 from masking import keep_random_tokens
 from objectives import registry
+from runtime import checkpoint, plots
+from runtime.curriculum import Stage
 from runtime.devices import DataParallel
+from runtime.errors import TrainingError
 from vit import vit
 
-
-def draw_keys(batch: dict) -> jax.Array:
-    """Of all draws, one a picture (B,)."""
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch["sample_index"])
+NUM_SAMPLES = 12  # validation images in samples.png
 
 
-def kept_validation_tokens(params: dict, batch: dict, model: Any) -> tuple[jax.Array, jax.Array]:
-    """Kept image tokens (B,K,D) of held-out pictures and which they are (B,K): the draw depends on the picture's
-    place in the held-out set alone, so that every evaluation of every run sees the same patches."""
-    tokens = vit(params["encoder"], batch["images"], model.encoder)["tokens"]
-    return keep_random_tokens(draw_keys(batch), tokens, model.keep_ratio, model.shuffle_kept)
+def validation_keys(batch: dict) -> jax.Array:
+    """(B,), one key per image. It depends only on the image's position in the validation set, so
+    every evaluation of every run keeps the same patches."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["sample_index"])
 
 
-def validation_loss(objective: str) -> Any:
-    module = registry.rival(objective)
-    return getattr(module, "validation_loss", module.loss)
+def make_loss(model: Any, method_loss: Callable, devices: list | None = None) -> Callable:
+    """pmapped (params, batch) -> (summed loss, count) over the batches of all devices. method_loss
+    is train.openvision2_loss; another objective has its own. A contrastive loss is that within the
+    evaluated batch."""
+    rival = registry.rival(model.objective)
+    loss = method_loss if rival is None else getattr(rival, "validation_loss", rival.loss)
+
+    def summed_loss(params, batch):
+        return jax.lax.psum(loss(params, batch, validation_keys(batch), model), "devices")
+    return jax.pmap(summed_loss, axis_name="devices", devices=devices)
 
 
-def make_loss(model: Any, devices: list | None = None) -> Any:
-    """pmapped (params, batch) -> (summed loss, predicted words), over the batches of all devices. A baseline has its own two sums;
-    where it contrasts, then within the evaluated batch."""
-    def loss(params, batch):
-        if model.objective != "openvision2":
-            return jax.lax.psum(validation_loss(model.objective)(params, batch, draw_keys(batch), model), "devices")
-        kept, _ = kept_validation_tokens(params, batch, model)
-        sums = caption_loss(params["decoder"], kept, batch["text"], model.decoder).sum(), count_targets(batch["text"]).sum()
-        return jax.lax.psum(sums, "devices")
-    return jax.pmap(loss, axis_name="devices", devices=devices)
+def make_generate(model: Any, max_text_len: int, devices: list | None = None) -> Callable:
+    """pmapped (params, batch) -> greedy captions (B,T) and kept patches (B,K) of the global batch,
+    on every device. The captions are empty where the objective makes none."""
+    rival = registry.rival(model.objective)
+
+    def captions_and_patches(params, batch):
+        if rival is None:
+            tokens = vit(params["encoder"], batch["images"], model.encoder)["tokens"]
+            kept, keep_indices = keep_random_tokens(validation_keys(batch), tokens,
+                                                    model.keep_ratio, model.shuffle_kept)
+            return generate(params["decoder"], kept, model.decoder, max_text_len), keep_indices
+        B, N = len(batch["text"]), (batch["images"].shape[1] // model.encoder.patch_size) ** 2
+        all_patches = jnp.broadcast_to(jnp.arange(N), (B, N))
+        if not registry.can_caption(model.objective):
+            return jnp.zeros_like(batch["text"]), all_patches
+        return rival.generate(params, batch, model), all_patches
+
+    def gathered(params, batch):
+        gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
+        return jax.tree.map(gather, captions_and_patches(params, batch))
+    return jax.pmap(gathered, axis_name="devices", devices=devices)
 
 
-def make_captions(model: Any, length: int, devices: list | None = None) -> Any:
-    """pmapped (params, batch) -> greedy captions (B,T), empty where the objective makes none, and kept patches (B,K) of the whole
-    batch, on every device."""
-    def captions(params, batch):
-        if model.objective == "openvision2":
-            kept, chosen = kept_validation_tokens(params, batch, model)
-            found = generate(params["decoder"], kept, model.decoder, length), chosen
-        else:
-            B, N = len(batch["text"]), (batch["images"].shape[1] // model.encoder.patch_size) ** 2
-            tell = registry.rival(model.objective).generate if registry.can_caption(model.objective) else None
-            found = tell(params, batch, model) if tell else jnp.zeros_like(batch["text"]), jnp.broadcast_to(jnp.arange(N), (B, N))
-        return jax.tree.map(functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True), found)
-    return jax.pmap(captions, axis_name="devices", devices=devices)
-
-
-def validation_batches(reader: data.Loader, count: int, resolution: int, batch: int, share: range) -> Iterator[tuple[dict, int]]:
-    """(this process's share of a batch, pictures in the whole batch) over the held-out pictures. The last batch is
-    filled up with pictures whose text is empty, which add nothing to a loss."""
-    for start in range(0, count, batch):
-        real = min(batch, count - start)
-        rows = range(start + share.start, start + share.stop)
-        found = reader.batch(rows, resolution)
-        for name in found.keys() & {"text", "alt"}:
-            found[name][max(0, count - rows.start):] = 0
-        yield found, real
+def validation_batches(loader: data.Loader, count: int, resolution: int, batch_size: int,
+                       rows: range) -> Iterator[tuple[dict, int]]:
+    """(this process's rows of a batch, images in the global batch) over `count` samples. The last
+    batch is filled up with images whose text is empty, which add nothing to a loss."""
+    for start in range(0, count, batch_size):
+        positions = range(start + rows.start, start + rows.stop)
+        batch = loader.batch(positions, resolution)
+        for name in loader.fields:
+            batch[name][max(0, count - positions.start):] = 0
+        yield batch, min(batch_size, count - start)
 
 
 class ValidationSet:
-    """The held-out pictures of a run at one resolution, and what can be asked of a model about them."""
+    """The validation images of a run at one resolution, and what a model makes of them."""
 
-    def __init__(self, cfg: Config, reader: data.Loader, resolution: int, batch: int, model: Any, parallel: DataParallel,
+    def __init__(self, cfg: Config, loader: data.Loader, resolution: int, batch_size: int,
+                 model: registry.ModelSpec, parallel: DataParallel, method_loss: Callable,
                  check: Callable[[], None] = lambda: None):
-        """check() is called between batches, and may raise to end what is long."""
-        self.check, self.reader, self.count = check, reader, min(cfg.val_samples, len(reader.source))
-        self.model, self.length, self.parallel = model, cfg.max_text_len, parallel
-        batch = min(batch, math.ceil(self.count / parallel.num_devices) * parallel.num_devices)
-        self.batches = list(validation_batches(reader, self.count, resolution, batch, parallel.local_rows(batch)))
-        def everyones(name: str) -> np.ndarray:  # of all processes' rows, in order
-            mine = np.stack([b[name] for b, _ in self.batches])
-            return np.concatenate(parallel.all_gather(mine), axis=1).reshape(-1, *mine.shape[2:])
-        self.index, self.texts = everyones("source_index"), {name: everyones(name) for name in reader.fields}
+        """method_loss: train.openvision2_loss. check() is called between batches, and may raise to
+        end a long evaluation."""
+        self.loader, self.model, self.parallel, self.check = loader, model, parallel, check
+        self.count, self.max_text_len = min(cfg.val_samples, len(loader.source)), cfg.max_text_len
         self.can_caption = registry.can_caption(model.objective)
-        self.rows = parallel.local_rows(batch), batch
-        self.loss, self.captions = make_loss(model, parallel.pmap_devices), make_captions(model, cfg.max_text_len, parallel.pmap_devices)
+        # Few images make one smaller batch, that all devices can share.
+        self.batch_size = min(batch_size, round_up(self.count, parallel.num_devices))
+        self.rows = parallel.local_rows(self.batch_size)
+        self.batches = list(validation_batches(loader, self.count, resolution, self.batch_size,
+                                               self.rows))
+        self.source_index = self.gather("source_index")
+        self.texts = {name: self.gather(name) for name in loader.fields}
+        self.loss = make_loss(model, method_loss, parallel.pmap_devices)
+        self.generate = make_generate(model, cfg.max_text_len, parallel.pmap_devices)
+
+    def gather(self, name: str) -> np.ndarray:
+        """An entry of the batches over all processes, in the order of the set."""
+        local = np.stack([batch[name] for batch, _ in self.batches])
+        gathered = np.concatenate(self.parallel.all_gather(local), axis=1)
+        return gathered.reshape(-1, *local.shape[2:])
 
     def losses(self, params: Any) -> dict[str, float]:
         """val_loss, and val_loss_shuffled: with the captions moved on by half of the set."""
-        moved = np.arange(len(self.index))
+        order = np.arange(len(self.source_index))
         real = np.flatnonzero(self.texts["text"].any(-1))
-        moved[real] = np.roll(real, len(real) // 2)
-        out, (share, size) = {}, self.rows
-        for name, texts in (("val_loss", self.texts), ("val_loss_shuffled", {k: v[moved] for k, v in self.texts.items()})):
-            sums = np.zeros(2)
-            for n, (batch, _) in enumerate(self.batches):
-                self.check()
-                mine = {k: v[n * size + share.start:n * size + share.stop] for k, v in texts.items()}
-                sums += [float(self.parallel.unreplicate(x)) for x in self.loss(params, self.parallel.shard_batch(batch | mine))]
-            out[name] = float(sums[0] / sums[1])
-        return out
+        order[real] = np.roll(real, len(real) // 2)
+        shuffled = {name: text[order] for name, text in self.texts.items()}
+        return {"val_loss": self.mean_loss(params, self.texts),
+                "val_loss_shuffled": self.mean_loss(params, shuffled)}
+
+    def mean_loss(self, params: Any, texts: dict[str, np.ndarray]) -> float:
+        """Over the images with these texts."""
+        total = np.zeros(2)
+        for n, (batch, _) in enumerate(self.batches):
+            self.check()
+            first = n * self.batch_size
+            rows = slice(first + self.rows.start, first + self.rows.stop)
+            local_texts = {name: text[rows] for name, text in texts.items()}
+            sums = self.loss(params, self.parallel.shard_batch(batch | local_texts))
+            total += [float(self.parallel.unreplicate(x)) for x in sums]
+        return float(total[0] / total[1])
 
     def blind_loss(self) -> float | None:
-        """The least loss that can be had without looking, where it is known: for `scenes`, and for CLIP, whose loss is among the
-        pictures of an evaluated batch."""
-        surprise = words = None
-        if isinstance(self.reader.source, sources.SceneSource):
-            texts = [self.reader.tokenizer.encode(self.reader.source.caption(i), self.length) for i in range(self.count)]
-            if not any(t[-1] for t in texts):  # else a caption may be cut: what is left of its entropy is not known
-                surprise = np.array([self.reader.source.caption_nats(i) for i in range(self.count)])
-                words = np.array([(t[1:] != 0).sum() for t in texts])
+        """The best possible loss without the image. It is known for `scenes`, whose captions have a
+        known entropy, and for contrastive losses."""
+        source = self.loader.source
+        caption_nats = caption_tokens = None
+        if isinstance(source, sources.SceneSource):
+            texts = np.array([self.loader.tokenizer.encode(source.caption(i), self.max_text_len)
+                              for i in range(self.count)])
+            if not texts[:, -1].any():  # of a caption that may be cut, the entropy is not known
+                caption_nats = np.array([source.caption_nats(i) for i in range(self.count)])
+                caption_tokens = (texts[:, 1:] != 0).sum(-1)
+        batch_sizes = [num_images for _, num_images in self.batches]
+        facts = registry.BlindFacts(batch_sizes, caption_nats, caption_tokens, self.pixel_targets)
+        return registry.blind_loss(self.model.objective, facts)
 
-        def targets() -> np.ndarray:  # of all validation images at once: for the one loss that is on pixels
-            images = np.concatenate([batch["images"][:real] for batch, real in self.batches])
-            return np.asarray(registry.rival("aimv2").pixel_targets(images, self.model.encoder.patch_size))
-        return registry.blind_loss(self.model.objective, registry.BlindFacts([real for _, real in self.batches], surprise, words, targets))
+    def pixel_targets(self) -> np.ndarray:
+        """(n,N,P*P*3) of all images: for the objective that predicts pixels."""
+        pixels = np.concatenate([batch["images"][:num] for batch, num in self.batches])
+        targets = registry.rival(self.model.objective).pixel_targets
+        return np.asarray(targets(pixels, self.model.encoder.patch_size))
 
-    def generate_captions(self, params: Any, count: int | None = None) -> Iterator[tuple[int, str, np.ndarray]]:
-        """(sample, greedy caption, kept patches (K,)) of held-out pictures, `count` or all."""
-        done = 0
-        for batch, real in self.batches:
-            self.check()
-            words, chosen = (self.parallel.unreplicate(x) for x in self.captions(params, self.parallel.shard_batch(batch)))
-            for n in range(real):
-                if count is None or done < count:
-                    yield int(self.index[done]), self.reader.tokenizer.decode(words[n]), chosen[n]
-                done += 1
-            if count is not None and done >= count:
+    def generate_captions(self, params: Any, count: int | None = None
+                          ) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(sample, greedy caption, kept patches (K,)) of the first `count` images, or all."""
+        remaining = self.count if count is None else count
+        indices = iter(self.source_index.tolist())
+        for batch, num_images in self.batches:
+            if remaining <= 0:
                 return
+            self.check()
+            outputs = self.generate(params, self.parallel.shard_batch(batch))
+            tokens, patches = (self.parallel.unreplicate(x) for x in outputs)
+            for n in range(min(num_images, remaining)):
+                yield next(indices), self.loader.tokenizer.decode(tokens[n]), patches[n]
+            remaining -= num_images
 
 
-def caption_metrics(held: ValidationSet, params: Any) -> dict[str, float]:
-    """For `scenes`: the share of right captions, words, objects and attributes among greedy captions."""
-    right: dict[str, list[int]] = {}
-    for i, text, _ in held.generate_captions(params):
-        for name, pair in held.reader.source.grade(text, i).items():
-            right.setdefault(name, []).append(pair)
-    shares = {name: float(np.sum([r for r, _ in pairs]) / np.sum([n for _, n in pairs])) for name, pairs in right.items()}
-    names = {"exact": "exact_match"}
-    return {names.get(name, f"{name}_accuracy"): share for name, share in shares.items()}
+def round_up(n: int, multiple: int) -> int:
+    return math.ceil(n / multiple) * multiple
+
+
+def caption_metrics(validation_set: ValidationSet, params: Any) -> dict[str, float]:
+    """For `scenes`: the share of right captions, words, objects and attributes among greedy
+    captions."""
+    counts: dict[str, list[tuple[int, int]]] = {}
+    for i, text, _ in validation_set.generate_captions(params):
+        for name, right_and_total in validation_set.loader.source.grade(text, i).items():
+            counts.setdefault(name, []).append(right_and_total)
+    metrics = {}
+    for name, pairs in counts.items():
+        right, total = np.sum(pairs, axis=0)
+        metrics["exact_match" if name == "exact" else f"{name}_accuracy"] = float(right / total)
+    return metrics
+
+
+class Evaluator:
+    """Evaluates a run (run_folder.Run), with its reports (monitoring.Monitor)."""
+
+    def __init__(self, run: Any, monitor: Any, method_loss: Callable):
+        self.run, self.monitor, self.method_loss = run, monitor, method_loss
+
+    def start_stage(self, stage: Stage, check: Callable[[], None] = lambda: None) -> None:
+        """Reads the validation images at the stage's resolution."""
+        run = self.run
+        self.validation_set = ValidationSet(run.cfg, run.val_loader, stage.resolution, stage.batch,
+                                            run.model, run.parallel, self.method_loss, check)
+        self.monitor.blind_loss = self.validation_set.blind_loss()
+
+    def evaluate(self, params: Any) -> None:
+        """Logs the validation losses of the run's step. TrainingError if one is not finite."""
+        run, monitor, state = self.run, self.monitor, self.run.state
+        start = time.time()
+        losses = self.validation_set.losses(params)
+        shuffled = losses["val_loss_shuffled"]
+        if not np.isfinite(losses["val_loss"] + shuffled):
+            raise TrainingError(f"the validation loss is no longer finite at step {run.step}: "
+                                "lower lr in --stages, or set --grad-clip 1")
+        state["best_shuffled"] = min(shuffled, state["best_shuffled"] or float("inf"))
+        state["evaluation_pending"] = False
+        monitor.log(step=run.step, **losses, val_loss_blind=monitor.val_loss_blind)
+        monitor.plot()
+        monitor.add_image("curve.png")
+        monitor.postfix["validation"] = f"{losses['val_loss']:.3f}"
+        monitor.bar.set_postfix(monitor.postfix)
+        monitor.window_start += time.time() - start  # evaluation is not training time
+
+    def finish(self, params: Any) -> None:
+        """What a finished run leaves: encoder.npz, samples.png and summary.json."""
+        run, last = self.run, self.run.stages[-1]
+        params_on_host = run.parallel.unreplicate(params)
+        if run.parallel.is_main:
+            meta = {"encoder": dataclasses.asdict(run.model.encoder), "resolution": last.resolution,
+                    "config": dataclasses.asdict(run.cfg)}
+            checkpoint.save(run.path("encoder.npz"), params_on_host["encoder"], meta)
+        metrics = self.validation_set.losses(params)
+        samples = self.captioned_samples(params, last.resolution)
+        caption_scores: dict[str, float] = {}
+        if isinstance(run.val_source, sources.SceneSource) and self.validation_set.can_caption:
+            caption_scores = caption_metrics(self.validation_set, params)
+        if not run.parallel.is_main:
+            return
+        plots.draw_samples(run.path("samples.png"), samples)
+        self.monitor.add_image("samples.png")
+        rate = run.state["train_images"] / max(run.state["train_seconds"], 1e-9)
+        metrics |= {
+            "val_loss_blind": self.monitor.val_loss_blind,
+            "images_seen": last.first_image + last.steps * last.batch,
+            "seconds": round(run.elapsed(), 1), "images_per_second": round(rate, 1),
+            "parameters": sum(x.size for x in jax.tree.leaves(params_on_host)),
+            "num_val_images": self.validation_set.count, "bad_samples": run.state["bad_samples"]}
+        text = checkpoint.to_json(metrics | caption_scores, indent=1)
+        run.write_text("summary.json", text)
+        print(text)
+        print(f"validation loss {metrics['val_loss']:.3f}; without the image "
+              f"{metrics['val_loss_blind']:.3f}")
+        print(f"images: {run.path('samples.png')} and {run.path('curve.png')}; the encoder: "
+              f"{run.path('encoder.npz')}")
+
+    def captioned_samples(self, params: Any, resolution: int) -> list[plots.CaptionedImage]:
+        """The first validation images, with what the model says about them."""
+        run, source = self.run, self.run.val_source
+        samples = []
+        for i, generated, patches in self.validation_set.generate_captions(params, NUM_SAMPLES):
+            caption = run.tokenizer.decode(run.tokenizer.encode(source.caption(i),
+                                                                run.cfg.max_text_len))
+            grades = source.grade(generated, i) if isinstance(source, sources.SceneSource) else {}
+            correct = grades["exact"][0] == 1 if grades else caption == generated
+            pixels = images.decode_and_augment(source.image(i), resolution)
+            samples.append(plots.CaptionedImage(
+                pixels, patches, run.model.encoder.patch_size, caption,
+                generated if self.validation_set.can_caption else None, correct))
+        return samples

@@ -23,14 +23,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SAVED = os.path.join(ROOT, "tests", "artefacts")
 NAMES = {  # of figures: in the saved files, and in today's
     "loss": "loss", "grad_norm": "grad_norm", "lr": "lr",
-    "val_loss": "val_loss", "val_loss_shuffled": "val_loss_shuffled", "val_loss_blind": "val_loss_blind",
-    "images_seen": "images_seen", "parameters": "parameters", "held_out_pictures": "held_out_pictures",
+    "val_loss": "val_loss", "shuffled_loss": "val_loss_shuffled", "floor_loss": "val_loss_blind",
+    "images_seen": "images_seen", "parameters": "parameters", "held_out_pictures": "num_val_images",
     "bad_samples": "bad_samples", "exact_match": "exact_match", "word_accuracy": "word_accuracy",
     "colour_accuracy": "color_accuracy", "shape_accuracy": "shape_accuracy", "size_accuracy": "size_accuracy",
     "place_accuracy": "place_accuracy", "object_accuracy": "object_accuracy", "count_accuracy": "count_accuracy",
     "background_accuracy": "background_accuracy",
 }
-EXACT = ("loss", "grad_norm", "val_loss", "val_loss_shuffled")
+EXACT = ("loss", "grad_norm", "val_loss", "shuffled_loss")
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_each_process_takes_every_nth_position_of_a_batch(monkeypatch):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
         parallel = SimpleNamespace(num_processes=4, shard_batch=None)
         loader = SimpleNamespace(prefetch=lambda requests, transfer: list(requests))
-        run = SimpleNamespace(step=3, parallel=parallel, reader=loader)
+        run = SimpleNamespace(step=3, parallel=parallel, loader=loader)
         requests.append(run_folder.Run.batches(run, stage))
     for step, shares in enumerate(zip(*requests)):
         first = 160 + 64 * (1 + step)

@@ -311,7 +311,7 @@ def test_no_count_brings_in_pictures_that_the_run_was_trained_on(run, tmp_path, 
     checkpoint.save(str(tmp_path / "step-00000002.npz"), arrays, mine)
     seen, measure = [], validation.ValidationSet.losses
     monkeypatch.setattr(validation.ValidationSet, "losses", lambda self, params: seen.extend(
-        (self.count, self.reader.source.name(i) in held) for i in self.index[:self.count].tolist()) or measure(self, params))
+        (self.count, self.loader.source.name(i) in held) for i in self.source_index[:self.count].tolist()) or measure(self, params))
     assert evaluate.main([str(tmp_path / "step-00000002.npz"), "--num-samples", "3"]) == 0 and seen == [(3, True)] * 3
 
 
@@ -364,7 +364,7 @@ def test_only_a_loss_on_pixels_reads_them_for_its_blind_value(objective, reads):
     cfg = dataclasses.replace(RECIPES["toy"], objective=objective, val_samples=8, max_text_len=80, vocab_size=150)
     tok = tokenizer.train_vocab((scene_captions.caption(scenes.sample_scene(0, "train", i)) for i in range(60)), cfg.vocab_size)
     reader = data.Reader(run_folder.open_held_out(cfg), tok, cfg.max_text_len, cfg.seed, None, 1)
-    held = validation.ValidationSet(cfg, reader, 16, 4, model_spec(cfg), devices.DataParallel(1))
+    held = validation.ValidationSet(cfg, reader, 16, 4, model_spec(cfg), devices.DataParallel(1), train.openvision2_loss)
     images = np.concatenate([batch["images"] for batch, _ in held.batches])
     known = held.blind_loss()
     assert known > 0

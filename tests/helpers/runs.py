@@ -1,20 +1,40 @@
-"""TODO."""
+"""What tests compare of a run's folder, and a run in a process of its own."""
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 
 from runtime import checkpoint, plots
+from tests.helpers.paths import ROOT
+
+TIMED = ("images_per_second", "data_wait_fraction", "seconds")
 
 
-def rows(folder) -> list[dict]:
+def rows(folder: str | Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    timed = ("images_per_second", "data_wait_fraction", "seconds")
-    return [{k: v for k, v in r.items() if k not in timed} for r in plots.read_metrics(os.path.join(folder, "metrics.jsonl"))]
+    metrics = plots.read_metrics(os.path.join(folder, "metrics.jsonl"))
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in metrics]
 
 
-def arrays(folder) -> dict:
+def arrays(folder: str | Path) -> dict:
+    """Those of the newest checkpoint."""
     return checkpoint.latest(str(folder))[1]
 
 
 def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def assert_equal_runs(folder: str | Path, other: str | Path) -> None:
+    """The same parameters, optimizer state and metrics, bit for bit."""
+    assert same(arrays(folder), arrays(other))
+    assert rows(folder) == rows(other)
+
+
+def start_training(env: dict, *flags: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    """train.py with these flags in a process of its own, started by the command `before`."""
+    return subprocess.Popen([*before, sys.executable, "train.py", *flags], cwd=ROOT, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

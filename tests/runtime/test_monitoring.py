@@ -1,4 +1,5 @@
-"""Watching a run changes nothing in it, and shows what is there: a profile that names the concepts, event files without a point twice."""
+"""Monitoring changes nothing in a run and shows what is there: a profile that names the concepts,
+event files without a point twice, curves."""
 import glob
 import gzip
 import json
@@ -16,28 +17,30 @@ from runtime import monitoring, plots
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arrays, rows, same
 
-SHORT = ["--stages", "resolution=16 steps=16 batch=4 lr=1e-3", "--val-samples", "4", "--log-every", "4", "--eval-every", "8", "--save-every", "8",
-         "--encoder", "micro/8"]
+FLAGS = ["--encoder", "micro/8", "--stages", "resolution=16 steps=16 batch=4 lr=1e-3",
+         "--val-samples", "4", "--log-every", "4", "--eval-every", "8", "--save-every", "8"]
 
 
-class Writer:
-    """What the tests need of tensorboardX's: it writes each point as a line of JSON, as soon as it comes."""
+class FakeWriter:
+    """The part of tensorboardX's SummaryWriter that is used. It writes each point as a line of JSON
+    at once."""
 
     def __init__(self, folder, purge_step):
         assert purge_step == 0
-        self.path = os.path.join(folder, f"events.out.tfevents.{len(glob.glob(os.path.join(folder, 'events*')))}")
+        number = len(glob.glob(os.path.join(folder, "events*")))
+        self.path = os.path.join(folder, f"events.out.tfevents.{number}")
 
-    def line(self, *parts):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(parts) + "\n")
+    def write(self, *parts):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(parts) + "\n")
 
     def add_scalar(self, tag, value, step, walltime):
         assert walltime > 1.6e9
-        self.line(tag, step, value)
+        self.write(tag, step, value)
 
     def add_image(self, tag, image, step, dataformats):
         assert dataformats == "HWC" and image.shape[-1] == 3
-        self.line(tag, step, image.shape)
+        self.write(tag, step, image.shape)
 
     def flush(self):
         pass
@@ -45,83 +48,124 @@ class Writer:
     close = flush
 
 
-def points(folder):
+def event_points(folder):
     """{(tag, step): value} of all event files; no point may be there twice."""
-    found = [json.loads(line) for path in glob.glob(os.path.join(folder, "events.out.tfevents.*")) for line in open(path)]
-    assert len({(tag, step) for tag, step, _ in found}) == len(found)
-    return {(tag, step): value for tag, step, value in found}
+    lines = []
+    for path in glob.glob(os.path.join(folder, "events.out.tfevents.*")):
+        with open(path) as file:
+            lines += [json.loads(line) for line in file]
+    points = {(tag, step): value for tag, step, value in lines}
+    assert len(points) == len(lines)
+    return points
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three runs of the same settings: bare; watched; and watched from its middle on, where a crash cut it."""
+    """Three runs of the same settings: without monitoring; with it; and with it from the middle on,
+    where a crash stopped the run."""
     folder = tmp_path_factory.mktemp("runs")
-    assert train.main([*SHORT, "--workdir", str(folder / "bare")]) == 0
+    assert train.main([*FLAGS, "--workdir", str(folder / "bare")]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer, __spec__=object()))
-        assert train.main([*SHORT, "--workdir", str(folder / "watched"), "--tensorboard", "--profile"]) == 0
+        module = SimpleNamespace(SummaryWriter=FakeWriter, __spec__=object())
+        patch.setitem(sys.modules, "tensorboardX", module)
+        watched = [*FLAGS, "--workdir", str(folder / "watched"), "--tensorboard", "--profile"]
+        assert train.main(watched) == 0
         (folder / "cut").mkdir()
         for name in ("step-00000008.npz", "metrics.jsonl", "vocab.txt"):
             (folder / "cut" / name).write_bytes((folder / "bare" / name).read_bytes())
-        (folder / "cut" / "events.out.tfevents.9").write_text('["loss", 8, 1.0]\n["loss", 12, 1.0]\n["loss", 15, 1.0]\n')
-        assert train.main([*SHORT, "--workdir", str(folder / "cut"), "--tensorboard"]) == 0
+        (folder / "cut" / "events.out.tfevents.9").write_text(
+            '["loss", 8, 1.0]\n["loss", 12, 1.0]\n["loss", 15, 1.0]\n')
+        assert train.main([*FLAGS, "--workdir", str(folder / "cut"), "--tensorboard"]) == 0
     return folder
 
 
-def test_watching_changes_no_number(runs):
+def test_monitoring_changes_no_number(runs):
     for name in ("watched", "cut"):
-        assert same(arrays(runs / name), arrays(runs / "bare")) and rows(runs / name) == rows(runs / "bare")
-    assert not glob.glob(str(runs / "bare" / "events*")) and not (runs / "bare" / "profile").exists()
+        assert same(arrays(runs / name), arrays(runs / "bare"))
+        assert rows(runs / name) == rows(runs / "bare")
+    assert not glob.glob(str(runs / "bare" / "events*"))
+    assert not (runs / "bare" / "profile").exists()
 
 
-def test_event_files_hold_what_metrics_and_pictures_do(runs):
+def test_event_files_hold_the_metrics_and_the_images(runs):
     for name in ("watched", "cut"):
-        found = points(runs / name)
-        wanted = {(k, r["step"]): v for r in plots.read_metrics(runs / name / "metrics.jsonl") for k, v in r.items() if k not in ("step", "seconds")}
-        assert wanted.items() <= found.items() and {("samples", 16), ("curve", 16)} <= found.keys()
-        assert {tag for tag, _ in found} == {tag for tag, _ in wanted} | {"samples", "curve"}
+        points, metrics = event_points(runs / name), {}
+        for row in plots.read_metrics(runs / name / "metrics.jsonl"):
+            metrics |= {(tag, row["step"]): value for tag, value in row.items()
+                        if tag not in ("step", "seconds")}
+        assert metrics.items() <= points.items()
+        assert {("samples", 16), ("curve", 16)} <= points.keys()
+        assert {tag for tag, _ in points} == {tag for tag, _ in metrics} | {"samples", "curve"}
 
 
-def test_the_trace_names_the_concepts(runs):
-    (folder,) = glob.glob(str(runs / "watched" / "profile" / "plugins" / "profile" / "*"))
-    (space,) = glob.glob(os.path.join(folder, "*.xplane.pb"))
-    with open(space, "rb") as f:
-        content = f.read()
+def test_trace_names_the_concepts(runs):
+    [folder] = glob.glob(str(runs / "watched" / "profile" / "plugins" / "profile" / "*"))
+    [path] = glob.glob(os.path.join(folder, "*.xplane.pb"))
+    with open(path, "rb") as file:
+        content = file.read()
     for scope in (b"encoder", b"keep", b"decoder", b"loss", b"optimizer"):
-        assert any(mark % scope in content for mark in (b"/%s/", b"jvp(%s)/")), scope
-    with gzip.open(os.path.join(folder, "perfetto_trace.json.gz"), "rt") as f:
-        events = json.load(f)["traceEvents"]
-    steps = {int(e["args"]["step_num"]) for e in events if e.get("name") == "train" and "step_num" in e.get("args", {})}
-    assert steps == set(range(monitoring.FIRST, monitoring.LAST + 1))
+        assert any(form % scope in content for form in (b"/%s/", b"jvp(%s)/")), scope
+    with gzip.open(os.path.join(folder, "perfetto_trace.json.gz"), "rt") as file:
+        events = json.load(file)["traceEvents"]
+    steps = {int(event["args"]["step_num"]) for event in events
+             if event.get("name") == "train" and "step_num" in event.get("args", {})}
+    assert steps == set(range(monitoring.FIRST_TRACED, monitoring.LAST_TRACED + 1))
 
 
-def test_a_start_that_ends_early_says_or_saves_its_trace(tmp_path, capsys):
-    for calls, says in ((3, "fewer than 10 steps"), (11, "perfetto_trace.json.gz")):
-        profile = monitoring.Profile(str(tmp_path / str(calls)))
-        assert [profile(n, lambda a, b: a + b, n, 1) for n in range(calls)] == list(range(1, calls + 1))
-        profile.close()
-        profile.close()
-        assert says in capsys.readouterr().out and bool(glob.glob(str(tmp_path / str(calls) / "plugins/profile/*/*"))) == (calls > 9)
+@pytest.mark.parametrize("num_steps, message", [(3, "fewer than 10 steps"),
+                                                (11, "perfetto_trace.json.gz")])
+def test_start_that_ends_early_says_so_or_saves_its_trace(tmp_path, capsys, num_steps, message):
+    profiler = monitoring.StepProfiler(str(tmp_path))
+    outputs = [profiler(n, lambda a, b: a + b, n, 1) for n in range(num_steps)]
+    assert outputs == list(range(1, num_steps + 1))
+    profiler.close()
+    profiler.close()
+    assert message in capsys.readouterr().out
+    assert bool(glob.glob(str(tmp_path / "plugins/profile/*/*"))) == (num_steps > 9)
 
 
-def test_without_the_extra_a_sentence(tmp_path, monkeypatch, capsys):
+def test_tensorboard_without_its_package_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setattr(monitoring.importlib.util, "find_spec", lambda name: None)
-    assert train.main([*SHORT, "--workdir", str(tmp_path / "run"), "--tensorboard"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --tensorboard needs the package tensorboardX: pip install -e '.[tensorboard]'")
+    assert train.main([*FLAGS, "--workdir", str(tmp_path / "run"), "--tensorboard"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(
+        "error: --tensorboard needs the package tensorboardX: pip install -e '.[tensorboard]'")
     assert not (tmp_path / "run").exists()
 
 
+def compare_runs(folder, *names: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "runtime.plots", *names], cwd=folder,
+                          env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
+
+
 def test_curves_of_several_runs(tmp_path):
-    """The same losses, seen over twice the images and half the seconds: the curves lie apart in both panels, each in its own ink."""
+    """The same losses, after twice the images and half the seconds: the curves end in different
+    places in both charts, each in its own color."""
     for n in (1, 2):
+        metrics = [{"step": 20, "images": 20 * n, "loss": 1.0}]
+        metrics += [{"step": step, "val_loss": 3 - step / 10, "seconds": 100.0 * step / n}
+                    for step in (10, 20)]
         (tmp_path / str(n)).mkdir()
-        held = [{"step": s, "val_loss": 3 - s / 10, "seconds": 100.0 * s / n} for s in (10, 20)]
-        (tmp_path / str(n) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"step": 20, "images": 20 * n, "loss": 1.0}, *held]))
-    done = subprocess.run([sys.executable, "-m", "runtime.plots", "1", "2/"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "curves.png" in done.stdout, done.stderr
-    panels = np.array_split(np.asarray(Image.open(tmp_path / "curves.png")), 2)
-    ends = [[int(np.flatnonzero((panel[120:] == ink).all(-1).any(0)).max()) for ink in plots.INKS[:2]] for panel in panels]
-    assert ends[0][0] < ends[0][1] - 300 and ends[1][0] > ends[1][1] + 300  # images, seconds: where each curve ends, below the legend
-    done = subprocess.run([sys.executable, "-m", "runtime.plots", "1", "absent"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: absent/metrics.jsonl cannot be read (No such file") and "Trace" not in done.stderr
+        (tmp_path / str(n) / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    result = compare_runs(tmp_path, "1", "2/")
+    assert result.returncode == 0 and "curves.png" in result.stdout, result.stderr
+
+    def end(chart: np.ndarray, color: tuple) -> int:
+        """The last column with this color, below the legend."""
+        return int(np.flatnonzero((chart[120:] == color).all(-1).any(0)).max())
+    by_images, by_seconds = np.array_split(np.asarray(Image.open(tmp_path / "curves.png")), 2)
+    first, second = plots.COLORS[:2]
+    assert end(by_images, first) < end(by_images, second) - 300
+    assert end(by_seconds, first) > end(by_seconds, second) + 300
+
+    result = compare_runs(tmp_path, "1", "absent")
+    assert result.returncode == 1 and "Trace" not in result.stderr
+    assert result.stderr.startswith("error: absent/metrics.jsonl cannot be read (No such file")
+
+
+def test_metrics_of_an_earlier_version_get_todays_names(tmp_path):
+    row = {"step": 3, "val_loss": 4.0, "shuffled_loss": 5.0, "floor_loss": 1.0, "data_wait": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"step": 4, "val_l')
+    assert plots.read_metrics(str(tmp_path / "metrics.jsonl")) == [
+        {"step": 3, "val_loss": 4.0, "val_loss_shuffled": 5.0, "val_loss_blind": 1.0,
+         "data_wait_fraction": 0.5}]
