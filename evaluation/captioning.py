@@ -38,7 +38,7 @@ def evaluate_captions(path: str, changes: dict[str, Any], count: int, method_los
     params = parallel.replicate(checkpoint.restore(arrays, jax.eval_shape(lambda: registry.init_params(cfg, networks)), path, prefix="params"))
     source = data.open_validation_data(cfg)
     if not changes and cfg == own and source.fingerprint() != meta["data"]["validation data"]:
-        raise ConfigError(f"the validation data is now {source.fingerprint()}, and was {meta['data']['held-out data']}: "
+        raise ConfigError(f"the validation data is now {source.fingerprint()}, and was {meta['data']['validation data']}: "
                           "name what to measure on with --data and --val")
     reader = data.Loader(source, tokenizer.from_state(meta["vocabulary"]), cfg.max_text_len, cfg.seed, None, cfg.workers, cfg.alt_field)
     held = ValidationSet(dataclasses.replace(cfg, val_samples=count or cfg.val_samples), reader, stage.resolution, stage.batch, networks, parallel,

@@ -167,7 +167,7 @@ def test_a_run_whose_samples_came_in_another_order_is_not_continued(say, tmp_pat
     meta = {"step": 1, "config": {}, "data": {"held-out data": "other"}}
     checkpoint.save(str(tmp_path / "run" / "step-00000001.npz"), {}, meta)
     line = say("images", "--stages", TINY, "--data", "*.tar", "--out", "run")
-    assert re.search("run holds a run with other settings: .*the held-out data is .*, was other", line)
+    assert re.search("run holds a run with other settings: .*the validation data is .*, was other", line)
     moved = "the order of the training data is shuffled whole, was shuffled in windows of 16 tars"
     assert (moved in line) == (tars > 16)
 

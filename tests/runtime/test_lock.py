@@ -72,7 +72,7 @@ def test_run_holds_the_lock_to_its_end_and_can_be_read_meanwhile(tmp_path, monke
             FolderLock(str(folder)).acquire()
         refused.append(run.step)
         read.append(caption.load_run_checkpoint(str(folder))[2]["step"])
-    monkeypatch.setattr(Run, "save", spied)
+    monkeypatch.setattr(Run, "save", spied_save)
     command = [*FLAGS, "--save-every", "2", "--workdir", str(folder)]
     assert train.main(command) == 0
     assert refused == read == [2, 4]
