@@ -1,4 +1,4 @@
-"""A run loses nothing. Killed at any moment, interrupted while it evaluates or captions, out of disk
+"""A run loses nothing. Killed at any moment, interrupted as it evaluates or captions, out of disk
 space, or given bad samples, it continues and ends as the uninterrupted one does, bit for bit.
 KILLS=20 kills more often."""
 import io
