@@ -27,17 +27,11 @@ from inputs import images
 from masking import keep_random_tokens
 from objectives import registry
 from objectives.registry import ModelSpec, init_params, param_counts, run_summary
+from runtime import distributed
 from runtime.checkpoint import read_encoder
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
 from runtime.curriculum import Stage, learning_rate, lr_schedule, parse_stages
 from runtime.devices import DataParallel, all_gather, global_norm, local_shard, reduce_scatter
-from runtime.distributed import (
-    PEER_LOST,
-    Preempted,
-    PreemptionHandler,
-    abort_process,
-    initialize_distributed,
-)
 from runtime.errors import ConfigError, run_command
 from runtime.monitoring import Monitor, PendingStep, check_tensorboard
 from runtime.run_folder import FolderLock, Run
@@ -173,7 +167,7 @@ def train(cfg: Config) -> int:
     device_batches = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
     tune_cpu(sum(param_counts(cfg).values()), [] if cfg.distributed else device_batches,
              cfg.num_devices)
-    initialize_distributed(cfg.distributed, cfg.workdir)
+    distributed.initialize_distributed(cfg.distributed, cfg.workdir)
     try:
         parallel = DataParallel(cfg.num_devices)
     except ValueError as problem:
@@ -203,7 +197,7 @@ def train_run(run: Run) -> int:
     monitor = Monitor(run)
     evaluator = Evaluator(run, monitor, openvision2_loss)
 
-    with PreemptionHandler(run.parallel) as preemption:
+    with distributed.PreemptionHandler(run.parallel) as preemption:
         try:
             for stage in run.stages:
                 # An evaluation that is due at a stage's end is made at that stage's resolution.
@@ -211,7 +205,7 @@ def train_run(run: Run) -> int:
                 if run.step < stage.end or evaluation_pending or stage is run.stages[-1]:
                     params = train_stage(run, monitor, evaluator, stage, params, preemption)
             evaluator.finish(params)
-        except Preempted as preempted:
+        except distributed.Preempted as preempted:
             monitor.bar.close()
             if run.parallel.is_main:
                 print(f"{preempted}: saved at step {run.step}; the same command continues from "
@@ -223,7 +217,7 @@ def train_run(run: Run) -> int:
 
 
 def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, params: Any,
-                preemption: PreemptionHandler) -> Any:
+                preemption: distributed.PreemptionHandler) -> Any:
     """The steps of a stage that are left. Returns the parameters after them. Preempted, after a
     save, if a process received a signal."""
     cfg, parallel = run.cfg, run.parallel
@@ -269,12 +263,12 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                     pending = None
                     run.state["evaluation_pending"] = evaluate_now
                     if signal:
-                        raise Preempted(signal)
+                        raise distributed.Preempted(signal)
                     if evaluate_now:
                         evaluator.evaluate(params)
                     if save_now:
                         save()
-    except Preempted:  # perhaps in an evaluation, which is then made again
+    except distributed.Preempted:  # perhaps in an evaluation, which is then made again
         save()
         raise
     monitor.bar.close()
@@ -312,13 +306,13 @@ def main(argv: list[str]) -> int:
             message = ("out of memory: --grad-accum 4 makes the same update in four pieces; then "
                        "--remat block, then a smaller batch in --stages")
         elif jax.process_count() > 1:
-            message = PEER_LOST
+            message = distributed.PEER_LOST
         else:
             raise
         print(f"error: {message} ({str(problem).splitlines()[0][:200]})", file=sys.stderr)
         status = 1
     if status == 1:
-        abort_process()  # so that the other processes notice
+        distributed.abort_process()  # so that the other processes notice
     return status
 
 

@@ -17,7 +17,8 @@ GRAY, LIGHT_GRAY, RED = (120, 120, 120), (235, 235, 235), (200, 30, 30)
 BLUE, GREEN = COLORS[0], COLORS[2]
 OLD_METRICS = {  # names of earlier versions, in metrics.jsonl and summary.json
     "shuffled_loss": "val_loss_shuffled", "floor_loss": "val_loss_blind",
-    "data_wait": "data_wait_fraction", "held_out_pictures": "num_val_images"}
+    "data_wait": "data_wait_fraction", "held_out_pictures": "num_val_images",
+    "colour_accuracy": "color_accuracy"}
 
 
 def rename_old_metrics(row: dict[str, Any]) -> dict[str, Any]:

@@ -222,9 +222,7 @@ class Run:
         if newest is None:
             return {}
         _, self.arrays, meta = newest
-        if self.parallel.is_main:
-            print(f"continuing {self.cfg.workdir} from step {meta['step']} of "
-                  f"{self.stages[-1].end}")
+        print(f"continuing {self.cfg.workdir} from step {meta['step']} of {self.stages[-1].end}")
         return {name: meta[name] for name in new_state() if name in meta}
 
     def check_resumable(self, path: str, shapes: dict, meta: dict) -> None:
