@@ -286,7 +286,7 @@ def initial_opt_state(run: Run, stage: Stage, optimizer: optax.GradientTransform
 
     def init(params: dict) -> Any:
         return optimizer.init(jax.tree.map(local_shard, params) if zero1 else params)
-    return jax.pmap(init, "devices", devices=parallel.pmap_devices)(params)
+    return parallel.pmap(init)(params)
 
 
 # ---------------------------------------------------------------------------- the command

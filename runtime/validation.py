@@ -41,7 +41,7 @@ def validation_keys(batch: dict) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["sample_index"])
 
 
-def make_loss(model: Any, method_loss: Callable, devices: list | None = None) -> Callable:
+def make_loss(model: Any, method_loss: Callable, parallel: DataParallel) -> Callable:
     """pmapped (params, batch) -> (summed loss, count) over the batches of all devices. method_loss
     is train.openvision2_loss; another objective has its own. A contrastive loss is that within the
     evaluated batch."""
@@ -50,10 +50,10 @@ def make_loss(model: Any, method_loss: Callable, devices: list | None = None) ->
 
     def summed_loss(params, batch):
         return jax.lax.psum(loss(params, batch, validation_keys(batch), model), "devices")
-    return jax.pmap(summed_loss, axis_name="devices", devices=devices)
+    return parallel.pmap(summed_loss)
 
 
-def make_generate(model: Any, max_text_len: int, devices: list | None = None) -> Callable:
+def make_generate(model: Any, max_text_len: int, parallel: DataParallel) -> Callable:
     """pmapped (params, batch) -> greedy captions (B,T) and kept patches (B,K) of the global batch,
     on every device. The captions are empty where the objective makes none."""
     rival = registry.rival(model.objective)
@@ -73,7 +73,7 @@ def make_generate(model: Any, max_text_len: int, devices: list | None = None) ->
     def gathered(params, batch):
         gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
         return jax.tree.map(gather, captions_and_patches(params, batch))
-    return jax.pmap(gathered, axis_name="devices", devices=devices)
+    return parallel.pmap(gathered)
 
 
 def validation_batches(loader: data.Loader, count: int, resolution: int, batch_size: int,
@@ -106,8 +106,8 @@ class ValidationSet:
                                                self.rows))
         self.source_index = self.gather("source_index")
         self.texts = {name: self.gather(name) for name in loader.fields}
-        self.loss = make_loss(model, method_loss, parallel.pmap_devices)
-        self.generate = make_generate(model, cfg.max_text_len, parallel.pmap_devices)
+        self.loss = make_loss(model, method_loss, parallel)
+        self.generate = make_generate(model, cfg.max_text_len, parallel)
 
     def gather(self, name: str) -> np.ndarray:
         """An entry of the batches over all processes, in the order of the set."""
