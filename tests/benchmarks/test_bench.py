@@ -241,7 +241,7 @@ def test_an_old_flag_gets_its_new_name(argv, new, capsys):
 
 @pytest.mark.parametrize(("argv", "extra"), [
     (["step", "--compare", "torch"], "'.[bench]'"), (["data"], "'.[bench]'"),
-    (["memory", "l14"], "'.[plan]'")])
+    (["memory", "l14"], "'.[tpu]'")])
 def test_a_missing_extra_is_named(argv, extra, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main(argv) == 1
