@@ -3,11 +3,11 @@
 It predicts the caption and exists only to train the encoder: "simple concatenation of visual tokens
 in the text decoder", where CapPa has cross-attention. The released layout: token embedding, image
 projection without bias, pre-norm blocks with tanh GELU, final norm, untied head without bias. There
-is no position embedding (but for --text-pos-embed): the causal mask alone orders the tokens.
+is no position embedding (except with --text-pos-embed): only the causal mask orders the tokens.
 
-Letters: B images, K image tokens, T text positions, S = K + T, D width, H heads, V vocabulary size,
-E encoder width, L layers. Text is [bos] tokens [eos], padded with 0. Each token is predicted from
-all image tokens and the tokens before it.
+Letters: B images, K image tokens, T text positions, C text positions in a chunk of the loss,
+S = K + T, D width, H heads, V vocabulary size, E encoder width, L layers. Text is [bos] tokens
+[eos], padded with 0. Each token is predicted from all image tokens and the tokens before it.
 
     python decoder.py        prints the attention mask, and the decoders by size
 """
@@ -143,7 +143,7 @@ def text_features(params: dict, image_tokens: jax.Array, text: jax.Array,
 
 
 def logits(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """(B,T,V) fp32. For inspection; the loss never holds so much at once."""
+    """(B,T,V) fp32. For inspection; the loss can compute them in chunks."""
     features = text_features(params, image_tokens, text, cfg)
     return linear(features, params["head"]).astype(jnp.float32)
 
@@ -151,7 +151,7 @@ def logits(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderC
 # ------------------------------------------------------------------------------------ loss
 def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array,
                  cfg: DecoderConfig) -> jax.Array:
-    """Cross-entropy of each caption, (B,) fp32, summed over its tokens and eos. Bos and pad are no
+    """Cross-entropy of each caption, (B,) fp32, summed over its tokens and eos. bos and pad are not
     targets. The mean loss is this over `count_targets`. The released code multiplies that by 2,
     which changes nothing under Adam."""
     features = text_features(params, image_tokens, text[:, :-1], cfg)
@@ -160,11 +160,11 @@ def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array,
 
 def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
                         cfg: DecoderConfig) -> jax.Array:
-    """Cross-entropy of targets (B,T) by the head on features (B,T,D): (B,) fp32, summed over what
-    is not pad.
+    """Cross-entropy of targets (B,T) from the head's logits for features (B,T,D): (B,) fp32, summed
+    over the targets that are not pad.
 
-    The logits of only `loss_chunk` text positions exist at a time, in the backward pass too: with
-    V = 32,000 the logits of a batch would take more memory than all else."""
+    With cfg.loss_chunk, the logits of only that many text positions exist at a time, in the
+    backward pass too: with V = 32,000 those of a batch would take more memory than all else."""
     B, T, D = features.shape
 
     @jax.named_scope("loss")
@@ -181,7 +181,7 @@ def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
     padding = -T % C  # pads cost 0
     features = jnp.pad(features, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    chunks = (features.reshape(B, -1, C, D).swapaxes(0, 1),                              # (T/C,B,C,D)
+    chunks = (features.reshape(B, -1, C, D).swapaxes(0, 1),                       # (T/C,B,C,D)
               targets.reshape(B, -1, C).swapaxes(0, 1))
 
     def add(total: jax.Array, chunk: tuple) -> tuple:
@@ -202,8 +202,8 @@ def sample_top_p(key: jax.Array, scores: jax.Array, top_p: float, temperature: f
     p = jax.nn.softmax(scores / temperature, axis=-1)
     order = jnp.argsort(-p, axis=-1)
     ranked = jnp.take_along_axis(p, order, axis=-1)
-    before = ranked.cumsum(-1) - ranked
-    ranked = jnp.where(before < top_p, ranked, 0)  # the first always stays
+    mass_before = ranked.cumsum(-1) - ranked
+    ranked = jnp.where(mass_before < top_p, ranked, 0)  # the likeliest token always stays
     rank = jax.random.categorical(key, jnp.log(ranked), axis=-1)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
 
@@ -214,8 +214,8 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
     """Captions (B,length) int32 for image_tokens (B,K,E): bos, tokens, eos, pad. Greedy without a
     key, otherwise top-p sampling.
 
-    The keys and values of the tokens so far are cached, so that each new token costs one token's
-    work. Without a key the result equals taking the best token of `logits` again and again."""
+    The keys and values of the tokens so far are cached, so that a step computes one new token only.
+    Without a key the result equals taking the best token of `logits` again and again."""
     B, K, _ = image_tokens.shape
     S, Dh = K + length, cfg.width // cfg.num_heads
     mask = attention_mask(K, S, cfg.prefix_attention)

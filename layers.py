@@ -1,17 +1,19 @@
 """The operations of a transformer block: linear layer, layer norm, GELU and attention.
 
-The operations are functions of inputs and parameters, which come as {"kernel", "bias"} or
-{"scale", "bias"}; specs declare such parameters. Matmuls run in the dtype of x; norm statistics and
-softmax run in fp32.
+Each is a function of its input and its parameters, a dict: {"kernel", "bias"} for a linear layer,
+{"scale", "bias"} for a norm. Matmuls run in the dtype of x; norm statistics and softmax run in
+fp32. The last section declares and initializes parameters.
 
 `linear` and `gelu_linear` have hand-written gradients, because XLA's are slow on a CPU and keep
-more memory than needed. Milliseconds per training step on two cores (toy with 4-pixel patches / Ti/16 at
-160 px) and planned GiB of Ti/16: these two 107 / 1,612 / 1.49; plain autodiff 123 / 1,782 / 2.35.
-Each function shows its forward formula first and the gradient below it.
+more memory than needed. Each shows its forward formula first and the gradient below it. A training
+step on two cores, and the memory that XLA plans for it:
+
+    gradients of these two    toy with 4-pixel patches    Ti/16 at 160 px
+    written by hand           107 ms                      1,612 ms, 1.49 GiB
+    by autodiff               123 ms                      1,782 ms, 2.35 GiB
 
 Letters: B images, Q query tokens, S key tokens, D width, F output width, H heads, Dh = D/H.
 """
-import functools
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ linear_with_bias = jax.custom_vjp(matmul_and_bias)
 
 
 def linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
-    """Calls the plain formula: --remat dots keeps the results of matmuls that it can see."""
+    """Calls the plain formula, because --remat dots cannot see a matmul inside a custom_vjp."""
     return matmul_and_bias(x, kernel, bias), (x, kernel)
 
 
@@ -98,7 +100,7 @@ def gelu_linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, exact:
 
 def gelu_linear_backward(exact: bool, residuals: tuple, g: jax.Array) -> tuple:
     """Only x is kept: gelu(x) and its slope are cheaper to compute again than to store. Without the
-    barrier XLA:CPU would compute erf anew, element by element, inside each matmul that reads it."""
+    barrier XLA:CPU would compute erf again inside each matmul that reads it."""
     x, kernel = residuals
     hidden, slope = fusion_barrier(gelu_and_slope(x, exact))
     d_hidden, d_kernel, d_bias = linear_backward((hidden, kernel), g)
@@ -114,7 +116,8 @@ def gelu_linear(x: jax.Array, w: dict, exact: bool) -> jax.Array:
 
 
 def fusion_barrier(tree: tuple) -> tuple:
-    """On a CPU, XLA does not merge what computes `tree` into what reads it. Nothing elsewhere."""
+    """Keeps XLA:CPU from fusing the computation of `tree` into the operations that read it. Does
+    nothing on other devices."""
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier,
                                       default=lambda x: x)
 
@@ -189,8 +192,8 @@ def count_params(specs: dict) -> int:
 
 
 def with_init_scales(specs: dict, scales: dict) -> dict:
-    """The same specs with other initial scales: {layer: (distribution, std from (inputs, outputs))}
-    (keys of vit.RELEASED_INIT). Biases, norms, position tables and layers without an entry stay as they are."""
+    """The same specs with other initial scales, {layer: (distribution, std from (inputs, outputs))}
+    as in vit.RELEASED_INIT. Biases, norms, position tables and unnamed layers keep theirs."""
     def rescale(path: tuple, spec: ParamSpec) -> ParamSpec:
         layer = path[-2].key if len(path) > 1 else ""
         if path[-1].key not in ("kernel", "embedding") or layer not in scales:

@@ -1,8 +1,8 @@
 """Random token keep: the decoder reads K of an image's N patch tokens (paper section 2.2, Table 7).
 
-The encoder encodes the whole image. The draw comes after it and before the decoder, and is new in
-each step. It shortens the decoder's sequence. It also makes the features better (Table 7), because
-any third of the tokens must describe the image.
+The encoder reads all patches. After it, a random draw, new in each step, keeps the tokens for the
+decoder. The decoder costs less on the shorter sequence. The features also get better (Table 7),
+because any third of the tokens must describe the image.
 
 Letters: B images, N patches, K kept patches, D width.
 
@@ -23,8 +23,8 @@ def sample_keep_indices(keys: jax.Array, num_tokens: int, num_kept: int,
                         shuffled: bool = False) -> jax.Array:
     """(B,K) int32: for each image K distinct patches, every subset equally likely.
 
-    keys (B,) holds one key per image, so that an image's draw does not depend on the device or the
-    batch row where it lands. The indices are sorted; where `shuffled` (released), in random order.
+    keys (B,) holds one key per image, so that an image's draw does not depend on its device or its
+    row in the batch. The indices are sorted, or in random order if `shuffled` (released).
     """
     noise = jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys)     # (B,N)
     _, keep_indices = jax.lax.top_k(noise, num_kept)                               # (B,K)

@@ -50,8 +50,7 @@ def openvision2_loss(params: dict, batch: dict, keys: jax.Array,
 
 
 def objective_loss(name: str) -> Callable:
-    """The loss function of an objective: the method's, above, or that of a module of
-    objectives/."""
+    """The loss function of an objective: the method's above, or a rival's in objectives/."""
     if name == registry.METHOD:
         return openvision2_loss
     return registry.rival(name).loss
@@ -59,10 +58,8 @@ def objective_loss(name: str) -> Callable:
 
 def cast_block_params(params: dict, model: ModelSpec) -> dict:
     """The matmul weights of the blocks in the dtype of the matmuls, cast before the scan over
-    layers.
-
-    XLA would hold these copies anyway. Cast here, the gradients too take half the memory until they
-    are summed, in fp32."""
+    layers. XLA would hold these copies anyway. Because the cast is here, the gradients are in this
+    dtype too, and take half the memory until they are summed in fp32."""
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         in_block = any(entry.key == "blocks" for entry in path)
         in_norm = path[-2].key.startswith("norm") if len(path) > 1 else False
@@ -108,7 +105,10 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
         if zero1:  # sharded now: a later read of the old parameters would keep their memory
             shards = jax.tree.map(local_shard, params)
             own_params, params = jax.lax.optimization_barrier((shards, params))
-        sums, grads = (loss_and_grads if grad_accum == 1 else accumulate)(params, batch)
+        if grad_accum == 1:
+            sums, grads = loss_and_grads(params, batch)
+        else:
+            sums, grads = accumulate(params, batch)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         loss, num_tokens = jax.lax.psum(sums, "devices")
         num_tokens = jnp.maximum(num_tokens, 1)

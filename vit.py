@@ -5,8 +5,8 @@ knows nothing of captions, masking, devices or data. The transformer block is he
 uses the same one with a causal mask.
 
 Letters: B images, R pixels per side, P patch size, G = R/P grid side, N = G*G patches, S = N (+1
-with a CLS token), D width, H heads, Dh = D/H, L layers. Parameters are nested dicts of fp32 arrays;
-those of the blocks have a leading L.
+with a CLS token), Q tokens in a block's input, D width, M MLP width, H heads, Dh = D/H, L layers.
+Parameters are nested dicts of fp32 arrays; those of the blocks have a leading L.
 
     python vit.py            prints the family: sizes, parameters, tokens and FLOPs per image
 """
@@ -120,9 +120,10 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
                       cache: tuple | None = None) -> tuple[jax.Array, dict]:
     """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out.
 
-    cache: (keys, values, position) of a sequence that is being generated: (B,S,H,Dh) twice, and
-    where the first token of x goes. The mask then covers S. Also returns {"keys", "values",
-    "attention_weights"}; XLA computes nothing that the caller drops.
+    The mask is broadcastable to (B,H,Q,S), as in dot_product_attention. cache, during generation:
+    (keys, values, position). Keys and values are (B,S,H,Dh); the first token of x goes to
+    `position`. Also returns {"keys", "values", "attention_weights"}; XLA computes nothing that the
+    caller drops.
     """
     B, Q, D = x.shape
     qkv = linear(layer_norm(x, w["norm1"]), w["qkv"])                           # (B,Q,3D)
@@ -139,13 +140,13 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
 
 
 def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (),
-                      layer: Callable = transformer_block,
+                      block: Callable = transformer_block,
                       **options: Any) -> tuple[jax.Array, dict]:
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
-    num_heads, remat and scan_unroll; `options` go to `layer`. Returns x and the `wanted` extras of
-    each layer, with a leading L."""
+    num_heads, remat and scan_unroll; `options` go to `block`. Returns x and the `wanted` extras of
+    each block, with a leading L."""
     def body(x: jax.Array, w: dict) -> tuple[jax.Array, dict]:
-        x, extras = layer(x, w, cfg.num_heads, **options)
+        x, extras = block(x, w, cfg.num_heads, **options)
         return x, {name: extras[name] for name in wanted}
     if cfg.remat != "none":
         body = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
@@ -180,8 +181,8 @@ def position_embedding(params: dict, grid: int, cfg: ViTConfig) -> Any:
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels to fp32 with ImageNet's mean and deviation taken off. It runs on the device, so
-    that bytes travel there, not floats."""
+    """uint8 pixels to fp32, less ImageNet's mean and divided by its standard deviation. It runs on
+    the device, so that bytes travel there, not floats."""
     mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
     return (images.astype(jnp.float32) / 255 - mean) / std
 
@@ -219,7 +220,7 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
     x = linear(patches, params["patch"])                                        # (B,N,D)
     grid = images.shape[1] // cfg.patch_size
     x = x + position_embedding(params, grid, cfg).astype(cfg.dtype)
-    if cfg.cls_token:                                                           # has no position
+    if cfg.cls_token:                                      # it gets no position embedding
         cls = params["cls"]["embedding"].astype(x.dtype)
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, cfg.width))
         x = jnp.concatenate([cls, x], axis=1)                                   # (B,1+N,D)

@@ -2,7 +2,7 @@
 
 The encoder's patches attend to a prefix of random length and to the patches before them. Both
 losses are means over an image's own patches and tokens, as the paper writes them. In use the
-encoder has no mask; the random prefixes prepare it for that. """
+encoder has no mask; the random prefixes prepare it for that."""
 import dataclasses
 from typing import Any
 
@@ -14,7 +14,7 @@ import decoder
 import vit
 from layers import dense_specs, layer_norm, linear
 
-PIXEL_WEIGHT = 0.4  # of the pixel loss beside the text loss (its table 9c)
+PIXEL_WEIGHT = 0.4  # of the pixel loss beside the text loss (AIMv2's table 9c)
 
 
 def param_specs(model: Any) -> dict:
@@ -78,8 +78,8 @@ def generate(params: dict, batch: dict, model: Any) -> jax.Array:
 
 
 def blind_loss(facts: Any) -> float | None:
-    """The best guess of a patch without the image is the mean patch at its place: on scenes that
-    takes a sixth off what gray patches cost."""
+    """The best guess of a patch without the image is the mean patch at its position. On scenes its
+    loss is a sixth below that of gray patches."""
     if facts.caption_nats is None or facts.caption_tokens is None:
         return None
     text = (facts.caption_nats / facts.caption_tokens).mean()

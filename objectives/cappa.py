@@ -1,8 +1,8 @@
 """CapPa (arXiv:2306.07915): captioning by cross-attention. Most captions are predicted in parallel.
 
 In each block the text attends to the image between its self-attention and its MLP. A caption is
-predicted token by token or, by the image's own draw, all at once from mask tokens that see each
-other. The positions are learned, because without a causal mask nothing else orders the tokens.
+predicted token by token or, by the image's own draw, all at once from mask tokens that attend to
+each other. The positions are learned, because without a causal mask nothing else orders the tokens.
 """
 import functools
 from typing import Any
@@ -62,8 +62,8 @@ def cross_block(x: jax.Array, w: dict, num_heads: int, memory: jax.Array,
                 mask: jax.Array) -> tuple[jax.Array, dict]:
     """x = x + attention(norm(x)); x = x + attention(norm(x), memory); x = x + mlp(norm(x)).
 
-    x (B,T,D) in and out, memory (B,N,E). mask, broadcastable to (B,H,T,T), is for the text among
-    itself; all of the image is seen.
+    x (B,T,D) in and out, memory (B,N,E). mask, broadcastable to (B,H,T,T), says which text tokens
+    attend to which; each attends to all patches.
     """
     B, T, D = x.shape
 
@@ -86,7 +86,7 @@ def cross_features(params: dict, memory: jax.Array, text: jax.Array, mask: jax.A
                    cfg: decoder.DecoderConfig) -> jax.Array:
     """What the head reads, (B,T,D), for text (B,T), in which V is the mask token."""
     x = params["embed"]["embedding"][text] + params["positions"]["table"][:text.shape[1]]
-    x, _ = vit.transformer_stack(x.astype(cfg.dtype), params["blocks"], cfg, layer=cross_block,
+    x, _ = vit.transformer_stack(x.astype(cfg.dtype), params["blocks"], cfg, block=cross_block,
                                  memory=memory, mask=mask)
     return layer_norm(x, params["norm"])
 

@@ -1,5 +1,5 @@
-"""CLIP (arXiv:2103.00020): an image's pooled feature must find its caption in the batch, and the
-caption its image."""
+"""CLIP (arXiv:2103.00020): an image's pooled feature must be nearest to its own caption's among all
+captions of the batch, and the caption's to its image's."""
 from typing import Any
 
 import jax

@@ -4,6 +4,7 @@ Letters: B images, T text positions, D decoder width.
 """
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from decoder import EOS
 from layers import ParamSpec, dense_specs, layer_norm, linear, norm_specs
 from vit import block_specs
 
-INIT_TEMPERATURE = 0.07  # CLIP's first temperature; its inverse stays below MAX_SCALE
+INIT_TEMPERATURE = 0.07  # CLIP's; the inverse of the learned one stays below MAX_SCALE
 MAX_SCALE = 100
 
 
@@ -35,7 +36,7 @@ def text_encoder_flops(cfg: decoder.DecoderConfig, text_len: int) -> float:
             + 2 * cfg.width * cfg.width)
 
 
-def pair_specs(model) -> dict:
+def pair_specs(model: Any) -> dict:
     """The projection of the image feature, and the learned temperature."""
     return {"image": dense_specs(model.encoder.width, model.decoder.width, bias=False),
             "temperature": {"log": ParamSpec((), 0.0)}}
@@ -46,8 +47,9 @@ def encode_text(params: dict, text: jax.Array,
                 cfg: decoder.DecoderConfig) -> tuple[jax.Array, jax.Array]:
     """text (B,T) to its tokens (B,T,D) and the caption's feature (B,D).
 
-    As in CLIP, the mask is causal and the feature is the normed token of the eos: it alone has read
-    all tokens and no padding. (OpenVision's text encoder reads both ways and takes the last place.)
+    As in CLIP, the mask is causal and the feature is the output at eos, after the final norm: only
+    eos attends to all tokens and to no padding. (OpenVision's text encoder has no causal mask and
+    takes the last position.)
     """
     T = text.shape[1]
     x = params["embed"]["embedding"][text] + params["positions"]["table"][:T]
@@ -71,8 +73,8 @@ def contrastive_loss(image: jax.Array, text: jax.Array, real: jax.Array,
     """CLIP's loss of each of this device's images, (B,): the mean of two cross-entropies, of its
     caption among all captions of the global batch and of its image among all images.
 
-    image and text (B,D) have unit length. Rows that are not `real` (B,) are no candidates and cost
-    0. """
+    image and text (B,D) have unit length. Rows that are not `real` (B,) are no candidates, and
+    their loss is 0."""
     all_gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
     match = scale * (image * text).sum(-1)
 

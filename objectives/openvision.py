@@ -1,8 +1,8 @@
 """OpenVision (arXiv:2505.04601) with the losses of CLIPS (arXiv:2411.16828): the image against its
 web caption and its dense caption, and the dense caption predicted from the image and the web one.
 
-The decoder reads the caption tokens it has generated, as CLIPS is described; the released one reads
-learned queries instead. Its mask lets the prefix attend both ways.
+The decoder reads the caption tokens before each target, as the CLIPS paper says; the released one
+reads learned queries instead. Its prefix tokens attend to each other both ways.
 """
 import dataclasses
 from typing import Any
