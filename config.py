@@ -5,7 +5,7 @@
 
 A recipe is a Config with a name. Its stages are the curriculum, each written as "resolution=84
 images=12.8e9 batch=32768 lr=1e-3 warmup=5e7". The switch from one stage to the next is CLIPA's:
-long at low resolution, then short at high (paper section 2.1). """
+long at low resolution, then short at high (paper section 2.1)."""
 import argparse
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ class Config:
     jitter: float = data_arg(0.0, "color jitter: brightness, contrast and saturation change by up "
                              "to this share, in four images of five", low=0, high=1)
     hue: float = data_arg(0.0, "hue changes with the jitter, by up to this share of the color "
-                          "circle; makes captions that name colors untrue", low=0, high=0.5)
+                          "circle; captions that name colors become untrue", low=0, high=0.5)
     grayscale_prob: float = data_arg(0.0, "share of training images that lose their color", low=0,
                                      high=1)
 
@@ -96,10 +96,10 @@ class Config:
                                 "memory", low=1, high=1 << 20, resumable=True)
     seed: int = optim_arg(0, "drives all that is random", low=0, high=(1 << 31) - 1)
 
-    dtype: str = system_arg("float32", "of activations and matmuls; bfloat16 on TPU and GPU",
-                            DTYPES)
-    mu_dtype: str = system_arg("float32", "of AdamW's first moment; bfloat16 saves memory, as "
-                               "released", DTYPES)
+    dtype: str = system_arg("float32", "dtype of activations and matmuls; bfloat16 on TPU and "
+                            "GPU", DTYPES)
+    mu_dtype: str = system_arg("float32", "dtype of AdamW's first moment; bfloat16 saves memory, "
+                               "as released", DTYPES)
     remat: str = resumable_arg("none", "activation checkpointing: what the backward pass computes "
                                "again; out of memory: dots, then block", REMAT)
     loss_chunk: int = resumable_arg(0, "text positions whose logits exist at once; 0 for all; out "
@@ -109,7 +109,7 @@ class Config:
     zero1: bool = resumable_arg(False, "shard the optimizer state over the devices: same update, "
                                 "less memory")
     num_devices: int = resumable_arg(0, "local devices to use, up to a CPU's cores; 0 for all (a "
-                                     "CPU is two for small models)", low=0, high=1 << 20)
+                                     "CPU counts as two for small models)", low=0, high=1 << 20)
     distributed: bool = resumable_arg(False, "start as one of several processes, on several hosts "
                                       "or on one (a TPU pod needs no such flag)")
     workdir: str = resumable_arg("", "the run's folder; a run that is there is continued (default: "
@@ -126,8 +126,8 @@ class Config:
                                             "above which a run stops (from 1,000 samples on)",
                                             low=0, high=1)
     tensorboard: bool = resumable_arg(False, "also write TensorBoard event files")
-    profile: bool = resumable_arg(False, "trace the steps 10 to 14 of this start, into the run's "
-                                  "folder profile")
+    profile: bool = resumable_arg(False, "trace steps 10 to 14 after this start, into profile in "
+                                  "the run's folder")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -159,7 +159,7 @@ def paper_recipe(encoder: str, decoder_size: str, low_resolution: int) -> Config
 
     What saves memory is set so that it fits a small pod: remat block computes 20 to 23% of a step's
     FLOPs again, loss_chunk 16 another 0.2 to 4%. With memory to spare, --remat dots computes 0.5 to
-    4% again and keeps nine times as much (python bench.py memory RECIPE tells both)."""
+    4% again and keeps nine times as much (python bench.py memory RECIPE prints both)."""
     epoch = 1_281_167  # the recipe counts in ImageNet epochs
     return Config(
         encoder=encoder, decoder=decoder_size, dtype="bfloat16", mu_dtype="bfloat16",
@@ -213,7 +213,7 @@ def validate(cfg: Config, num_devices: int = 1) -> None:
                           "its field with --alt-field")
     if cfg.alt_field and cfg.objective != "openvision":
         raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
-                          "leave it out, or take that")
+                          "leave it out, or take that objective")
     patch = model.encoder.patch_size
     for stage in parse_stages(cfg.stages):
         if cfg.objective == "aimv2" and stage.resolution < 2 * patch:
@@ -233,15 +233,15 @@ def validate(cfg: Config, num_devices: int = 1) -> None:
 def check_bounds(name: str, value: Any, bounds: Any) -> None:
     low, high, above = bounds["low"], bounds["high"], bounds["above"]
     too_low = (low is not None and value < low) or (above is not None and value <= above)
-    if too_low or (high is not None and value > high) or value != value:
+    if too_low or (high is not None and value > high) or value != value:  # the last: NaN
         least = f"above {above}" if low is None else f"at least {low}"
         raise ConfigError(f"{flag(name)} {value} is out of range: {least}, at most {high}")
 
 
 # ------------------------------------------------------------------------------- command line
 def add_flags(parser: argparse.ArgumentParser, *names: str, recipe: Config = Config()) -> None:
-    """A flag for each field of Config, or for those named, whose help says what the recipe has.
-    What is not given is not set."""
+    """A flag for each field of Config, or for those named. Its help shows the recipe's value. A
+    flag that is not given sets nothing."""
     groups: dict[str, Any] = {}
     for name in names or FIELDS:
         field, value = FIELDS[name], getattr(recipe, name)
@@ -285,15 +285,15 @@ def parse_args(argv: list[str]) -> tuple[Config, bool]:
     parser.add_argument("--dry-run", action="store_true",
                         help="print what the run would be, and end")
     refuse_old_flags(parser, argv)
-    found, unknown = parser.parse_known_args(argv)
-    given = vars(found)
-    if unknown:  # before the recipe, for which argparse takes what stands behind an unknown flag
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:  # checked first, because argparse takes an unknown flag's value for the recipe
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if found.recipe in OLD_RECIPES:
-        parser.error(f"the recipe {found.recipe} is now {OLD_RECIPES[found.recipe]}")
-    if found.recipe not in RECIPES:
-        parser.error(f"argument recipe: invalid choice: {found.recipe!r} "
+    changes = vars(parsed)
+    recipe, dry_run = changes.pop("recipe"), changes.pop("dry_run")
+    if recipe in OLD_RECIPES:
+        parser.error(f"the recipe {recipe} is now {OLD_RECIPES[recipe]}")
+    if recipe not in RECIPES:
+        parser.error(f"argument recipe: invalid choice: {recipe!r} "
                      f"(choose from {', '.join(RECIPES)})")
-    recipe, dry_run = given.pop("recipe"), given.pop("dry_run")
-    cfg = dataclasses.replace(RECIPES[recipe], **given)
+    cfg = dataclasses.replace(RECIPES[recipe], **changes)
     return dataclasses.replace(cfg, workdir=cfg.workdir or f"runs/{recipe}"), dry_run

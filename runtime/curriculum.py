@@ -10,7 +10,7 @@ import optax
 
 from runtime.errors import ConfigError
 
-WORDS = ("resolution", "steps", "images", "batch", "lr", "warmup")
+KEYS = ("resolution", "steps", "images", "batch", "lr", "warmup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,31 +36,34 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     start = first_image = 0
     for part in text.split(","):
-        given = parse_words(part)
-        missing = [name for name in ("resolution", "batch", "lr") if name not in given]
-        if ("steps" in given) == ("images" in given):
+        numbers = parse_numbers(part)
+        missing = [name for name in ("resolution", "batch", "lr") if name not in numbers]
+        if ("steps" in numbers) == ("images" in numbers):
             missing.append("steps or images (one of the two)")
         if missing:
             raise ConfigError(f"--stages: {part.strip()!r} lacks {', '.join(missing)}")
-        steps, warmup = given.get("steps", given.get("images")), given.get("warmup", 0)
-        if "images" in given:  # as released, images that do not fill a batch are left out
-            steps = max(1, steps // given["batch"])
-            warmup = warmup // given["batch"]
+        batch, warmup = numbers["batch"], numbers.get("warmup", 0)
+        if "images" in numbers:  # as released, images that do not fill a batch are left out
+            steps = max(1, numbers["images"] // batch)
+            warmup = warmup // batch
+        else:
+            steps = numbers["steps"]
         if warmup >= steps:
             raise ConfigError(f"--stages: the warm-up of {part.strip()!r} is as long as the stage")
-        stages.append(Stage(len(stages) + 1, given["resolution"], given["batch"], given["lr"],
-                            steps, warmup, start, first_image))
+        stages.append(Stage(len(stages) + 1, numbers["resolution"], batch, numbers["lr"], steps,
+                            warmup, start, first_image))
         start += steps
-        first_image += steps * given["batch"]
+        first_image += steps * batch
     return tuple(stages)
 
 
-def parse_words(text: str) -> dict:
-    """{name: number} of one stage. ConfigError for a word that is unknown, double or no number."""
-    given: dict = {}
+def parse_numbers(text: str) -> dict:
+    """{name: number} of one stage. ConfigError for a name that is unknown or given twice, and for
+    a value that is no number."""
+    numbers: dict = {}
     for word in text.split():
         name, _, value = word.partition("=")
-        if name not in WORDS or name in given:
+        if name not in KEYS or name in numbers:
             raise ConfigError(f"--stages: {word!r} is not one of resolution=, steps=, images=, "
                               "batch=, lr=, warmup=, each once per stage")
         try:
@@ -73,8 +76,8 @@ def parse_words(text: str) -> dict:
             raise ConfigError(f"--stages: {word!r} wants a {kind} that is not negative")
         if number == 0 and name != "warmup":
             raise ConfigError(f"--stages: {word!r} must be above 0")
-        given[name] = number if name == "lr" else integer
-    return given
+        numbers[name] = number if name == "lr" else integer
+    return numbers
 
 
 def lr_schedule(stage: Stage) -> optax.Schedule:
@@ -83,8 +86,8 @@ def lr_schedule(stage: Stage) -> optax.Schedule:
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """What `lr_schedule` gives for a step of the stage (from 0), for the log. It is computed on the
-    host: optax would launch device operations behind the step under way and wait for them."""
+    """`lr_schedule` at a step of the stage (from 0), for the log. It is computed on the host: optax
+    would run it on the device and wait for the training step before it."""
     if step < stage.warmup:
         return stage.lr * step / stage.warmup
     progress = min(1.0, (step - stage.warmup) / (stage.steps - stage.warmup))
