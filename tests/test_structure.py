@@ -116,7 +116,7 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 assert (list(warnings.filters), dict(os.environ), dict(jax.config.values)) == before
 """
-    optional = {"benchmarks.torch_reference"}
+    optional = {"benchmarks.torch_reference", "benchmarks.torch_step"}  # need torch
     names = sorted(modules().keys() - optional)
     process = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True,
                              text=True)
