@@ -1,127 +1,175 @@
-"""Does it see? Held-out loss, the loss without the picture, and captions graded against what is there.
+"""Evaluation of a run, a checkpoint, an encoder or an export. Nothing imports this file.
 
-A captioner lowers its loss a good way without looking, by knowing how captions go. So each figure stands beside a
-floor, the loss that can be had without the picture: for `scenes` the exact entropy of the captions (scenes.surprise),
-for other data the lowest loss that the run has reached on pictures that were shuffled among the captions. "It sees"
-means a held-out loss clearly below the floor.
+    python evaluate.py RUN                                      losses and graded captions
+    python evaluate.py ENCODER probe knn vqa zeroshot images    the measures that are named
 
-Letters: B images, K kept patches, T text positions.
-
-    python evaluate.py RUN                                        measures the last checkpoint of a run again, on its held-out pictures
-    python evaluate.py ENCODER probe knn vqa zeroshot pictures    what can be read from its features (evaluation/probe.py, evaluation/vqa.py), said (evaluation/zeroshot.py) and seen (evaluation/visualize.py)
+Each measure is a file of evaluation/: captioning, probe (and knn), zeroshot, vqa, visualize.
 """
 import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-import train
-from evaluation import probe, vqa, zeroshot
+from evaluation import probe, visualize, vqa, zeroshot
 from evaluation.captioning import evaluate_captions
 from evaluation.context import EvalContext
-from evaluation.visualize import draw_all
 from inputs import images, sources
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.errors import (
-    BadSample,
-    CheckpointError,
-    ConfigError,
-    ConvertError,
-    DataError,
-    LayoutError,
-)
+from runtime.errors import CheckpointError, run_command
+from runtime.tables import format_table
+from train import openvision2_loss
+
+OLD_FLAGS = {"--caption": "--caption-field", "--label": "--label-fields",
+             "--names": "--classnames", "--count": "--num-samples"}
+OLD_MEASURES = {"pictures": "images"}
 
 
-def probes(readers: tuple[str, ...]) -> Callable[[EvalContext], dict]:
-    return lambda asked: probe.measure(asked.encoder, *asked.pictures, readers, seed=asked.given.seed)
+def measure_captions(context: EvalContext) -> dict[str, Any]:
+    args = context.args
+    return evaluate_captions(args.encoder, context.changes, args.num_samples, openvision2_loss)
 
 
-def zero_shot(asked: EvalContext) -> dict[str, Any]:
-    captioner, (_, held) = asked.captioner, asked.pictures
-    rows = np.sort(sources.draw_indices(len(held), asked.given.num_samples or 200))
-    sentences, truth = zeroshot.classes(held, rows, asked.given.classnames, asked.given.template)
+def measure_probes(context: EvalContext) -> dict[str, Any]:
+    return probe.measure(context.encoder, *context.images, probe.LINEAR, seed=context.args.seed)
+
+
+def measure_neighbors(context: EvalContext) -> dict[str, Any]:
+    return probe.measure(context.encoder, *context.images, ("neighbors", "whitened"),
+                         seed=context.args.seed)
+
+
+def measure_zeroshot(context: EvalContext) -> dict[str, Any]:
+    args, captioner, val_images = context.args, context.captioner, context.images[1]
+    rows = np.sort(sources.draw_indices(len(val_images), args.num_samples or 200))
+    sentences, truth = zeroshot.make_classes(val_images, rows, args.classnames, args.template)
     known = truth >= 0
-    return zeroshot.measure(captioner, held.features(asked.encoder).tokens[rows[known]], sentences, truth[known], seed=asked.given.seed)
+    tokens = val_images.features(context.encoder).tokens[rows[known]]
+    return zeroshot.measure(captioner, tokens, sentences, truth[known], seed=args.seed)
 
 
-def draw_images(asked: EvalContext) -> dict[str, str]:
-    path, (_, held) = asked.given.encoder, asked.pictures
-    folder = asked.given.out or (path if os.path.isdir(path) else os.path.dirname(path) or ".")
+def measure_vqa(context: EvalContext) -> dict[str, Any]:
+    return vqa.measure_all(context.encoder, context.args.seed, context.args.steps)
+
+
+def draw_images(context: EvalContext) -> dict[str, str]:
+    path, val_images = context.args.encoder, context.images[1]
+    run_folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     try:
-        captioner = asked.captioner
+        captioner = context.captioner
     except CheckpointError as problem:
         print(f"words.png is left out: {problem}")
         captioner = None
-    return {os.path.basename(p): p for p in draw_all(asked.encoder, held.pixels(asked.encoder.resolution)[:12], folder, captioner)}
+    pixels = val_images.pixels(context.encoder.resolution)[:12]
+    paths = visualize.draw_all(context.encoder, pixels, context.args.out or run_folder, captioner)
+    return {os.path.basename(path): path for path in paths}
 
 
-MEASURES: dict[str, tuple[Callable[[EvalContext], dict], str]] = {
-    "caption": (lambda asked: evaluate_captions(asked.given.encoder, asked.changes, asked.given.num_samples, train.openvision2_loss),
-                "held-out loss, floor and graded captions of a run (if nothing is named)"),
-    "probe": (probes(("pooled", "grid", "attended")), "linear and attention-pooled probes of the features, beside a random encoder and raw pixels"),
-    "knn": (probes(("neighbours", "whitened")), "nearest neighbours by features, likewise"),
-    "zeroshot": (zero_shot, "classes told by the likelihood of their sentences; needs a run"),
-    "vqa": (lambda asked: vqa.table(asked.encoder, asked.given.seed), "questions about scenes, answered by a small language model that reads the features"),
-    "pictures": (draw_images, "pca.png, attention.png and, of a run, words.png"),
+class Measure(NamedTuple):
+    run: Callable[[EvalContext], dict[str, Any]]
+    help: str
+
+
+MEASURES = {
+    "caption": Measure(measure_captions, "validation loss, blind loss, graded captions of a run"),
+    "probe": Measure(measure_probes, "linear and attention-pooled probes of the features, of "
+                                     "random features and of raw pixels"),
+    "knn": Measure(measure_neighbors, "nearest neighbors by the same features"),
+    "zeroshot": Measure(measure_zeroshot, "classification by caption likelihood; needs a run"),
+    "vqa": Measure(measure_vqa, "questions about scenes, answered by a small language model that "
+                                "reads the features"),
+    "images": Measure(draw_images, "pca.png, attention.png and, of a run, words.png"),
 }
 
 
-def format_result(name: str, found: dict[str, Any]) -> str:
-    """Rows as a table of percentages, or as json what has none."""
-    if not all(isinstance(row, dict) for row in found.values()):
-        return checkpoint.to_json(found if name == "caption" else {name: found}, indent=1)
-    columns = list(dict.fromkeys(column for row in found.values() for column in row))
-    rows = {f"{name}, % right": {c: c for c in columns}} | {row: {c: f"{100 * share:.1f}" for c, share in cells.items()} for row, cells in found.items()}
-    return "\n".join(f"{row:20}" + "".join(f"{cells.get(c, '–'):>{max(len(c), 5) + 2}}" for c in columns) for row, cells in rows.items())
+def format_result(name: str, result: dict[str, Any]) -> str:
+    """A table of percentages if the result has rows, else JSON."""
+    if not all(isinstance(row, dict) for row in result.values()):
+        return checkpoint.to_json(result if name == "caption" else {name: result}, indent=1)
+    rows = []
+    for title, shares in result.items():
+        percentages = {label: 100 * share for label, share in shares.items()}
+        rows.append({f"{name}, % right": title} | percentages)
+    return format_table(rows)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    lines = [f"  {name:10} {measure.help}" for name, measure in MEASURES.items()]
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Evaluate a run, a checkpoint or an encoder.\n\nmeasures:\n" + "\n".join(lines))
+    parser.add_argument("encoder", metavar="ENCODER", help="a run's folder, a checkpoint, an "
+                        "encoder's .npz, or what convert.py exported")
+    parser.add_argument("measures", nargs="*", metavar="MEASURE",
+                        help="any of the above (default: caption)")
+    parser.add_argument("--data", help="images to train probes on: scenes, a folder or tars "
+                        "(default: those of the run)")
+    parser.add_argument("--val", help="validation images (default: those of the run or, with "
+                        "--data, a part of that)")
+    parser.add_argument("--caption-field", help="where captions are: txt, or a field of KEY.json "
+                        "(default: as in the run)")
+    parser.add_argument("--label-fields", type=split_names, default=(), metavar="FIELD,...",
+                        help="the classes: fields of KEY.json, such as caption,category, or txt "
+                        "(default: all labels of scenes)")
+    parser.add_argument("--classnames", metavar="FILE", help="zeroshot: the classes, one per line; "
+                        "or all, for every label of the validation images (default: the labels of "
+                        "the images that are measured)")
+    parser.add_argument("--template", default="{}", help="zeroshot: the sentence of a class, with "
+                        "{} for its name (default: {})")
+    parser.add_argument("--num-samples", type=int, default=0, help="validation images at most; "
+                        "probes train on four times as many (default: probe and knn 1,000 scenes "
+                        "or 2,000 others, zeroshot 200, images 12, caption as in the run)")
+    parser.add_argument("--resolution", type=int, default=0, help="pixels per side, for all but "
+                        "caption (default: the last of training)")
+    parser.add_argument("--steps", type=int, default=1500, help="vqa: training steps of a reader; "
+                        "fewer are faster and read less (default: 1500)")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--out", metavar="FOLDER", help="where images are written (default: the "
+                        "run's folder)")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures to a file")
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag in OLD_FLAGS:
+            parser.error(f"{flag} is now {OLD_FLAGS[flag]}")
+    args = parser.parse_intermixed_args(argv)
+    args.measures = args.measures or ["caption"]
+    for name in args.measures:
+        if name in OLD_MEASURES:
+            parser.error(f"measure {name} is now {OLD_MEASURES[name]}")
+        if name not in MEASURES:
+            parser.error(f"unknown measure {name!r}: take any of {', '.join(MEASURES)}")
+    if args.num_samples < 0 or args.num_samples == 1:
+        parser.error("--num-samples must be 2 or more")
+    if args.resolution < 0 or args.seed < 0 or args.steps < 1:
+        parser.error("--resolution and --seed must not be negative, --steps must be 1 or more")
+    if "{}" not in args.template:
+        parser.error("--template needs {} where the name goes")
+    return args
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    tune_cpu(checkpoint.model_size(args.encoder))
+    enable_compilation_cache()
+    context, results = EvalContext(args), {}
+    for name in args.measures:
+        results[name] = MEASURES[name].run(context)
+        print(format_result(name, results[name]), flush=True)
+    if args.json:
+        text = checkpoint.to_json(results, indent=1)
+        checkpoint.atomic_write(args.json, lambda file: file.write(text.encode()))
+    return 0
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description="Does it see?\n\nmeasures:\n" + "\n".join(f"  {name:10} {text}" for name, (_, text) in MEASURES.items()))
-    parser.add_argument("encoder", metavar="ENCODER", help="a run's folder, a checkpoint, an encoder's .npz, or what convert.py exported")
-    parser.add_argument("measures", nargs="*", metavar="MEASURE", help="any of the above (default: caption)")
-    parser.add_argument("--data", help="pictures to train probes on: scenes, a folder or tars (default: those of the run)")
-    parser.add_argument("--val", help="held-out pictures (default: those of the run, or, if --data is given, a part of that)")
-    parser.add_argument("--caption-field", help="where captions are: txt, or a field of KEY.json (default: as in the run)")
-    parser.add_argument("--label-fields", type=lambda text: tuple(text.split(",")), default=(), metavar="FIELD,...",
-                        help="the classes: fields of KEY.json, such as caption,category, or txt (default: all that scenes have)")
-    parser.add_argument("--classnames", metavar="FILE", help="for zeroshot: the classes, one a line; or all, for every label of the held-out pictures "
-                                                        "(default: the labels of the pictures that are measured)")
-    parser.add_argument("--template", default="{}", help="for zeroshot: the sentence of a class, with {} for its name (default: {})")
-    parser.add_argument("--num-samples", type=int, default=0, help="held-out pictures at most; probes train on four times as many (default: of probe and knn 1,000 "
-                                                             "scenes or 2,000 others, of zeroshot 200, of pictures 12, of caption as in the run)")
-    parser.add_argument("--resolution", type=int, default=0, help="pixels a side, for all but caption (default: what it was trained at last)")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
-    parser.add_argument("--out", metavar="FOLDER", help="where pictures go (default: the run's folder)")
-    parser.add_argument("--json", metavar="FILE", help="also write all figures there (null: no right answer could be known)")
-    given = parser.parse_intermixed_args(argv)
-    if unknown := [name for name in given.measures if name not in MEASURES]:
-        parser.error(f"unknown measure {unknown[0]!r}: take any of {', '.join(MEASURES)}")
-    if given.num_samples < 0 or given.num_samples == 1 or given.resolution < 0 or given.seed < 0:
-        parser.error("--num-samples takes two or more, --resolution and --seed no negative numbers")
-    if "{}" not in given.template:
-        parser.error("--template needs {} where the name goes")
-    tune_cpu(checkpoint.model_size(given.encoder))
-    enable_compilation_cache()
-    asked, found = EvalContext(given), {}
-    try:
-        for name in given.measures or ["caption"]:
-            found[name] = MEASURES[name][0](asked)
-            print(format_result(name, found[name]), flush=True)
-        if given.json:
-            checkpoint.atomic_write(given.json, lambda f: f.write(checkpoint.to_json(found, indent=1).encode()))
-        return 0
-    except (ConfigError, DataError, BadSample, CheckpointError, ConvertError, LayoutError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-    except ValueError as problem:
-        print(f"error: {given.encoder}: {problem}", file=sys.stderr)
-    except OSError as problem:
-        print(f"error: {problem.filename or given.encoder}: {problem.strerror or problem}", file=sys.stderr)
-    return 1
+    return run_command(evaluate, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
-"""TODO."""
+"""Caption loss and blind loss of a run, on its validation images or on other data.
+
+A captioner lowers its loss a good way without the image, because captions are predictable. So the
+validation loss stands beside the best possible loss without the image (the blind loss). For scenes
+it is the exact entropy of the captions. For other data it is the lowest loss that the run has
+reached with captions shuffled among the images. A model uses the image if its loss is clearly below
+the blind loss.
+"""
 import dataclasses
 import math
 from collections.abc import Callable
@@ -9,40 +16,66 @@ import jax
 import data
 from caption import load_run_checkpoint
 from config import Config, validate
-from inputs import sources, tokenizer
-from objectives import registry
-from objectives.registry import model_spec
+from inputs import tokenizer
+from inputs.sources import SceneSource
+from objectives.registry import init_params, model_spec
 from runtime import checkpoint
 from runtime.curriculum import parse_stages
 from runtime.devices import DataParallel
-from runtime.errors import ConfigError
+from runtime.errors import CheckpointError, ConfigError
 from runtime.validation import ValidationSet, caption_metrics
 
 
 def override_config(cfg: Config, changes: dict[str, Any], count: int) -> Config:
-    """The run's settings with changes, and `count` held-out pictures (0: as many as the run has). But what the run has held out of its
-    training data stays that, whatever the count: another number would be another draw, nearly all of which the run was trained on."""
+    """The run's settings with changes and `count` validation images (0: as many as the run has).
+
+    Where the run split its validation images from its training data, val_samples stays: another
+    number would be another draw, and nearly all of its images would be training images."""
     new = dataclasses.replace(cfg, **changes)
-    return new if not count or (not new.val and new.data == cfg.data != "scenes") else dataclasses.replace(new, val_samples=count)
+    split_by_run = not new.val and new.data == cfg.data != "scenes"
+    if not count or split_by_run:
+        return new
+    return dataclasses.replace(new, val_samples=count)
 
 
-def evaluate_captions(path: str, changes: dict[str, Any], count: int, method_loss: Callable) -> dict[str, float]:
-    """Losses and grades of a run's last checkpoint, or of the one that is named, on its held-out pictures, or `count` of them; or, by changes
-    of its settings, on others. Where no floor is known and they are not the run's very pictures, it is their own shuffled loss."""
-    own, arrays, meta = load_run_checkpoint(path)
-    cfg = override_config(own, changes, count)
+def evaluate_captions(path: str, changes: dict[str, Any], count: int,
+                      method_loss: Callable) -> dict[str, float]:
+    """Losses and caption metrics of a checkpoint, or of the last one in a run's folder.
+
+    changes: settings that differ from the run's, such as other data. count: validation images at
+    most (0: as in the run). method_loss: train.openvision2_loss. For other images than the run's,
+    an unknown blind loss is their own shuffled loss. ConfigError if the run's validation data has
+    changed."""
+    run_cfg, arrays, meta = load_run_checkpoint(path)
+    cfg = override_config(run_cfg, changes, count)
     validate(cfg)
-    stage = next(s for s in parse_stages(cfg.stages) if meta["step"] <= s.end)
-    # The batch stays the run's, because a contrastive loss depends on it: where it cannot be divided by all devices, fewer are used.
-    parallel, networks = DataParallel(math.gcd(stage.batch, jax.local_device_count())), model_spec(cfg)
-    params = parallel.replicate(checkpoint.restore(arrays, jax.eval_shape(lambda: registry.init_params(cfg, networks)), path, prefix="params"))
+    reached = [stage for stage in parse_stages(cfg.stages) if meta["step"] <= stage.end]
+    stage = reached[0]
+    # A contrastive loss depends on the batch. So the batch stays the run's, and fewer devices are
+    # used where it cannot be divided by all.
+    parallel = DataParallel(math.gcd(stage.batch, jax.local_device_count()))
+    model = model_spec(cfg)
+    target = jax.eval_shape(lambda: init_params(cfg, model))
+    params = parallel.replicate(checkpoint.restore(arrays, target, path, prefix="params"))
     source = data.open_validation_data(cfg)
-    if not changes and cfg == own and source.fingerprint() != meta["data"]["validation data"]:
-        raise ConfigError(f"the validation data is now {source.fingerprint()}, and was {meta['data']['validation data']}: "
-                          "name what to measure on with --data and --val")
-    reader = data.Loader(source, tokenizer.from_state(meta["vocabulary"]), cfg.max_text_len, cfg.seed, None, cfg.workers, cfg.alt_field)
-    held = ValidationSet(dataclasses.replace(cfg, val_samples=count or cfg.val_samples), reader, stage.resolution, stage.batch, networks, parallel,
-                         method_loss)
-    losses, blind = held.losses(params), held.blind_loss()
-    floor = blind if blind is not None else losses["val_loss_shuffled"] if changes or count else meta["best_shuffled"]
-    return losses | {"val_loss_blind": floor} | (caption_metrics(held, params) if isinstance(source, sources.SceneSource) and held.can_caption else {})
+    if not changes and cfg == run_cfg and source.fingerprint() != meta["data"]["validation data"]:
+        raise ConfigError(f"the validation data is now {source.fingerprint()}, and was "
+                          f"{meta['data']['validation data']}: name the data with --data and --val")
+    try:
+        vocabulary = tokenizer.from_state(meta["vocabulary"])
+    except ValueError as problem:
+        raise CheckpointError(f"{path}: {problem}") from None
+    loader = data.Loader(source, vocabulary, cfg.max_text_len, cfg.seed, None, cfg.workers,
+                         cfg.alt_field)
+    sized = dataclasses.replace(cfg, val_samples=count or cfg.val_samples)
+    val_set = ValidationSet(sized, loader, stage.resolution, stage.batch, model, parallel,
+                            method_loss)
+    metrics = val_set.losses(params)
+    metrics["val_loss_blind"] = val_set.blind_loss()
+    if metrics["val_loss_blind"] is None:
+        same_images = not changes and not count
+        shuffled = metrics["val_loss_shuffled"]
+        metrics["val_loss_blind"] = meta["best_shuffled"] if same_images else shuffled
+    if isinstance(source, SceneSource) and val_set.can_caption:
+        metrics |= caption_metrics(val_set, params)
+    return metrics

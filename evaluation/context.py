@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a measure gets: the flags, and the encoder, captioner and images, opened when needed."""
 import argparse
 import dataclasses
 import functools
@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import caption
-from config import Config
-from evaluation import labels
+from config import Config, from_dict
 from evaluation.captioning import override_config
+from evaluation.labels import LabeledImages, open_labeled_images
 from interop import layouts, transfer
 from interop.encoder import Encoder
 from runtime import checkpoint
@@ -16,49 +16,70 @@ from runtime.errors import ConfigError
 
 
 def open_encoder(path: str, resolution: int) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of a run, a checkpoint, an .npz, or of what convert.py exported; and the settings of the run that it is from, if that is known."""
-    if path.endswith((".safetensors", ".bin")) or (os.path.isdir(path) and any(n.endswith((".safetensors", ".bin")) for n in os.listdir(path))):
-        params, cfg, found, _ = layouts.detect(transfer.load_arrays(path), 0)
-        return Encoder(params, cfg, resolution or found), {}
+    """(encoder, settings of its run) of a run's folder, a checkpoint, an .npz, or what convert.py
+    exported. resolution 0: the last of training. The settings are {} where they are not known."""
+    names = os.listdir(path) if os.path.isdir(path) else [path]
+    if any(name.endswith(checkpoint.EXPORT_ENDINGS) for name in names):
+        params, cfg, exported_resolution, _ = layouts.detect(transfer.load_arrays(path), 0)
+        return Encoder(params, cfg, resolution or exported_resolution), {}
     params, cfg, meta = checkpoint.read_encoder(path)
-    return Encoder(params, dataclasses.replace(cfg, dtype="float32", remat="none"), resolution or meta["resolution"]), meta.get("config", {})
+    cfg = dataclasses.replace(cfg, dtype="float32", remat="none")
+    return Encoder(params, cfg, resolution or meta["resolution"]), meta.get("config", {})
 
 
 class EvalContext:
-    """What a command line asks: encoder, decoder and pictures, each opened when it is first wanted, and once."""
+    """The flags `args` of evaluate.py and what they name."""
 
-    def __init__(self, given: argparse.Namespace):
-        self.given = given
-        self.changes = {name: getattr(given, name) for name in ("data", "val", "caption_field") if getattr(given, name) is not None}
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.changes = {}  # settings of the run that flags replace
+        for name in ("data", "val", "caption_field"):
+            if getattr(args, name) is not None:
+                self.changes[name] = getattr(args, name)
         if "data" in self.changes:
             self.changes.setdefault("val", "")
 
     @functools.cached_property
-    def opened(self) -> tuple[Encoder, dict]:
-        return open_encoder(self.given.encoder, self.given.resolution)
+    def encoder_and_settings(self) -> tuple[Encoder, dict[str, Any]]:
+        try:
+            return open_encoder(self.args.encoder, self.args.resolution)
+        except ValueError as problem:
+            raise ConfigError(f"{self.args.encoder}: {problem}") from None
 
     @property
     def encoder(self) -> Encoder:
-        return self.opened[0]
+        return self.encoder_and_settings[0]
 
     @functools.cached_property
-    def own(self) -> Config:
+    def run_config(self) -> Config:
         """The settings of the encoder's run, as far as they are known."""
-        known = {f.name for f in dataclasses.fields(Config)}
-        return Config(**{k: v for k, v in self.opened[1].items() if k in known})
+        try:
+            return from_dict(self.encoder_and_settings[1])
+        except TypeError as problem:
+            raise ConfigError(f"{self.args.encoder}: {problem}") from None
 
     @functools.cached_property
-    def captioner(self) -> Any:
-        return caption.read_captioner(self.given.encoder)
+    def captioner(self) -> caption.Captioner:
+        return caption.read_captioner(self.args.encoder)
 
     @functools.cached_property
-    def pictures(self) -> tuple[labels.LabeledImages | None, labels.LabeledImages]:
-        """Training pictures, if a probe is asked for, and held-out ones."""
-        given, settings = self.given, override_config(self.own, self.changes, 0)
-        if not (settings.data or settings.val):
-            raise ConfigError(f"--data is missing: {given.encoder} does not say what it was trained on")
-        trains, drawn = bool({"probe", "knn"} & set(given.measures)), (settings.val or settings.data) == "scenes"
-        many = (1000 if settings.data == "scenes" else 2000) if trains else 200 if "zeroshot" in given.measures else 12
-        count = 1 << 30 if given.classnames == "all" and not drawn else given.num_samples or many  # of what is drawn there is no end
-        asked = given.label_fields or (() if trains or drawn else (settings.caption_field,))
-        return labels.open_labeled_images(override_config(self.own, self.changes, count), asked, count, trains)
+    def images(self) -> tuple[LabeledImages | None, LabeledImages]:
+        """(training, validation) images. Without a probe to train there are no training images."""
+        args, cfg = self.args, override_config(self.run_config, self.changes, 0)
+        if not (cfg.data or cfg.val):
+            raise ConfigError(f"--data is missing: {args.encoder} does not name its training data")
+        of_scenes = (cfg.val or cfg.data) == "scenes"
+        train = "probe" in args.measures or "knn" in args.measures
+        count = args.num_samples or self.default_count(cfg, train)
+        if args.classnames == "all" and not of_scenes:
+            count = 1 << 30  # all validation images
+        labels = args.label_fields
+        if not labels and not train and not of_scenes:
+            labels = (cfg.caption_field,)
+        sized = override_config(self.run_config, self.changes, count)
+        return open_labeled_images(sized, labels, count, train)
+
+    def default_count(self, cfg: Config, train: bool) -> int:
+        if train:
+            return 1000 if cfg.data == "scenes" else 2000
+        return 200 if "zeroshot" in self.args.measures else 12

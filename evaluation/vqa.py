@@ -1,17 +1,18 @@
-"""Visual question answering on a frozen encoder, the way of LLaVA (arXiv:2304.08485): what can a language model read from the features?
+"""Visual question answering on a frozen encoder, as in LLaVA (arXiv:2304.08485).
 
-The encoder's patch tokens go through a connector, a 2-layer MLP, in front of a question about the scene (evaluation/questions.py); a small causal
-language model then says the answer. Connector and model are trained from scratch on the answers' cross-entropy; the encoder never changes.
-Beside each figure stand those of raw pixels and of an encoder that has learned nothing, read in the same way, and the share that is had right
-without the picture.
+The patch tokens go through a connector, a 2-layer MLP, and stand before a question about the scene
+(questions.py). A small causal language model then generates the answer. Connector and model are
+trained from scratch on the cross-entropy of the answers. The encoder does not change.
 
-Letters: B pictures, N patch tokens, E their width, Q questions a picture, T words of question and answer, S = N + Q*T, D width, V words.
+The same is measured on raw pixels, on an encoder with random parameters, and without the image.
 
-    python -m evaluation.vqa ENCODER        the table, in minutes; ENCODER is a run's folder or an encoder's .npz
+Letters: B images, N patch tokens, E their width, Q questions per image, T tokens of question and
+answer, S = N + Q*T, D decoder width, V vocabulary size.
+
+    python evaluate.py ENCODER vqa [--steps 1500]        prints the table, in minutes
 """
-import argparse
 import functools
-import sys
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,163 +21,190 @@ import optax
 from tqdm import tqdm
 
 import decoder
-import layers
 import vit
-from evaluation.questions import KINDS, blind_accuracy, make_questions, question_scenes, summary
+from evaluation.questions import (
+    KINDS,
+    Question,
+    blind_accuracy,
+    make_questions,
+    question_scenes,
+    with_mean,
+)
 from inputs import images, scenes, tokenizer
-from interop.encoder import Encoder, load_encoder, random_encoder, raw_pixel_encoder
-from layers import layer_norm, linear
-from runtime import checkpoint
-from runtime.checkpoint import model_size
-from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.errors import CheckpointError
+from interop.encoder import Encoder, random_encoder, raw_pixel_encoder
+from layers import dense_specs, init_params, layer_norm, linear
 
-TRAIN, HELD = 8000, 1000    # pictures
-WEIGHT = {"word": 3}        # in training, of drawing a question of that kind: it has the most answers, and half of the pictures have none
+NUM_TRAIN, NUM_VAL = 8000, 1000  # images
+# How much more often training draws a question of a kind. "word" has the most answers, and half of
+# the images have none.
+DRAW_WEIGHT = {"word": 3}
 
 
 @functools.lru_cache(4)
-def pictures(seed: int, split: str, count: int, resolution: int) -> np.ndarray:
-    """(count,R,R,3) uint8: drawn once for all encoders of that resolution."""
-    return np.stack([images.decode_and_augment(scenes.render(scene), resolution) for scene in question_scenes(seed, split, count)])
+def question_images(seed: int, split: str, count: int, resolution: int) -> np.ndarray:
+    """(count,R,R,3) uint8, rendered once for all encoders of that resolution R."""
+    rendered = map(scenes.render, question_scenes(seed, split, count))
+    return np.stack([images.decode_and_augment(image, resolution) for image in rendered])
 
 
-def tokens(encoder: Encoder, images: np.ndarray, batch: int = 256) -> np.ndarray:
-    """(B,N,E) fp32 of images (B,R,R,3)."""
-    return np.concatenate([np.asarray(encoder.run(encoder.params, images[i:i + batch]).tokens, np.float32) for i in range(0, len(images), batch)])
+def encode_images(encoder: Encoder, pixels: np.ndarray, batch: int = 256) -> np.ndarray:
+    """Tokens (B,N,E) fp32 of pixels (B,R,R,3)."""
+    batches = []
+    for start in range(0, len(pixels), batch):
+        features = encoder.run(encoder.params, pixels[start:start + batch])
+        batches.append(np.asarray(features.tokens, np.float32))
+    return np.concatenate(batches)
 
 
+# ------------------------------------------------------------------------------ the reader
 def reader_specs(cfg: decoder.DecoderConfig, E: int) -> dict:
-    """The connector's first layer reads a token and its place in the grid; its second one is the language model's projection."""
-    return {"connector": layers.dense_specs(E + cfg.width, cfg.image_width), "model": decoder.param_specs(cfg)}
+    """The connector's first layer reads a token and its position embedding. Its second layer is the
+    language model's projection."""
+    return {"connector": dense_specs(E + cfg.width, cfg.image_width),
+            "model": decoder.param_specs(cfg)}
 
 
 def vqa_mask(N: int, Q: int, T: int) -> np.ndarray:
-    """(S,S) bool: each question sees the picture and its own words before it, and no other question. As nothing but this mask orders the
-    words, each is read as if it stood alone behind the picture."""
-    group = np.repeat(np.arange(Q + 1), [N] + [T] * Q)
-    return np.tri(len(group), dtype=bool) & ((group[:, None] == group) | (group == 0))
+    """(S,S) bool: a question attends to the image and to its own tokens before, not to another
+    question. Only this mask orders the tokens, so each question is read as if it were alone."""
+    group = np.repeat(np.arange(Q + 1), [N] + [T] * Q)  # 0 is the image
+    same_group = group[:, None] == group
+    return np.tri(len(group), dtype=bool) & (same_group | (group == 0))
 
 
-def read(params: dict, image: jax.Array, text: jax.Array, cfg: decoder.DecoderConfig) -> jax.Array:
-    """image (B,N,E), text (B,Q,T) int32 to the scores (B,Q,T,V) of the word that comes after each."""
+def reader_logits(params: dict, image: jax.Array, text: jax.Array,
+                  cfg: decoder.DecoderConfig) -> jax.Array:
+    """image (B,N,E) and text (B,Q,T) int32 to the logits (B,Q,T,V) of each next token."""
     (B, N, _), (_, Q, T) = image.shape, text.shape
-    place = jnp.broadcast_to(vit.sincos_position_embedding(round(N ** 0.5), cfg.width), (B, N, cfg.width))
-    hidden = jax.nn.gelu(linear(jnp.concatenate([image, place], axis=-1), params["connector"]))
-    x = decoder.embed_sequence(params["model"], hidden, text.reshape(B, Q * T), cfg)
-    x, _ = vit.transformer_stack(x, params["model"]["blocks"], cfg, mask=vqa_mask(N, Q, T), exact_gelu=False)
-    return linear(layer_norm(x[:, N:], params["model"]["norm"]), params["model"]["head"]).reshape(B, Q, T, -1)
+    positions = vit.sincos_position_embedding(round(N ** 0.5), cfg.width)
+    positions = jnp.broadcast_to(positions, (B, N, cfg.width))
+    hidden = linear(jnp.concatenate([image, positions], axis=-1), params["connector"])
+    model = params["model"]
+    x = decoder.embed_sequence(model, jax.nn.gelu(hidden), text.reshape(B, Q * T), cfg)
+    x, _ = vit.transformer_stack(x, model["blocks"], cfg, mask=vqa_mask(N, Q, T),
+                                 exact_gelu=False)
+    logits = linear(layer_norm(x[:, N:], model["norm"]), model["head"])
+    return logits.reshape(B, Q, T, -1)
 
 
-def loss(params: dict, image: jax.Array, text: jax.Array, answer: jax.Array, cfg: decoder.DecoderConfig) -> jax.Array:
-    """Mean cross-entropy of the answers' words and ends. answer (B,Q,T) bool: which of the words are answer."""
-    scores = read(params, image, text[..., :-1], cfg)
-    losses = optax.softmax_cross_entropy_with_integer_labels(scores, text[..., 1:])
-    return (losses * answer[..., 1:]).sum() / answer.sum()
+def answer_loss(params: dict, image: jax.Array, text: jax.Array, is_answer: jax.Array,
+                cfg: decoder.DecoderConfig) -> jax.Array:
+    """Mean cross-entropy of the answers' tokens and ends, where is_answer (B,Q,T) bool is True."""
+    logits = reader_logits(params, image, text[..., :-1], cfg)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, text[..., 1:])
+    return (losses * is_answer[..., 1:]).sum() / is_answer.sum()
 
 
-def is_correct(params: dict, image: jax.Array, text: jax.Array, answer: jax.Array, cfg: decoder.DecoderConfig) -> jax.Array:
-    """(B,Q) bool: is the greedy answer the true one, word for word? It is just where each of its words, and its end, is the likeliest after
-    the true ones before it: so nothing need be generated."""
-    said = read(params, image, text[..., :-1], cfg).argmax(-1)
-    return ((said == text[..., 1:]) | ~answer[..., 1:]).all(-1)
+def is_correct(params: dict, image: jax.Array, text: jax.Array, is_answer: jax.Array,
+               cfg: decoder.DecoderConfig) -> jax.Array:
+    """(B,Q) bool: whether the greedy answer is the true one. That is so if each of its tokens and
+    its end are the likeliest after the true ones before, so nothing needs to be generated."""
+    likeliest = reader_logits(params, image, text[..., :-1], cfg).argmax(-1)
+    return ((likeliest == text[..., 1:]) | ~is_answer[..., 1:]).all(-1)
 
 
-def encode(tok: tokenizer.WordPiece, asked: list, Q: int, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """text (B,Q,T) int32, which of it is answer (B,Q,T) bool, and kinds (B,Q) int (-1: no question), of B pictures' questions."""
-    text, answer = np.zeros((len(asked), Q, T), np.int32), np.zeros((len(asked), Q, T), bool)
-    kinds = np.full((len(asked), Q), -1)
-    for b, several in enumerate(asked):
-        for q, (kind, question, reply) in enumerate(several):
-            before, after = tok.encode_pieces(question), [*tok.encode_pieces(reply), decoder.EOS]
-            text[b, q, :len(before) + len(after)] = before + after
-            answer[b, q, len(before):len(before) + len(after)] = True
+# -------------------------------------------------------------------- training and testing
+def encode_questions(tok: tokenizer.WordPiece, questions: list[list[Question]],
+                     T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """text (B,Q,T) int32, is_answer (B,Q,T) bool and kinds (B,Q) int, -1 where an image has fewer
+    than Q questions."""
+    Q = max(map(len, questions))
+    text = np.zeros((len(questions), Q, T), np.int32)
+    is_answer = np.zeros(text.shape, bool)
+    kinds = np.full((len(questions), Q), -1)
+    for b, of_image in enumerate(questions):
+        for q, (kind, question, answer) in enumerate(of_image):
+            before = tok.encode_pieces(question)
+            tokens = [*before, *tok.encode_pieces(answer), decoder.EOS]
+            text[b, q, :len(tokens)] = tokens
+            is_answer[b, q, len(before):len(tokens)] = True
             kinds[b, q] = KINDS.index(kind)
-    return text, answer, kinds
+    return text, is_answer, kinds
 
 
-def train_reader(seen: tuple[np.ndarray, np.ndarray], asked: tuple[list, list], seed: int = 0, steps: int = 1500, batch: int = 32, several: int = 4,
-          lr: float = 2e-3, size: str = "micro", name: str = "") -> dict[str, float]:
-    """Trains connector and model on training tokens (B,N,E) and their questions, and returns the share of held-out questions answered right,
-    by kind, and their mean as "all". A step is `several` questions each about `batch` pictures. All follows from the seed."""
-    train, held = asked
-    tok = tokenizer.train_vocab((f"{q} {a}" for several_ in train for _, q, a in several_), 1000)
-    T = 1 + max(len(tok.encode_pieces(f"{q} {a}")) for part in asked for several_ in part for _, q, a in several_)
-    text, answer, kinds = encode(tok, train, max(map(len, train)), T)
-    mean, deviation = seen[0].mean((0, 1)), seen[0].std((0, 1)) + 1e-6
-    image, unseen = ((x - mean) / deviation for x in seen)
-    E = image.shape[-1]
+def join_texts(questions: list[list[Question]]) -> list[str]:
+    return [f"{question} {answer}" for _, question, answer in itertools.chain(*questions)]
+
+
+def train_reader(tokens: tuple[np.ndarray, np.ndarray],
+                 questions: tuple[list[list[Question]], list[list[Question]]], seed: int = 0,
+                 steps: int = 1500, batch: int = 32, per_image: int = 4, lr: float = 2e-3,
+                 size: str = "micro", name: str = "") -> dict[str, float]:
+    """Trains a reader, and returns the share of right validation answers by kind and their mean as
+    "all". tokens and questions: (training, validation), the tokens (B,N,E). A step draws
+    `per_image` questions about each of `batch` images. Everything follows from the seed."""
+    tok = tokenizer.train_vocab(join_texts(questions[0]), 1000)
+    texts = join_texts(questions[0]) + join_texts(questions[1])
+    T = 1 + max(len(tok.encode_pieces(text)) for text in texts)
+    text, is_answer, kinds = encode_questions(tok, questions[0], T)
+    mean, deviation = tokens[0].mean((0, 1)), tokens[0].std((0, 1)) + 1e-6
+    image, val_image = (tokens[0] - mean) / deviation, (tokens[1] - mean) / deviation
     cfg = decoder.decoder_config(size, len(tok), 4 * decoder.DECODER_SIZES[size][1])
-    params = layers.init_params(jax.random.key(seed), reader_specs(cfg, E))
-    rate = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, steps // 5), steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.05))
+    params = init_params(jax.random.key(seed), reader_specs(cfg, image.shape[-1]))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, steps // 5), steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0),
+                            optax.adamw(schedule, b2=0.95, weight_decay=0.05))
+    opt_state = optimizer.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, image, words, wanted):
-        value, grads = jax.value_and_grad(loss)(params, image, words, wanted, cfg)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
+    def train_step(params, opt_state, image, text, is_answer):
+        loss, grads = jax.value_and_grad(answer_loss)(params, image, text, is_answer, cfg)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
 
-    weight = np.array([WEIGHT.get(kind, 1) for kind in KINDS] + [0])          # the last one is of no question: u**0 comes last
-    state, rng = optimizer.init(params), np.random.default_rng((seed, 2))
-    order = np.concatenate([rng.permutation(len(train)) for _ in range(-(-steps * batch // len(train)))])
-    bar = tqdm(range(steps), desc=name or "reader", unit=" steps", mininterval=0.5, dynamic_ncols=True)
-    for at in bar:
-        rows = order[at * batch:(at + 1) * batch]
-        drawn = (rng.random(kinds[rows].shape) ** weight[kinds[rows]]).argsort(1)[:, :several]     # (batch, several) questions of each
-        params, state, value = step(params, state, image[rows], *(np.take_along_axis(a[rows], drawn[..., None], 1) for a in (text, answer)))
-        if at % 50 == 49:
-            bar.set_postfix(loss=f"{float(value):.3f}")
+    weights = np.array([*[DRAW_WEIGHT.get(kind, 1) for kind in KINDS], 0])  # the last is of kind -1
+    rng = np.random.default_rng((seed, 2))
+    num_train = len(questions[0])
+    epochs = [rng.permutation(num_train) for _ in range(-(-steps * batch // num_train))]
+    order = np.concatenate(epochs)
+    bar = tqdm(range(steps), desc=name or "reader", unit=" steps", mininterval=0.5,
+               dynamic_ncols=True)
+    for step in bar:
+        rows = order[step * batch:(step + 1) * batch]
+        # u ** 0 = 1 ranks last: an absent question is drawn only if there are too few others
+        ranks = rng.random(kinds[rows].shape) ** weights[kinds[rows]]
+        drawn = ranks.argsort(1)[:, :per_image, None]
+        params, opt_state, loss = train_step(params, opt_state, image[rows],
+                                             np.take_along_axis(text[rows], drawn, 1),
+                                             np.take_along_axis(is_answer[rows], drawn, 1))
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+    return grade_answers(params, val_image, encode_questions(tok, questions[1], T), cfg)
 
-    text, answer, kinds = encode(tok, held, max(map(len, held)), T)
-    grade = jax.jit(lambda params, *part: is_correct(params, *part, cfg))
-    good = np.concatenate([np.asarray(grade(params, *(a[i:i + 100] for a in (unseen, text, answer)))) for i in range(0, len(held), 100)])
-    return summary({kind: float(good[kinds == k].mean()) for k, kind in enumerate(KINDS) if (kinds == k).any()})
+
+def grade_answers(params: dict, image: np.ndarray, encoded: tuple[np.ndarray, ...],
+                  cfg: decoder.DecoderConfig) -> dict[str, float]:
+    """The share of right answers by kind, and their mean as "all"."""
+    text, is_answer, kinds = encoded
+    grade = jax.jit(functools.partial(is_correct, cfg=cfg))
+    batches = []
+    for start in range(0, len(image), 100):
+        rows = slice(start, start + 100)
+        batches.append(np.asarray(grade(params, image[rows], text[rows], is_answer[rows])))
+    right = np.concatenate(batches)
+    accuracies = {}
+    for k, kind in enumerate(KINDS):
+        if (kinds == k).any():
+            accuracies[kind] = float(right[kinds == k].mean())
+    return with_mean(accuracies)
 
 
 def measure(encoder: Encoder, seed: int = 0, steps: int = 1500, name: str = "") -> dict[str, float]:
-    """What can be read from an encoder: the share of answers right by kind, and their mean "all", about held-out pictures. The encoder runs
-    once on each picture."""
-    parts = ("train", TRAIN), ("val", HELD)
-    seen = tuple(tokens(encoder, pictures(seed, *part, encoder.resolution)) for part in parts)
-    return train_reader(seen, tuple(make_questions(seed, *part) for part in parts), seed, steps, name=name)
+    """The share of questions about validation images that a reader of the encoder's tokens answers
+    right, by kind, and their mean as "all"."""
+    parts = ("train", NUM_TRAIN), ("val", NUM_VAL)
+    tokens, questions = [], []
+    for split, count in parts:
+        pixels = question_images(seed, split, count, encoder.resolution)
+        tokens.append(encode_images(encoder, pixels))
+        questions.append(make_questions(seed, split, count))
+    return train_reader(tuple(tokens), tuple(questions), seed, steps, name=name)
 
 
-def table(encoder: Encoder, seed: int = 0, steps: int = 1500, baselines: bool = True) -> dict[str, dict[str, float]]:
-    """`measure` by what is read: the encoder, and what it must beat."""
-    found = {"encoder": measure(encoder, seed, steps, name="encoder")}
-    if baselines:
-        found["random encoder"] = measure(random_encoder(encoder, seed), seed, steps, name="random encoder")
-        found["raw pixels"] = measure(raw_pixel_encoder(encoder), seed, steps, name="raw pixels")
-    return found | {"without the picture": blind_accuracy(make_questions(seed, "train", TRAIN), make_questions(seed, "val", HELD))}
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="evaluation/vqa.py", allow_abbrev=False, description="What a small language model can read from a frozen encoder: the "
-                                     "share of questions about held-out scenes that it answers right (python -m evaluation.questions asks some of each kind), "
-                                     "beside what the encoder must beat, and what is had right without the picture.")
-    parser.add_argument("encoder", help="a run's folder, a checkpoint, or an encoder's .npz")
-    parser.add_argument("--seed", type=int, default=0, help="of questions, pictures, first weights and order (default: 0)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps; fewer are faster and read less (default: 1500)")
-    parser.add_argument("--no-baselines", action="store_true", help="the encoder alone, without raw pixels and a random encoder beside it")
-    parser.add_argument("--json", default="", help="also write the figures to this file (null: no such question was asked)")
-    given = parser.parse_args(argv)
-    if given.steps < 1 or given.seed < 0:
-        parser.error("--steps must be 1 or more, --seed 0 or more")
-    tune_cpu(model_size(given.encoder))
-    try:
-        found = table(load_encoder(given.encoder), given.seed, given.steps, not given.no_baselines)
-        if given.json:
-            checkpoint.atomic_write(given.json, lambda f: f.write(checkpoint.to_json(found, indent=1).encode()))
-    except (CheckpointError, ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
-    print("| answers right (%) | " + " | ".join(found["encoder"]) + " |\n|---|" + "---|" * len(found["encoder"]))
-    for name, shares in found.items():
-        print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares.values()) + " |")
-    return 0
-
-
-if __name__ == "__main__":
-    enable_compilation_cache()
-    sys.exit(main(sys.argv[1:]))
+def measure_all(encoder: Encoder, seed: int = 0, steps: int = 1500) -> dict[str, dict[str, float]]:
+    """`measure` of the encoder, of a random one, and of raw pixels; and the blind accuracy."""
+    encoders = {"encoder": encoder, "random encoder": random_encoder(encoder, seed),
+                "raw pixels": raw_pixel_encoder(encoder)}
+    rows = {name: measure(each, seed, steps, name) for name, each in encoders.items()}
+    train, val = make_questions(seed, "train", NUM_TRAIN), make_questions(seed, "val", NUM_VAL)
+    return rows | {"without the image": blind_accuracy(train, val)}

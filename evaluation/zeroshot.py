@@ -1,12 +1,15 @@
-"""Zero-shot classification by caption likelihood, as CapPa does: which class's sentence does the decoder find likeliest?
+"""Zero-shot classification by caption likelihood, as CapPa does it. No classifier is trained.
 
-No classifier is trained: the score of a class is log p(sentence | picture), summed over the sentence's words and its end. Common
-sentences are likely whatever the picture; "prior subtracted" takes off log p(sentence), p being the mean over the measured
-pictures. The decoder was trained on a random share of the patches and is given all of them here: of 200 scenes the toy ranks the own
-caption first among 200 for 99.5% either way, and finds it likelier so (-1.43 nats against -1.72 with one draw of kept patches).
-With `draws`, the log-probabilities of so many draws are averaged.
+The score of a class is log p(sentence | image): the sum over the sentence's tokens and its end.
+Common sentences are likely for every image. "prior subtracted" subtracts log p(sentence), where p
+is the mean over the measured images.
 
-Letters: P pictures, N patches, K kept patches, S sentences, T text positions, D width, H heads, L layers.
+In training the decoder reads a random share of the patches; here it reads all of them. The toy
+ranks an image's own caption first among 200 for 99.5% of the images either way, and gives it -1.43
+nats with all patches, -1.72 with one draw. With `draws`, log-probabilities are averaged over draws.
+
+Letters: P images, N patches, K kept patches, S sentences, T text positions, E encoder width,
+H heads, Dh head width, L layers.
 """
 import functools
 from typing import Any
@@ -24,84 +27,130 @@ from masking import keep_random_tokens
 from runtime.errors import DataError
 from vit import transformer_block, transformer_stack
 
-PIECE = 256  # sentences that are scored at once: their logits are what takes memory
+CHUNK = 256  # sentences that are scored at once: their logits take memory
 
 
-def classes(pictures: LabeledImages, rows: np.ndarray, names: str | None, template: str) -> tuple[list[str], np.ndarray]:
-    """(sentences (S,), which of them is true of each of the pictures `rows`, or -1). names: a file with one a line, "all" for every label of
-    `pictures`, None for the labels of `rows`. The classes of scenes are their captions in one wording: only what is there tells
-    them apart. DataError if there are fewer than two."""
-    if isinstance(pictures.source, sources.SceneSource):
-        told = [scene_captions.caption(pictures.source.scene(i) | {"wording": 0}) for i in pictures.indices]
+def make_classes(labeled: LabeledImages, rows: np.ndarray, classnames: str | None,
+                 template: str) -> tuple[list[str], np.ndarray]:
+    """(sentences (S,), the index of each image's own sentence or -1), for the images `rows`.
+
+    classnames: a file with one class per line, "all" for every label of `labeled`, None for the
+    labels of `rows`. The classes of scenes are their captions in one wording, so that only the
+    content differs. Case does not count. DataError if there are fewer than two classes."""
+    if isinstance(labeled.source, sources.SceneSource):
+        records = [labeled.source.scene(i) | {"wording": 0} for i in labeled.indices]
+        labels = [scene_captions.caption(record) for record in records]
     else:
-        told = next(iter(pictures.labels.values()))[:, 0].tolist()
-    kinds = told if names else [told[i] for i in rows]
-    if names and names != "all":
-        try:
-            with open(names, encoding="utf-8-sig") as f:  # an editor may begin it with a mark
-                kinds = [line.strip() for line in f if line.strip()]
-        except UnicodeDecodeError:
-            raise DataError(f"{names} is not UTF-8 text: give a file with one class a line") from None
-    spelt: dict[str, str] = {}
-    for kind in kinds:
-        spelt.setdefault(kind.lower(), kind)              # "Cat" and "cat" are one class, spelt as it first is
-    if len(spelt) < 2:
-        raise DataError(f"there is nothing to tell apart: {len(spelt)} class in {names or 'the held-out pictures'}")
-    number = {kind: n for n, kind in enumerate(spelt)}
-    truth = np.array([number.get(told[i].lower(), -1) for i in rows])
+        labels = next(iter(labeled.labels.values()))[:, 0].tolist()
+    if classnames == "all":
+        names = labels
+    elif classnames:
+        names = read_classnames(classnames)
+    else:
+        names = [labels[i] for i in rows]
+    spelling: dict[str, str] = {}  # the first spelling of a class stays
+    for name in names:
+        spelling.setdefault(name.lower(), name)
+    if len(spelling) < 2:
+        raise DataError(f"there is nothing to tell apart: {len(spelling)} class in "
+                        f"{classnames or 'the validation images'}")
+    index = {name: n for n, name in enumerate(spelling)}
+    truth = np.array([index.get(labels[i].lower(), -1) for i in rows])
     if (truth < 0).all():
-        raise DataError(f"{names} has none of the labels of the held-out pictures, such as {told[0]!r}: name their field with --label-fields")
-    return [template.replace("{}", kind) for kind in spelt.values()], truth
+        raise DataError(f"{classnames} has none of the labels of the validation images, such as "
+                        f"{labels[0]!r}: name their field with --label-fields")
+    return [template.replace("{}", name) for name in spelling.values()], truth
+
+
+def read_classnames(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # some editors write a byte order mark
+            return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text: give a file with one class per line") from None
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def score(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: decoder.DecoderConfig) -> jax.Array:
-    """log p(sentence | picture), (P,S) fp32, for image_tokens (P,K,E) and text (S,T): minus decoder.caption_loss of each pair. The decoder
-    reads a picture's tokens once; their keys and values serve all sentences."""
+def score(params: dict, image_tokens: jax.Array, text: jax.Array,
+          cfg: decoder.DecoderConfig) -> jax.Array:
+    """log p(sentence | image), (P,S) fp32, for image_tokens (P,K,E) and text (S,T): minus
+    decoder.caption_loss of each pair. The decoder reads an image once, and all sentences use its
+    keys and values."""
     K, (S, T) = image_tokens.shape[1], text.shape
-    words, targets = decoder.embed_tokens(params, text[:, :-1], cfg), text[:, 1:]
-    see = decoder.attention_mask(K, K + T - 1, cfg.prefix_attention)
+    token_embeddings, targets = decoder.embed_tokens(params, text[:, :-1], cfg), text[:, 1:]
+    mask = decoder.attention_mask(K, K + T - 1, cfg.prefix_attention)
     prefix = linear(image_tokens.astype(cfg.dtype), params["project"])
-    _, cache = transformer_stack(prefix, params["blocks"], cfg, wanted=("keys", "values"), mask=see[:K, :K], exact_gelu=False)     # (L,P,K,H,Dh)
+    _, cache = transformer_stack(prefix, params["blocks"], cfg, wanted=("keys", "values"),
+                                 mask=mask[:K, :K], exact_gelu=False)              # (L,P,K,H,Dh)
 
-    def one(keys_and_values: tuple) -> jax.Array:                                                # (L,K,H,Dh) each
-        def body(x, layer):
-            w, *known = layer
-            room = [jnp.broadcast_to(jnp.pad(a, ((0, T - 1), (0, 0), (0, 0))), (S, K + T - 1, *a.shape[1:])) for a in known]
-            return transformer_block(x, w, cfg.num_heads, mask=see[K:], exact_gelu=False, cache=(*room, K))[0], None
-        x, _ = jax.lax.scan(body, words, (params["blocks"], *keys_and_values))
-        scores = jax.nn.log_softmax(linear(layer_norm(x, params["norm"]), params["head"]).astype(jnp.float32))
-        said = jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]
-        return jnp.where(targets != decoder.PAD, said, 0).sum(-1)
-    return jax.lax.map(one, tuple(a.swapaxes(0, 1) for a in (cache["keys"], cache["values"])))
+    def with_room(a: jax.Array) -> jax.Array:
+        """One layer's keys or values (K,H,Dh), for each sentence, with room for its tokens."""
+        padded = jnp.pad(a, ((0, T - 1), (0, 0), (0, 0)))
+        return jnp.broadcast_to(padded, (S, *padded.shape))
+
+    def score_image(keys_and_values: tuple) -> jax.Array:                          # (L,K,H,Dh) each
+        def layer(x: jax.Array, inputs: tuple) -> tuple:
+            w, keys, values = inputs
+            x, _ = transformer_block(x, w, cfg.num_heads, mask=mask[K:], exact_gelu=False,
+                                     cache=(with_room(keys), with_room(values), K))
+            return x, None
+        x, _ = jax.lax.scan(layer, token_embeddings, (params["blocks"], *keys_and_values))
+        logits = linear(layer_norm(x, params["norm"]), params["head"]).astype(jnp.float32)
+        log_probs = jax.nn.log_softmax(logits)                                     # (S,T-1,V)
+        of_targets = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+        return jnp.where(targets != decoder.PAD, of_targets, 0).sum(-1)
+    by_image = cache["keys"].swapaxes(0, 1), cache["values"].swapaxes(0, 1)
+    return jax.lax.map(score_image, by_image)
 
 
-def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], draws: int = 0, seed: int = 0) -> np.ndarray:
-    """log p(sentence | picture) (P,S) for the encoder's tokens (P,N,E), from all patches, or averaged over draws of kept ones."""
-    text, which = np.unique([captioner.tokenizer.encode(s, captioner.settings.max_text_len) for s in sentences], axis=0, return_inverse=True)
-    lengths = (text != decoder.PAD).sum(1)
-    order = lengths.argsort(kind="stable")                                       # short ones together, as what is filled up is computed too
-    filled = text[np.concatenate([order, order[-1:].repeat(-len(text) % min(PIECE, 1 << (len(text) - 1).bit_length()))])]
-    total = np.zeros((len(tokens), len(filled)))
+def score_all(captioner: Captioner, tokens: jax.Array, text: np.ndarray) -> np.ndarray:
+    """`score`, CHUNK sentences at a time. A chunk is cut to its longest sentence, in steps of four
+    positions, so that few shapes are compiled."""
+    chunks = []
+    for start in range(0, len(text), CHUNK):
+        chunk = text[start:start + CHUNK]
+        longest = int((chunk != decoder.PAD).sum(1).max())
+        chunk = chunk[:, :4 * -(-longest // 4)]
+        chunks.append(score(captioner.params["decoder"], tokens, chunk, captioner.decoder))
+    return np.concatenate(chunks, 1)
+
+
+def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], draws: int = 0,
+               seed: int = 0) -> np.ndarray:
+    """log p(sentence | image) (P,S) for the encoder's tokens (P,N,E), from all patches, or averaged
+    over `draws` of kept patches. Sentences of the same tokens get the same bits."""
+    cfg = captioner.settings
+    encoded = [captioner.tokenizer.encode(text, cfg.max_text_len) for text in sentences]
+    text, row_of_sentence = np.unique(encoded, axis=0, return_inverse=True)
+    order = (text != decoder.PAD).sum(1).argsort(kind="stable")  # similar lengths share a chunk
+    multiple = min(CHUNK, 1 << (len(text) - 1).bit_length())
+    padding = order[-1:].repeat(-len(text) % multiple)
+    ordered = text[np.concatenate([order, padding])]
+    total = np.zeros((len(tokens), len(ordered)))
     for draw in range(max(draws, 1)):
         kept = tokens
         if draws:
-            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(jax.random.key(seed), draw)))(np.arange(len(tokens)))
-            kept, _ = keep_random_tokens(keys, jnp.asarray(tokens), captioner.settings.keep_ratio, captioner.settings.shuffle_kept)
-        pieces = [score(captioner.params["decoder"], kept, piece[:, :-(-int((piece != decoder.PAD).sum(1).max()) // 4) * 4], captioner.decoder)
-                  for piece in (filled[n:n + PIECE] for n in range(0, len(filled), PIECE))]      # few lengths are compiled
-        total += np.concatenate(pieces, 1) / max(draws, 1)
-    found = np.empty((len(tokens), len(text)))
-    found[:, order] = total[:, :len(text)]
-    return found[:, which.ravel()]                                               # to the bit the same for the same words
+            key = jax.random.fold_in(jax.random.key(seed), draw)
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(tokens)))
+            kept, _ = keep_random_tokens(keys, jnp.asarray(tokens), cfg.keep_ratio,
+                                         cfg.shuffle_kept)
+        total += score_all(captioner, kept, ordered) / max(draws, 1)
+    scores = np.empty((len(tokens), len(text)))
+    scores[:, order] = total[:, :len(text)]
+    return scores[:, row_of_sentence.ravel()]
 
 
-def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str], truth: np.ndarray, draws: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Shares of pictures whose own sentence, truth (P,), comes first and among the first five: tokens (P,N,E) as the captioner's encoder gives them."""
+def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str], truth: np.ndarray,
+            draws: int = 0, seed: int = 0) -> dict[str, Any]:
+    """The shares of images whose own sentence, truth (P,), ranks first and among the first five.
+    tokens (P,N,E) are those of the captioner's encoder."""
     scores = likelihood(captioner, tokens, sentences, draws, seed)
-    prior = jax.nn.logsumexp(scores, axis=0) - np.log(len(scores))
-    found: dict[str, Any] = {"pictures": len(scores), "names": len(sentences), "chance": 1 / len(sentences)}
-    for name, points in (("likelihood", scores), ("prior subtracted", scores - np.asarray(prior))):
-        place = (points >= np.take_along_axis(points, truth[:, None], 1)).sum(1) - 1  # what is cut, or unknown, to the same words is not told apart
-        found |= {name: float((place == 0).mean()), f"{name}, first five": float((place < 5).mean())}
-    return found
+    prior = np.asarray(jax.nn.logsumexp(scores, axis=0) - np.log(len(scores)))
+    figures: dict[str, Any] = {"images": len(scores), "names": len(sentences),
+                               "chance": 1 / len(sentences)}
+    for name, points in (("likelihood", scores), ("prior subtracted", scores - prior)):
+        own = np.take_along_axis(points, truth[:, None], 1)
+        rank = (points >= own).sum(1) - 1  # a sentence of the same tokens counts as ranked above
+        figures[name] = float((rank == 0).mean())
+        figures[f"{name}, first five"] = float((rank < 5).mean())
+    return figures

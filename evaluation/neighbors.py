@@ -1,0 +1,65 @@
+"""Nearest neighbors: the most similar training images by cosine vote on the class.
+
+Letters: n training images, m validation images, D width, T tasks, k neighbors.
+"""
+import numpy as np
+
+from evaluation.tasks import Tasks, import_module
+
+NUM_NEIGHBORS = (1, 3, 5, 10, 20)  # k to choose from
+TEMPERATURE = 0.07                 # a vote counts exp(cosine / TEMPERATURE)
+
+
+def nearest_neighbors(train: np.ndarray, test: np.ndarray, tasks: Tasks,
+                      seed: int = 0) -> np.ndarray:
+    """Predictions (m,T) from features (n,D) and (m,D). A task's k is the best for 500 training
+    images among the others, and 1 for a one-shot task."""
+    train, test = l2_normalize(train), l2_normalize(test)
+    count = min(500, len(train))
+    drawn = np.random.default_rng((seed, 7)).choice(len(train), count, replace=False)
+    predictions = np.zeros(tasks.test.shape, np.int32)
+    for t, num_classes in enumerate(tasks.num_classes):
+        classes = tasks.train[:, t]
+        labeled = np.flatnonzero(classes >= 0)
+        queries = drawn[classes[drawn] >= 0]
+        k = 1
+        if not tasks.one_shot[t] and len(queries):
+            cosines, rows = search(train[labeled], train[queries])
+            cosines, rows = cosines[:, 1:], rows[:, 1:]  # the first is the image itself
+            neighbor_classes = classes[labeled][rows]
+            accuracies = []
+            for candidate in NUM_NEIGHBORS:
+                voted = vote(cosines, neighbor_classes, num_classes, candidate)
+                accuracies.append((voted == classes[queries]).mean())
+            k = NUM_NEIGHBORS[int(np.argmax(accuracies))]
+        cosines, rows = search(train[labeled], test)
+        predictions[:, t] = vote(cosines, classes[labeled][rows], num_classes, k)
+    return predictions
+
+
+def search(train: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cosines, rows of train) of the neighbors of unit vectors, nearest first: (q,K) each, where K
+    is one more than the largest k, or as many as there are."""
+    module = import_module("sklearn.neighbors")
+    count = min(max(NUM_NEIGHBORS) + 1, len(train))
+    index = module.NearestNeighbors(n_neighbors=count, algorithm="brute").fit(train)
+    distances, rows = index.kneighbors(queries)
+    return 1 - np.square(distances) / 2, rows
+
+
+def vote(cosines: np.ndarray, classes: np.ndarray, num_classes: int, k: int) -> np.ndarray:
+    """The class (q,) with the most votes of the first k neighbors. cosines and classes (q,K)."""
+    votes = np.zeros((len(cosines), num_classes))
+    weights = np.exp(cosines[:, :k] / TEMPERATURE)
+    np.add.at(votes, (np.arange(len(votes))[:, None], classes[:, :k]), weights)
+    return votes.argmax(1)
+
+
+def l2_normalize(x: np.ndarray) -> np.ndarray:
+    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-9)
+
+
+def nearest_image(train: np.ndarray, test: np.ndarray, tasks: Tasks) -> np.ndarray:
+    """The classes (m,T) of the one nearest training image by Euclidean distance."""
+    distances = np.square(train).sum(1) - 2 * test @ train.T
+    return tasks.train[distances.argmin(1)]
