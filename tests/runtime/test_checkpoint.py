@@ -1,4 +1,5 @@
-"""Checkpoints: what goes in comes out bit for bit, damage is told and never loaded, and a crash leaves the former ones."""
+"""Checkpoints: arrays return bit for bit, damage is reported and never loaded, and a crash leaves
+the older ones."""
 import io
 import json
 import os
@@ -16,8 +17,10 @@ import pytest
 from runtime import checkpoint
 from runtime.errors import CheckpointError
 
-TREE = {"encoder": {"kernel": np.arange(4000, dtype=np.float32).reshape(40, 100), "bias": np.zeros((0, 3), np.float32)},
-        "moments": [jnp.linspace(-3, 3, 700, dtype=jnp.bfloat16), np.int32(7)], "nan": np.array([np.nan, -0.0, np.inf], ml_dtypes.bfloat16)}
+TREE = {"encoder": {"kernel": np.arange(4000, dtype=np.float32).reshape(40, 100),
+                    "bias": np.zeros((0, 3), np.float32)},
+        "moments": [jnp.linspace(-3, 3, 700, dtype=jnp.bfloat16), np.int32(7)],
+        "nan": np.array([np.nan, -0.0, np.inf], ml_dtypes.bfloat16)}
 META = {"step": 5, "note": "käse", "list": [1, None, 2.5]}
 
 
@@ -33,33 +36,37 @@ def bits(x):
     return x.dtype, x.shape, x.tobytes()
 
 
-def test_every_leaf_comes_back_bit_for_bit(saved):
+def test_every_leaf_returns_bit_for_bit(saved):
     arrays, meta = checkpoint.load(saved)
-    back = checkpoint.restore(arrays, TREE)
-    assert jax.tree.structure(back) == jax.tree.structure(TREE)
-    assert all(bits(a) == bits(b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(TREE)))
+    restored = checkpoint.restore(arrays, TREE)
+    assert jax.tree.structure(restored) == jax.tree.structure(TREE)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE)):
+        assert bits(a) == bits(b)
     assert arrays["moments/0"].dtype == ml_dtypes.bfloat16 and meta == META
 
 
-def test_numpy_alone_reads_it(saved):
+def test_numpy_alone_reads_a_checkpoint(saved):
     with np.load(saved, allow_pickle=False) as f:
         assert np.array_equal(f["encoder/kernel"], TREE["encoder"]["kernel"])
         meta = json.loads(f["meta"].tobytes())
         halves = f["moments/0"]
-    assert meta["bits"] == {"moments/0": "bfloat16", "nan": "bfloat16"} and halves.dtype == np.uint16
+    assert meta["bits"] == {"moments/0": "bfloat16", "nan": "bfloat16"}
+    assert halves.dtype == np.uint16
     widened = (halves.astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(widened, np.asarray(TREE["moments"][0], np.float32))
 
 
-def test_a_part_of_it_can_be_restored_into_shapes(saved):
+def test_a_part_is_restored_into_shapes(saved):
     arrays, _ = checkpoint.load(saved)
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, TREE["encoder"]))
-    assert np.array_equal(checkpoint.restore(arrays, shapes, prefix="encoder")["kernel"], TREE["encoder"]["kernel"])
+    restored = checkpoint.restore(arrays, shapes, prefix="encoder")
+    assert np.array_equal(restored["kernel"], TREE["encoder"]["kernel"])
 
 
 def test_a_misfit_names_the_array_and_both_shapes(saved):
     arrays, _ = checkpoint.load(saved)
-    with pytest.raises(CheckpointError, match=r"runs/x does not fit this model: kernel is \(40, 100\), not \(40, 101\)"):
+    message = r"runs/x does not fit this model: kernel is \(40, 100\), not \(40, 101\)"
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.restore(arrays, {"kernel": np.zeros((40, 101))}, "runs/x", prefix="encoder")
     with pytest.raises(CheckpointError, match="scale is missing"):
         checkpoint.restore(arrays, {"scale": np.zeros(3)}, prefix="encoder")
@@ -67,29 +74,36 @@ def test_a_misfit_names_the_array_and_both_shapes(saved):
         checkpoint.restore(arrays, {f"x{i}": np.zeros(1) for i in range(9)})
 
 
-def test_a_flipped_byte_is_told_or_harmless_anywhere(saved):
-    """Wherever one byte changes, the file is refused, or gives an array less by name, or the very same numbers."""
+def load_with_byte(path: str, raw: bytes, i: int, value: int) -> dict | None:
+    """The arrays of a file with one changed byte, None if it is refused."""
+    Path(path).write_bytes(raw[:i] + bytes([value]) + raw[i + 1:])
+    try:
+        return checkpoint.load(path)[0]
+    except CheckpointError as problem:
+        assert str(problem).startswith(path + " is damaged")
+        return None
+
+
+def test_a_changed_byte_is_refused_or_harmless_anywhere(saved):
+    """Wherever one byte changes, the file is refused, or lacks an array, or has equal arrays."""
     good, _ = checkpoint.load(saved)
-    raw, draw, refused = Path(saved).read_bytes(), random.Random(0), 0
-    heads = [i for name in ("encoder/kernel", "moments/0") for i in range(raw.index(name.encode()) - 30, raw.index(name.encode()) + 140)]
-    for at in [*draw.sample(range(len(raw)), 400), *heads, *range(len(raw) - 400, len(raw))]:
-        for value in (raw[at] ^ 1 << draw.randrange(8), draw.randrange(256), ord("2")):
-            damaged = bytearray(raw)
-            damaged[at] = value
-            with open(saved, "wb") as f:
-                f.write(damaged)
-            try:
-                found, _ = checkpoint.load(saved)
-            except CheckpointError as problem:
-                assert str(problem).startswith(saved + " is damaged")
+    raw, rng, refused = Path(saved).read_bytes(), random.Random(0), 0
+    offsets = [*rng.sample(range(len(raw)), 400), *range(len(raw) - 400, len(raw))]
+    for name in (b"encoder/kernel", b"moments/0"):
+        offsets += range(raw.index(name) - 30, raw.index(name) + 140)
+    for i in offsets:
+        for value in (raw[i] ^ 1 << rng.randrange(8), rng.randrange(256), ord("2")):
+            arrays = load_with_byte(saved, raw, i, value)
+            if arrays is None:
                 refused += 1
                 continue
-            assert all(bits(found[name]) == bits(good[name]) for name in found if name in good), at
+            for name in arrays.keys() & good.keys():
+                assert bits(arrays[name]) == bits(good[name]), i
     assert refused > 1000
 
 
 @pytest.mark.parametrize("keep", [0, 1, 10, 0.3, 0.9, -1, -20, -60])
-def test_a_cut_off_file_is_refused(saved, keep):
+def test_a_truncated_file_is_refused(saved, keep):
     raw = Path(saved).read_bytes()
     with open(saved, "wb") as f:
         f.write(raw[:int(keep * len(raw)) if isinstance(keep, float) else keep])
@@ -104,10 +118,10 @@ class Bomb:
 
 def test_pickles_are_refused_and_not_run(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    held = io.BytesIO()
-    np.save(held, np.array([Bomb()], object), allow_pickle=True)
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([Bomb()], object), allow_pickle=True)
     with zipfile.ZipFile(saved, "a") as f:
-        f.writestr("params/evil.npy", held.getvalue())
+        f.writestr("params/evil.npy", pickled.getvalue())
     (tmp_path / "bare.npz").write_bytes(pickle.dumps(Bomb()))
     for path in (saved, str(tmp_path / "bare.npz")):
         with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
@@ -117,17 +131,19 @@ def test_pickles_are_refused_and_not_run(saved, tmp_path, monkeypatch):
 
 def member(shape: tuple, dtype: str, content: bytes) -> bytes:
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue() + content
 
 
-@pytest.mark.parametrize("content,how", [
-    (member((1 << 40,), "<f4", b"few"), zipfile.ZIP_STORED),                         # claims four terabytes
-    (member((1 << 28,), "|u1", bytes(1 << 28)), zipfile.ZIP_DEFLATED),               # a bomb: 256 MB in 256 KB
+@pytest.mark.parametrize("content, compression", [
+    (member((1 << 40,), "<f4", b"few"), zipfile.ZIP_STORED),              # claims 4 terabytes
+    (member((1 << 28,), "|u1", bytes(1 << 28)), zipfile.ZIP_DEFLATED),    # 256 MB in 256 kB
     (member((3,), "|O", b"cos\nsystem\n"), zipfile.ZIP_STORED)])
-def test_a_file_that_claims_more_than_it_holds_is_refused_by_its_heads(saved, monkeypatch, content, how):
+def test_a_file_that_claims_more_than_it_holds_is_refused_by_its_header(
+        saved, monkeypatch, content, compression):
     with zipfile.ZipFile(saved, "a") as f:
-        f.writestr("huge.npy", content, compress_type=how)
+        f.writestr("huge.npy", content, compress_type=compression)
     monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("an array was read"))
     with pytest.raises(CheckpointError, match=r"huge\.npy is not what its header says"):
         checkpoint.load(saved)
@@ -135,12 +151,14 @@ def test_a_file_that_claims_more_than_it_holds_is_refused_by_its_heads(saved, mo
 
 def test_a_misfit_is_refused_before_its_arrays_are_read(tmp_path, monkeypatch):
     checkpoint.save_step(str(tmp_path), 1, TREE, META)
-    def fits(path, shapes, meta):
+
+    def check(path, shapes, meta):
         assert meta["note"] == "käse" and shapes["moments/0"].dtype == ml_dtypes.bfloat16
         checkpoint.check_shapes(shapes, {"encoder": {"kernel": np.zeros((41, 100))}}, path)
     monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("its arrays were read"))
-    with pytest.raises(CheckpointError, match=r"encoder/kernel is \(40, 100\), not \(41, 100\)"):
-        checkpoint.latest(str(tmp_path), fits)
+    message = r"encoder/kernel is \(40, 100\), not \(41, 100\)"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.latest(str(tmp_path), check)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
@@ -156,17 +174,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
-def test_a_failing_save_leaves_the_former_file_and_nothing_else(saved, tmp_path, monkeypatch, fails):
-    def full(*args, **how):
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, tmp_path, monkeypatch, fails):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
     before = Path(saved).read_bytes()
-    monkeypatch.setattr(*{"write": (np, "savez"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails], full)
+    if fails == "write":
+        monkeypatch.setattr(np, "savez", full)
+    else:
+        monkeypatch.setattr(os, fails, full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(saved, {"a": np.zeros(3)}, {})
     assert Path(saved).read_bytes() == before and os.listdir(tmp_path) == ["one.npz"]
 
 
-def test_an_interrupt_in_a_save_leaves_the_former_file(saved, tmp_path):
+def test_an_interrupt_during_a_save_leaves_the_old_file(saved, tmp_path):
     def half(f):
         f.write(b"half")
         raise KeyboardInterrupt
@@ -176,28 +197,30 @@ def test_an_interrupt_in_a_save_leaves_the_former_file(saved, tmp_path):
     assert Path(saved).read_bytes() == before and os.listdir(tmp_path) == ["one.npz"]
 
 
-def test_the_last_two_are_kept_and_the_newest_is_found(tmp_path):
+def test_the_last_two_are_kept_and_the_newest_is_loaded(tmp_path):
     folder = str(tmp_path)
     (tmp_path / "step-notes.npz").write_text("not one of ours")
     for step in (5, 90, 100, 1000):
         checkpoint.save_step(folder, step, {"a": np.full(3, step)}, {})
     assert [step for step, _ in checkpoint.steps(folder)] == [100, 1000]
     path, arrays, meta = checkpoint.latest(folder)
-    assert os.path.basename(path) == "step-00001000.npz" and arrays["a"][0] == meta["step"] == 1000
+    assert os.path.basename(path) == "step-00001000.npz"
+    assert arrays["a"][0] == meta["step"] == 1000
     assert (tmp_path / "step-notes.npz").exists()
 
 
-def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path, capsys):
+def test_if_the_newest_is_damaged_the_previous_one_is_loaded_with_a_warning(tmp_path, capsys):
     folder = str(tmp_path)
-    paths = [checkpoint.save_step(folder, step, {"a": np.full(300, step)}, {}) for step in (1, 2)]
+    paths = [checkpoint.save_step(folder, n, {"a": np.full(300, n)}, {}) for n in (1, 2)]
     os.truncate(paths[1], os.path.getsize(paths[1]) // 2)
     assert checkpoint.latest(folder)[2]["step"] == 1
-    said = capsys.readouterr().out
-    assert said.startswith("warning: ") and paths[1] in said and said.count("\n") == 1
+    out = capsys.readouterr().out
+    assert out.startswith("warning: ") and paths[1] in out and out.count("\n") == 1
     os.truncate(paths[0], 0)
     with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: delete"):
         checkpoint.latest(folder)
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.latest(str(tmp_path)) is None and checkpoint.latest(str(tmp_path / "absent")) is None
+    assert checkpoint.latest(str(tmp_path)) is None
+    assert checkpoint.latest(str(tmp_path / "absent")) is None
