@@ -21,7 +21,7 @@ from runtime import checkpoint, plots
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SAVED = os.path.join(ROOT, "tests", "artefacts")
-NAMES = {  # of figures that are compared: in the saved files, and today's
+NAMES = {  # of the metrics that are compared: in the saved files, and in new ones
     **{name: name for name in (
         "loss", "grad_norm", "lr", "val_loss", "images_seen", "parameters", "bad_samples",
         "exact_match", "word_accuracy", "shape_accuracy", "size_accuracy", "place_accuracy",
@@ -42,10 +42,10 @@ def nano(monkeypatch):
 
 
 def compare(old: dict, new: dict) -> None:
-    """Every figure of the old row is in the new one."""
-    figures = {name: value for name, value in old.items() if name in NAMES}
-    assert figures
-    for name, value in figures.items():
+    """Every metric of the old row is in the new one."""
+    metrics = {name: value for name, value in old.items() if name in NAMES}
+    assert metrics
+    for name, value in metrics.items():
         assert new[NAMES[name]] == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
@@ -56,19 +56,19 @@ def image(resolution: int) -> np.ndarray:
 def read_safetensors(path: str) -> dict[str, np.ndarray]:
     """The arrays of a file: 8 bytes of length, a JSON header, and the numbers."""
     with open(path, "rb") as f:
-        whole = f.read()
-    start = 8 + int.from_bytes(whole[:8], "little")
+        content = f.read()
+    start = 8 + int.from_bytes(content[:8], "little")
     arrays = {}
-    for name, about in json.loads(whole[8:start]).items():
+    for name, entry in json.loads(content[8:start]).items():
         if name != "__metadata__":
-            assert about["dtype"] == "F32"
-            first, last = about["data_offsets"]
-            numbers = np.frombuffer(whole[start + first:start + last], np.float32)
-            arrays[name] = numbers.reshape(about["shape"])
+            assert entry["dtype"] == "F32"
+            first, last = entry["data_offsets"]
+            numbers = np.frombuffer(content[start + first:start + last], np.float32)
+            arrays[name] = numbers.reshape(entry["shape"])
     return arrays
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(cache, expected, tmp_path):
+def test_a_stopped_run_continues_to_the_same_end(cache, expected, tmp_path):
     folder = str(tmp_path / "run")
     shutil.copytree(os.path.join(SAVED, "stopped"), folder)
     command = [sys.executable, os.path.join(SAVED, "nano.py"), "resume", folder]
@@ -81,15 +81,15 @@ def test_a_stopped_run_goes_on_to_the_same_end(cache, expected, tmp_path):
         compare(old, new)
     with open(os.path.join(folder, "summary.json"), encoding="utf-8") as f:
         compare(expected["summary"], json.load(f))
-    ours = checkpoint.read_encoder(os.path.join(folder, "encoder.npz"))[0]
-    theirs = checkpoint.read_encoder(os.path.join(SAVED, "finished", "encoder.npz"))[0]
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    new = checkpoint.read_encoder(os.path.join(folder, "encoder.npz"))[0]
+    old = checkpoint.read_encoder(os.path.join(SAVED, "finished", "encoder.npz"))[0]
+    for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["stopped", "clip"])
 def test_a_saved_run_is_evaluated_without_a_flag(expected, nano, tmp_path, name):
-    out = str(tmp_path / "found.json")
+    out = str(tmp_path / "metrics.json")
     assert evaluate.main([os.path.join(SAVED, name), "--json", out]) == 0
     with open(out, encoding="utf-8") as f:
         compare(expected["evaluated"][name], json.load(f)["caption"])
@@ -99,16 +99,16 @@ def test_a_saved_run_is_evaluated_without_a_flag(expected, nano, tmp_path, name)
 def test_a_saved_encoder_gives_the_same_features(expected, nano, name, resolution):
     encoder = load_encoder(os.path.join(SAVED, name))
     assert encoder.resolution == resolution
-    found = encoder(image(resolution)).pooled[0]
-    np.testing.assert_allclose(found, expected["pooled"][name], rtol=1e-5, atol=1e-5)
+    pooled = encoder(image(resolution)).pooled[0]
+    np.testing.assert_allclose(pooled, expected["pooled"][name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, resolution, cls", [("vit", 24, True), ("siglip", 8, False)])
-def test_an_exported_folder_gives_the_same_features(expected, nano, name, resolution, cls):
+@pytest.mark.parametrize("name, resolution, cls_token", [("vit", 24, True), ("siglip", 8, False)])
+def test_an_exported_folder_gives_the_same_features(expected, nano, name, resolution, cls_token):
     arrays = read_safetensors(os.path.join(SAVED, name, "model.safetensors"))
-    params, cfg, found, _ = layouts.detect(arrays)
-    assert (found, cfg.cls_token) == (resolution, cls)
-    pooled = Encoder(params, cfg, found)(image(found)).pooled[0]
+    params, cfg, trained_resolution, _ = layouts.detect(arrays)
+    assert (trained_resolution, cfg.cls_token) == (resolution, cls_token)
+    pooled = Encoder(params, cfg, resolution)(image(resolution)).pooled[0]
     np.testing.assert_allclose(pooled, expected["pooled"][name], rtol=1e-5, atol=1e-5)
 
 

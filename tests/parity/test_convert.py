@@ -98,7 +98,7 @@ def test_every_family_member_has_the_shapes_of_the_library(to, cls, size):
     patch, resolution = (8, 32) if size == "micro" else (14, 84)
     cfg = vit.vit_config(f"{size}/{patch}", cls_token=cls)
     hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=layers.is_spec)
-    kind, _, files = transfer.library_files(to, cfg, resolution)
+    kind, _, files = transfer.LIBRARY_FILES[to](cfg, resolution)
     ours = {name: x.shape for name, x in to_library(hollow, cfg, resolution // patch, LAYOUTS[kind]).items()}
     with torch.device("meta"):
         if to == "transformers":
