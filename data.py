@@ -33,7 +33,6 @@ from runtime.errors import BadSample, ConfigError, DataError, run_command
 SAMPLES_PER_TASK = 8  # of a thread: a small image is decoded faster than a thread wakes up
 
 
-# ------------------------------------------------------------------------------------- order
 class LaneShuffle:
     """The order of the samples in each epoch, from (seed, epoch) alone.
 
@@ -87,19 +86,15 @@ class LaneShuffle:
 
 def order_name(source: Source) -> str:
     """The order of a source's samples in training. A continued run needs the same."""
-    if source.run_length:
-        return f"in runs of {source.run_length} samples"
-    return "shuffled whole"
+    return f"in runs of {source.run_length} samples" if source.run_length else "shuffled whole"
 
 
 def former_order_name(source: Source) -> str:
     """The order of a checkpoint that does not name it: it is from when windows were shuffled."""
-    if source.starts is None or len(source.starts) <= 17:
-        return "shuffled whole"
-    return "shuffled in windows of 16 tars"
+    few = source.starts is None or len(source.starts) <= 17
+    return "shuffled whole" if few else "shuffled in windows of 16 tars"
 
 
-# ------------------------------------------------------------------------------------ batches
 class Loader:
     """Batches of a source. Position p of the run is sample p mod n of epoch p // n: in that epoch's
     order with augmentation (training), in the source's order without (validation)."""
@@ -113,13 +108,10 @@ class Loader:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.is_random = augment not in (None, Augment(min_crop_area=1.0))
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
-        self.order = None
+        self.order: Callable[[int], int] = lambda position: position % len(source)
         if augment is not None and source.starts is not None:
             run_of = source.run_of if source.run_length else None
             self.order = LaneShuffle(source.starts, seed, run_of)
-
-    def source_index(self, position: int) -> int:
-        return self.order(position) if self.order else position % len(self.source)
 
     def choose_caption(self, position: int, i: int) -> Callable[[int], int]:
         """Which of n captions of sample i to use: in training a draw per epoch, else the first."""
@@ -131,15 +123,14 @@ class Loader:
     def load(self, position: int, i: int, resolution: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Image (R,R,3) uint8 and texts, each (T,) int32, of sample i, or BadSample."""
         choose = self.choose_caption(position, i)
-        captions, image = self.source.sample(i, self.fields.values(), choose, bool(self.order))
+        captions, image = self.source.sample(i, self.fields.values(), choose, bool(self.augment))
         texts = [self.tokenizer.encode(caption, self.max_text_len) for caption in captions]
         if any(text[1] == EOS for text in texts):  # nothing but control characters
             raise BadSample("caption holds no word")
         rng = np.random.default_rng((self.seed, 2, position)) if self.is_random else None
         return decode_and_augment(image, resolution, self.augment, rng), texts
 
-    def load_or_replace(self, position: int, first: int,
-                        resolution: int) -> tuple[np.ndarray, list[np.ndarray], int]:
+    def load_or_replace(self, position: int, first: int, resolution: int) -> tuple:
         """`load` of sample `first`, or of the first usable one after it; and which one that is."""
         for step in range(len(self.source)):
             i = (first + step) % len(self.source)
@@ -158,7 +149,7 @@ class Loader:
 
         A bad sample is in "bad" where its own turn comes in the first epoch: so every host and
         every continued run counts the same."""
-        jobs = [(position, self.source_index(position)) for position in positions]
+        jobs = [(position, self.order(position)) for position in positions]
         tasks = [jobs[n:n + SAMPLES_PER_TASK] for n in range(0, len(jobs), SAMPLES_PER_TASK)]
 
         def run_task(task: list[tuple[int, int]]) -> list[tuple]:
@@ -195,7 +186,6 @@ class Loader:
             thread.shutdown(cancel_futures=True)
 
 
-# --------------------------------------------------------------------------------- from flags
 def open_data(cfg: Any) -> tuple[Source, Source]:
     """(training source, validation source) of a run's Config."""
     if not cfg.data:

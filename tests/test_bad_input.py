@@ -1,5 +1,5 @@
-"""Bad input: one sentence that names the flag or file, an exit status other than 0, and never a stack trace."""
-import json
+"""Bad input gets one sentence that names the flag or file, an exit status other than 0, and never a
+stack trace."""
 import os
 import re
 import signal
@@ -11,34 +11,37 @@ import pytest
 
 import train
 from runtime import checkpoint
+from runtime.errors import run_command
 from tests.helpers.samples import members, photo, put, spill
 
 TINY = "resolution=16 steps=1 batch=8 lr=1e-3"
 
 
-def refused(argv, capsys):
-    """What a command line that is refused says last, checked to be a sentence of ours and not a stack trace."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+def refusal(argv, capsys):
+    """The last line that a refused command prints, checked to be one sentence of this project."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = train.main(argv)
+        status = run_command(train.main, argv)
     except SystemExit as end:
-        code = end.code
+        status = end.code
     out, err = capsys.readouterr()
-    assert code in (1, 2), (code, out, err)
+    assert status in (1, 2), (status, out, err)
     lines = [line for line in err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and "Traceback" not in out + err, err
-    assert lines[0].startswith("error: ") if code == 1 else re.match(r"usage: ", err), err
-    assert before == {s: signal.getsignal(s) for s in before}
+    assert lines == err.splitlines()[-1:], err
+    assert "Traceback" not in out + err, err
+    assert lines[0].startswith("error: ") if status == 1 else err.startswith("usage: "), err
+    assert handlers == {s: signal.getsignal(s) for s in handlers}
     return lines[0]
 
 
 @pytest.fixture
-def say(tmp_path, capsys, monkeypatch):
+def refuse(tmp_path, capsys, monkeypatch):
+    """The refusal of a command line, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return lambda *argv: refused(list(argv), capsys)
+    return lambda *argv: refusal(list(argv), capsys)
 
 
-@pytest.mark.parametrize("argv, says", [
+@pytest.mark.parametrize("argv, message", [
     ("--color red", "unrecognized arguments: --color"),
     ("--see 1", "unrecognized arguments"),
     ("pictures", "the recipe pictures is now images"),
@@ -72,14 +75,14 @@ def say(tmp_path, capsys, monkeypatch):
     ("--num-devices 9999", "9999 devices"),
     ("--vocab-size 20", "--vocab-size"),
 ])
-def test_a_bad_flag_is_named(say, argv, says):
-    for dry in ([], ["--dry-run"]):
-        if not (dry and re.search("devices|vocab-size", argv)):  # a dry run knows neither devices nor captions
-            assert re.search(says, say(*argv.split(), *dry)), argv
+def test_a_bad_flag_is_named(refuse, argv, message):
+    assert re.search(message, refuse(*argv.split())), argv
+    if not re.search("devices|vocab-size", argv):  # a dry run knows no devices and no captions
+        assert re.search(message, refuse(*argv.split(), "--dry-run")), argv
     assert not os.path.exists("runs/toy/metrics.jsonl")
 
 
-@pytest.mark.parametrize("stages, says", [
+@pytest.mark.parametrize("stages, message", [
     ("", "lacks resolution, batch, lr"),
     ("  ", "lacks resolution, batch, lr"),
     ("resolution=32", "lacks batch, lr"),
@@ -103,26 +106,32 @@ def test_a_bad_flag_is_named(say, argv, says):
     (TINY.replace("steps=1", "steps=0"), "'steps=0' must be above 0$"),
     (TINY + " images=0", "'images=0' must be above 0$"),
     (TINY + " warmup=1", "warm-up .* is as long as the stage"),
-    (TINY.replace("=16", "=5"), "resolution 5 of stage 1 is below the patch size 8 of micro/8: take 8"),
+    (TINY.replace("=16", "=3"),
+     "resolution 3 of stage 1 is below the patch size 4 of micro/4: take 4"),
 ])
-def test_a_bad_curriculum_is_told_by_its_words(say, stages, says):
+def test_a_bad_curriculum_is_refused_by_its_words(refuse, stages, message):
     for dry in ([], ["--dry-run"]):
-        line = say("--stages", stages, *dry)
-        assert line.startswith("error: --stages: ") and re.search(says, line)
+        line = refuse("--stages", stages, *dry)
+        assert line.startswith("error: --stages: ")
+        assert re.search(message, line)
 
 
-def test_a_batch_that_cannot_be_cut_is_told(say):
-    assert re.search("batch 8 of stage 1 cannot be shared by 1 devices x 3 pieces .*multiple of 3", say("--stages", TINY, "--grad-accum", "3"))
+def test_a_batch_that_cannot_be_divided_is_refused(refuse):
+    line = refuse("--stages", TINY, "--grad-accum", "3")
+    assert re.search("batch 8 of stage 1 cannot be shared by 1 devices x 3 pieces", line)
+    assert "multiple of 3" in line
 
 
-@pytest.mark.parametrize("argv, says", [
+@pytest.mark.parametrize("argv, message", [
     ("l14", "--data is missing"),
     ("--data absent", "absent is no data: .*nothing of that name exists"),
     ("--data none/*.tar", r"no file matches none/\*.tar"),
     ("--data bare.tar", r"no captioned image in bare.tar: 2 without a .txt"),
-    ("--data good.tar --caption-field absent", r"no field 'absent' \(it has re_caption, n\); name one with --caption-field"),
-    ("--data good.tar --val absent.tar", "absent.tar cannot be read as an uncompressed tar: No such file"),
-    ("--data one", "one holds 1 sample: give at least three, or held-out pictures with --val"),
+    ("--data good.tar --caption-field absent",
+     r"no field 'absent' \(it has re_caption, n\); name one with --caption-field"),
+    ("--data good.tar --val absent.tar",
+     "absent.tar cannot be read as an uncompressed tar: No such file"),
+    ("--data one", "one holds 1 sample: give at least three, or validation images with --val"),
     ("--data note.txt", "note.txt is no data"),
     ("--data note.tar", "note.tar cannot be read as an uncompressed tar"),
     ("--vocab absent.txt", "--vocab: .*absent.txt"),
@@ -130,66 +139,83 @@ def test_a_batch_that_cannot_be_cut_is_told(say):
     ("--vocab note.txt", "--vocab: note.txt is no WordPiece vocab.txt: its first line must be"),
     ("--vocab one", "--vocab: one is a folder"),
     ("--vocab twice.txt", "--vocab: twice.txt lists 'a' more than once"),
-    ("--vocab long.txt --vocab-size 100", "--vocab-size 100 is less than the 304 pieces of long.txt"),
+    ("--vocab long.txt --vocab-size 100",
+     "--vocab-size 100 is less than the 304 pieces of long.txt"),
     ("--workdir note.txt", "note.txt"),
     ("--workdir note.txt/run", "note.txt"),
     ("--workdir /proc/run", "/proc/run"),
 ])
-def test_a_bad_file_is_named(say, tmp_path, argv, says):
+def test_a_bad_file_is_named(refuse, tmp_path, argv, message):
     put("good.tar", members(4))
-    put("bare.tar", [(n, c) for n, c in members(2) if n.endswith("jpg")])
+    put("bare.tar", [(name, content) for name, content in members(2) if name.endswith("jpg")])
     spill("one", members(1))
     for name in ("note.txt", "note.tar"):
         (tmp_path / name).write_text("a note, and no data " * 100)
-    (tmp_path / "twice.txt").write_text("[PAD]\n[BOS]\n[EOS]\n[UNK]\na\na\n")
-    (tmp_path / "long.txt").write_text("\n".join(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *(f"w{i}" for i in range(300))]))
+    special = "[PAD]\n[BOS]\n[EOS]\n[UNK]\n"
+    (tmp_path / "twice.txt").write_text(special + "a\na\n")
+    (tmp_path / "long.txt").write_text(special + "\n".join(f"w{i}" for i in range(300)))
     recipe = [] if argv == "l14" else ["--stages", TINY]
-    line = say(*argv.split(), *recipe)
-    assert re.search(says, line) and len(line) < 400
+    line = refuse(*argv.split(), *recipe)
+    assert re.search(message, line)
+    assert len(line) < 400
 
 
-def test_a_run_with_other_settings_or_broken_checkpoints_is_not_touched(say, tmp_path):
+def test_a_run_with_other_settings_or_broken_checkpoints_is_not_changed(refuse, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "step-00000001.npz").write_bytes(b"PK damaged")
-    assert re.search("every checkpoint in run is damaged: delete them", say("--stages", TINY, "--workdir", "run"))
-    checkpoint.save(str(folder / "step-00000001.npz"), {}, {"step": 1, "config": {"seed": 3}, "data": {"training data": "scenes"}})
-    assert re.search("run holds a run with other settings: --seed is 0, was 3", say("--stages", TINY, "--workdir", "run"))
-    assert sorted(os.listdir(folder)) == ["step-00000001.npz"]
+    path = folder / "step-00000001.npz"
+    path.write_bytes(b"PK damaged")
+    line = refuse("--stages", TINY, "--workdir", "run")
+    assert "every checkpoint in run is damaged: delete them" in line
+    meta = {"step": 1, "config": {"seed": 3}, "data": {"training data": "scenes"}}
+    checkpoint.save(str(path), {}, meta)
+    line = refuse("--stages", TINY, "--workdir", "run")
+    assert "run holds a run with other settings: --seed is 0, was 3" in line
+    assert os.listdir(folder) == [path.name]
 
 
-@pytest.mark.parametrize("tars", [16, 17])
-def test_a_run_whose_samples_came_in_another_order_is_not_continued(say, tmp_path, tars):
-    """A checkpoint that does not name its order is from when more than 16 tars were shuffled in windows."""
-    for n in range(tars):
+@pytest.mark.parametrize("num_tars", [16, 17])
+def test_a_run_with_another_order_of_samples_is_not_continued(refuse, tmp_path, num_tars):
+    """A checkpoint without the name of its order is from when more than 16 tars were shuffled in
+    windows."""
+    for n in range(num_tars):
         put(tmp_path / f"{n:02}.tar", members(2, start=2 * n))
     (tmp_path / "run").mkdir()
     meta = {"step": 1, "config": {}, "data": {"held-out data": "other"}}
     checkpoint.save(str(tmp_path / "run" / "step-00000001.npz"), {}, meta)
-    line = say("images", "--stages", TINY, "--data", "*.tar", "--out", "run")
-    assert re.search("run holds a run with other settings: .*the validation data is .*, was other", line)
+    line = refuse("images", "--stages", TINY, "--data", "*.tar", "--workdir", "run")
+    assert re.search("run holds a run with other settings: .*the validation data is .*, "
+                     "was other", line)
     moved = "the order of the training data is shuffled whole, was shuffled in windows of 16 tars"
-    assert (moved in line) == (tars > 16)
+    assert (moved in line) == (num_tars > 16)
 
 
-def test_from_a_shell_too(tmp_path):
-    """Whole processes: no usage of jax, tqdm or threads adds a trace, or hangs, on the way out."""
-    broken = {f"{i}.{s}": c for i in range(4) for s, c in (("png", b"no picture"), ("txt", b"a cat"), ("json", json.dumps({"c": "cat"}).encode()))}
-    spill(tmp_path / "broken", broken.items())
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    """Neither jax, tqdm nor threads add a stack trace, or hang, at the end of the process."""
+    files = []
+    for i in range(4):
+        files += [(f"{i}.png", b"no image"), (f"{i}.txt", b"a cat")]
+    spill(tmp_path / "broken", files)
     photo().save(tmp_path / "photo.png")
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    commands = [
-        (["--stages", TINY.replace("batch=8", "batch=12")], eight, 1, "batch 12 of stage 1 cannot be shared by 8 devices"),
-        (["--stages", TINY, "--data", "broken", "--caption-field", "txt"], {}, 1, "not one usable sample in the data"),
-        (["--data", "photo.png"], {}, 1, "photo.png is no data"),
-        (["--flavour", "sweet"], {}, 2, "unrecognized arguments: --flavour"),
+    twelve = TINY.replace("batch=8", "batch=12")
+    eight_devices = "--xla_force_host_platform_device_count=8"
+    commands = [  # arguments, XLA_FLAGS, status, message
+        (["--stages", twelve], eight_devices, 1, "batch 12 of stage 1 cannot be shared by 8"),
+        (["--stages", TINY, "--data", "broken"], "", 1, "not one usable sample in the data"),
+        (["--data", "photo.png"], "", 1, "photo.png is no data"),
+        (["--flavor", "sweet"], "", 2, "unrecognized arguments: --flavor"),
     ]
 
-    def run(argv, extra):
+    def run(command):
+        argv, xla_flags, _, _ = command
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         script = os.path.abspath(train.__file__)
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | extra
-        return subprocess.run([sys.executable, script, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, script, *argv], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=120)
+
     with ThreadPoolExecutor(2) as pool:
-        for (_, _, code, says), done in zip(commands, pool.map(lambda c: run(*c[:2]), commands)):
-            assert done.returncode == code and says in done.stderr.splitlines()[-1], done.stderr
-            assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr + done.stdout
+        for (_, _, status, message), done in zip(commands, pool.map(run, commands)):
+            assert done.returncode == status, done.stderr
+            assert message in done.stderr.splitlines()[-1], done.stderr
+            assert done.stderr.count("error:") == 1
+            assert "Traceback" not in done.stderr + done.stdout
