@@ -1,5 +1,6 @@
 """Bad input gets one sentence that names the flag or file, an exit status other than 0, and never a
 stack trace."""
+import dataclasses
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import train
+from config import RECIPES
 from runtime import checkpoint
 from runtime.errors import run_command
 from tests.helpers.samples import members, photo, put, spill
@@ -167,7 +169,8 @@ def test_a_run_with_other_settings_or_broken_checkpoints_is_not_changed(refuse, 
     path.write_bytes(b"PK damaged")
     line = refuse("--stages", TINY, "--workdir", "run")
     assert "every checkpoint in run is damaged: delete them" in line
-    meta = {"step": 1, "config": {"seed": 3}, "data": {"training data": "scenes"}}
+    settings = dataclasses.asdict(RECIPES["toy"]) | {"stages": TINY, "seed": 3}
+    meta = {"step": 1, "config": settings, "data": {"training data": "scenes"}}
     checkpoint.save(str(path), {}, meta)
     line = refuse("--stages", TINY, "--workdir", "run")
     assert "run holds a run with other settings: --seed is 0, was 3" in line
