@@ -118,8 +118,6 @@ def read_header(path: str) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, A
             meta = json.loads(np.load(io.BytesIO(f.read("meta.npy")), allow_pickle=False).tobytes())
         for name, dtype in meta.pop("bits").items():
             shapes[name] = jax.ShapeDtypeStruct(shapes[name].shape, getattr(ml_dtypes, dtype))
-        if "data" in meta:
-            meta["data"] = with_new_names(meta["data"])
         return shapes, with_new_names(meta)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
@@ -135,8 +133,7 @@ def read_shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> jax.ShapeDt
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(f)
         size = f.tell() + math.prod(shape) * dtype.itemsize
-    stored = member.compress_type == zipfile.ZIP_STORED
-    if dtype.hasobject or not stored or size != member.file_size:
+    if dtype.hasobject or member.compress_type != zipfile.ZIP_STORED or size != member.file_size:
         raise ValueError(f"{member.filename} is not what its header says")
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -225,7 +222,7 @@ def load_last(path: str) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     return checkpoint
 
 
-# ------------------------------------------------------------------------------ an encoder
+# ---------------------------------------------------------------------- encoders and sizes
 def read_encoder(path: str) -> tuple[dict, vit.ViTConfig, dict[str, Any]]:
     """(parameters, config, meta) of an encoder's .npz, of a checkpoint, or of a run's folder (its
     encoder.npz, or else its last checkpoint). meta has "resolution" (pixels) and, where they are
@@ -249,19 +246,20 @@ def encoder_config(meta: dict[str, Any]) -> tuple[vit.ViTConfig, int]:
     """(config, resolution) that meta has. Checkpoints of earlier versions have neither: there both
     follow from the run's settings."""
     if "encoder" in meta:
-        return vit.ViTConfig(**with_new_names(meta["encoder"])), int(meta["resolution"])
-    settings = with_new_names(meta["config"])
+        return vit.ViTConfig(**meta["encoder"]), int(meta["resolution"])
+    settings = meta["config"]
     options = ("cls_token", "learned_pos_grid", "dtype", "remat", "scan_unroll")
     changes = {name: settings[name] for name in options if name in settings}
     reached = [s for s in parse_stages(settings["stages"]) if meta["step"] <= s.end]
     return vit.vit_config(settings["encoder"], **changes), reached[0].resolution
 
 
-def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+def with_new_names(meta: Any) -> Any:
+    if not isinstance(meta, dict):
+        return meta
+    return {OLD_NAMES.get(name, name): with_new_names(value) for name, value in meta.items()}
 
 
-# --------------------------------------------------------------------------------- its size
 def model_size(path: str) -> int:
     """Parameters of the model in a run's folder, a checkpoint, an encoder's .npz or an export. Only
     headers are read, and JAX is not started, so that cpu_tuning.tune_cpu can be called after it."""

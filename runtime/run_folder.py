@@ -268,20 +268,18 @@ class Run:
                              self.cfg.keep_every)
 
     # ---- other files
-    def write_text(self, name: str, text: str) -> None:
-        checkpoint.atomic_write(self.path(name), lambda file: file.write(text.encode()))
-
     def write_folder(self) -> None:
         """The files that a start writes. Of a continued run, lines that are newer than its
         checkpoint go: they are written again."""
         rows = plots.read_metrics(self.path("metrics.jsonl")) if self.step else []
         kept_rows = [checkpoint.to_json(row) + "\n" for row in rows if self.is_final(row)]
-        self.write_text("metrics.jsonl", "".join(kept_rows))
+        checkpoint.write_text(self.path("metrics.jsonl"), "".join(kept_rows))
         lines = self.read_bad_samples()
         if lines:
             kept_lines = [line for line in lines if int(line.split("\t")[0]) <= self.step]
-            self.write_text("bad-samples.txt", "".join(kept_lines))
-        self.write_text("config.json", checkpoint.to_json(dataclasses.asdict(self.cfg), indent=1))
+            checkpoint.write_text(self.path("bad-samples.txt"), "".join(kept_lines))
+        settings = checkpoint.to_json(dataclasses.asdict(self.cfg), indent=1)
+        checkpoint.write_text(self.path("config.json"), settings)
         self.tokenizer.save(self.path(self.tokenizer.filename))
 
     def is_final(self, row: dict[str, Any]) -> bool:

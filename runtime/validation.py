@@ -99,8 +99,9 @@ class ValidationSet:
         self.loader, self.model, self.parallel, self.check = loader, model, parallel, check
         self.count, self.max_text_len = min(cfg.val_samples, len(loader.source)), cfg.max_text_len
         self.can_caption = registry.can_caption(model.objective)
-        # Few images make one smaller batch, that all devices can share.
-        self.batch_size = min(batch_size, round_up(self.count, parallel.num_devices))
+        # A small set is one smaller batch that all devices share.
+        smallest = math.ceil(self.count / parallel.num_devices) * parallel.num_devices
+        self.batch_size = min(batch_size, smallest)
         self.rows = parallel.local_rows(self.batch_size)
         self.batches = list(validation_batches(loader, self.count, resolution, self.batch_size,
                                                self.rows))
@@ -173,10 +174,6 @@ class ValidationSet:
             remaining -= num_images
 
 
-def round_up(n: int, multiple: int) -> int:
-    return math.ceil(n / multiple) * multiple
-
-
 def caption_metrics(validation_set: ValidationSet, params: Any) -> dict[str, float]:
     """For `scenes`: the share of right captions, words, objects and attributes among greedy
     captions."""
@@ -247,7 +244,7 @@ class Evaluator:
             "parameters": sum(x.size for x in jax.tree.leaves(params_on_host)),
             "num_val_images": self.validation_set.count, "bad_samples": run.state["bad_samples"]}
         text = checkpoint.to_json(metrics | caption_scores, indent=1)
-        run.write_text("summary.json", text)
+        checkpoint.write_text(run.path("summary.json"), text)
         print(text)
         print(f"validation loss {metrics['val_loss']:.3f}; without the image "
               f"{metrics['val_loss_blind']:.3f}")
