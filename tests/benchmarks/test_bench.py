@@ -80,7 +80,7 @@ def test_flops_with_a_flag_are_those_of_the_toy(capsys):
 
 
 @pytest.mark.parametrize(("argv", "encoder", "text_len"), [
-    ("step", "micro/4", 28), ("step --encoder Ti/16", None, 128), ("flops pictures", "micro/8", 48),
+    ("step", "micro/4", 28), ("step --encoder Ti/16", None, 128), ("flops images", "micro/8", 48),
     ("clipa", "L/14", 128), ("memory g14", "g/14", 128)])
 def test_help_shows_the_defaults_of_the_chosen_settings(argv, encoder, text_len, capsys):
     with pytest.raises(SystemExit):
