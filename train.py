@@ -26,9 +26,14 @@ from config import Config, parse_args, validate
 from inputs import images
 from masking import keep_random_tokens
 from objectives import registry
-from objectives.registry import ModelSpec, init_params, param_counts, run_summary
+from objectives.registry import (
+    ModelSpec,
+    init_params,
+    initial_params,
+    param_counts,
+    run_summary,
+)
 from runtime import distributed
-from runtime.checkpoint import read_encoder
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
 from runtime.curriculum import Stage, learning_rate, lr_schedule, parse_stages
 from runtime.devices import DataParallel, all_gather, global_norm, local_shard, reduce_scatter
@@ -112,10 +117,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         loss, num_tokens = jax.lax.psum(sums, "devices")
         num_tokens = jnp.maximum(num_tokens, 1)
-        if zero1:
-            grads = jax.tree.map(reduce_scatter, grads)
-        else:
-            grads = jax.lax.psum(grads, "devices")
+        grads = jax.tree.map(reduce_scatter, grads) if zero1 else jax.lax.psum(grads, "devices")
         grads = jax.tree.map(lambda g: g / num_tokens, grads)
         grad_norm = global_norm(grads, params) if zero1 else optax.tree.norm(grads)
         if grad_clip:
@@ -137,25 +139,6 @@ def make_optimizer(cfg: Config, stage: Stage) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
     return optax.adamw(lr_schedule(stage), b1=0.9, b2=cfg.adam_b2, mu_dtype=cfg.mu_dtype,
                        weight_decay=cfg.weight_decay, mask=is_matrix)
-
-
-def initial_params(cfg: Config, model: ModelSpec) -> dict:
-    """What a new run starts from: initialized parameters, or --init-encoder's encoder with an
-    initialized decoder. ConfigError where that encoder does not fit."""
-    params = init_params(cfg, model)
-    if not cfg.init_encoder:
-        return params
-    params["encoder"], imported, _ = read_encoder(cfg.init_encoder)
-    differences = []
-    for name in ("depth", "width", "num_heads", "mlp_dim", "patch_size", "cls_token",
-                 "learned_pos_grid"):
-        theirs, ours = getattr(imported, name), getattr(model.encoder, name)
-        if theirs != ours:
-            differences.append(f"{name} {theirs}, not {ours}")
-    if differences:
-        raise ConfigError(f"--init-encoder {cfg.init_encoder} has {'; '.join(differences)}: change "
-                          "--encoder, --cls-token or --learned-pos-grid to suit it")
-    return params
 
 
 # ------------------------------------------------------------------------------- the loop

@@ -37,7 +37,9 @@ import decoder
 import layers
 import masking
 import vit
+from runtime.checkpoint import read_encoder
 from runtime.curriculum import parse_stages
+from runtime.errors import ConfigError
 
 METHOD = "openvision2"
 # Folded into the seed's key for initial parameters. Masks fold in sample indices, which are below
@@ -150,6 +152,25 @@ def init_params(cfg: Any, model: ModelSpec) -> dict:
             scales = vit.RELEASED_INIT if name == "encoder" else decoder.RELEASED_INIT
             specs = layers.with_init_scales(specs, scales)
         params[name] = layers.init_params(jax.random.fold_in(key, n), specs)
+    return params
+
+
+def initial_params(cfg: Any, model: ModelSpec) -> dict:
+    """What a new run starts from: initialized parameters, or --init-encoder's encoder with an
+    initialized decoder. ConfigError where that encoder does not fit."""
+    params = init_params(cfg, model)
+    if not cfg.init_encoder:
+        return params
+    params["encoder"], imported, _ = read_encoder(cfg.init_encoder)
+    differences = []
+    for name in ("depth", "width", "num_heads", "mlp_dim", "patch_size", "cls_token",
+                 "learned_pos_grid"):
+        theirs, ours = getattr(imported, name), getattr(model.encoder, name)
+        if theirs != ours:
+            differences.append(f"{name} {theirs}, not {ours}")
+    if differences:
+        raise ConfigError(f"--init-encoder {cfg.init_encoder} has {'; '.join(differences)}: change "
+                          "--encoder, --cls-token or --learned-pos-grid to suit it")
     return params
 
 

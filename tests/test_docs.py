@@ -154,7 +154,7 @@ def write_untrained_encoder(folder) -> None:
     cfg = vit.vit_config("micro/8")
     os.makedirs(folder)
     meta = {"encoder": dataclasses.asdict(cfg), "resolution": 32}
-    params = layers.init_params(jax.random.key(0), vit.param_specs(cfg))
+    params = vit.init(jax.random.key(0), cfg)
     checkpoint.save(str(folder / "encoder.npz"), params, meta)
 
 
