@@ -26,13 +26,7 @@ from config import Config, parse_args, validate
 from inputs import images
 from masking import keep_random_tokens
 from objectives import registry
-from objectives.registry import (
-    ModelSpec,
-    init_params,
-    initial_params,
-    param_counts,
-    run_summary,
-)
+from objectives.registry import ModelSpec
 from runtime import distributed
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
 from runtime.curriculum import Stage, learning_rate, lr_schedule, parse_stages
@@ -148,7 +142,7 @@ def train(cfg: Config) -> int:
     validate(cfg)
     sys.setswitchinterval(0.0005)  # seconds: threads that make batches delay the loop less
     device_batches = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
-    tune_cpu(sum(param_counts(cfg).values()), [] if cfg.distributed else device_batches,
+    tune_cpu(sum(registry.param_counts(cfg).values()), [] if cfg.distributed else device_batches,
              cfg.num_devices)
     distributed.initialize_distributed(cfg.distributed, cfg.workdir)
     try:
@@ -173,9 +167,10 @@ def train_run(run: Run) -> int:
               "name another --workdir to train again")
         return 0
     if run.step:
-        params = run.restore(jax.eval_shape(lambda: init_params(run.cfg, run.model)), "params")
+        shapes = jax.eval_shape(lambda: registry.init_params(run.cfg, run.model))
+        params = run.restore(shapes, "params")
     else:
-        params = initial_params(run.cfg, run.model)
+        params = registry.initial_params(run.cfg, run.model)
     params = run.parallel.replicate(params)
     monitor = Monitor(run)
     evaluator = Evaluator(run, monitor, openvision2_loss)
@@ -207,7 +202,7 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
     optimizer = make_optimizer(cfg, stage)
     train_step = make_step(run.model, optimizer, cfg.seed, cfg.grad_accum, parallel.pmap_devices,
                            cfg.zero1, cfg.grad_clip)
-    opt_shapes = jax.eval_shape(lambda: optimizer.init(init_params(cfg, run.model)))
+    opt_shapes = jax.eval_shape(lambda: optimizer.init(registry.init_params(cfg, run.model)))
     opt_state = initial_opt_state(run, stage, optimizer, opt_shapes, params)
     run.arrays = {}  # of the checkpoint: what is used of them is on the devices now
     evaluator.start_stage(stage, preemption.check)
@@ -275,7 +270,7 @@ def initial_opt_state(run: Run, stage: Stage, optimizer: optax.GradientTransform
 # ---------------------------------------------------------------------------- the command
 def dry_run(cfg: Config) -> int:
     validate(cfg)
-    print(run_summary(cfg))
+    print(registry.run_summary(cfg))
     return 0
 
 
