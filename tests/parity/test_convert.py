@@ -1,4 +1,4 @@
-"""Exports give the same features in transformers, timm and open_clip; weights from there give the same tokens here."""
+"""Exports give the same features in transformers, timm and open_clip; imports the same tokens here."""
 import dataclasses
 import os
 import pathlib
@@ -18,28 +18,36 @@ import transformers
 from PIL import Image
 
 import caption
-import config
 import convert
 import layers
 import vit
 from interop import transfer
 from interop.encoder import load_encoder
 from interop.layouts import LAYOUTS, to_library
-from objectives import registry
 from runtime import checkpoint
+from tests.helpers.encoders import untrained_run, zero_params
+from tests.helpers.paths import ROOT
 from tests.parity import libraries
 
-HOLDS = [("transformers", False), ("transformers", True), ("timm", False), ("timm", True), ("open_clip", True)]
+# (library, CLS token) that exist
+CASES = [("transformers", False), ("transformers", True), ("timm", False), ("timm", True),
+         ("open_clip", True)]
 
 
-def drawn(declared, seed=1):
-    """Random weights: norm scales not 1, biases not 0."""
+def random_params(specs: dict, seed: int = 1) -> dict:
+    """Norm scales are not 1, biases not 0."""
     rng = np.random.default_rng(seed)
 
-    def draw(w):
-        noise = rng.standard_normal(w.shape, np.float32)
-        return 1 + 0.1 * noise if w.std is None else (0.02 + w.std) * noise
-    return jax.tree.map(draw, declared, is_leaf=layers.is_spec)
+    def sample(spec):
+        noise = rng.standard_normal(spec.shape, np.float32)
+        return 1 + 0.1 * noise if spec.std is None else (0.02 + spec.std) * noise
+    return jax.tree.map(sample, specs, is_leaf=layers.is_spec)
+
+
+def load_vision_tower(folder, cls_token: bool, **options):
+    if cls_token:
+        options["add_pooling_layer"] = False
+    return transformers.AutoModel.from_pretrained(folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -49,80 +57,136 @@ def photo(tmp_path_factory):
 
 @pytest.fixture
 def saved(tmp_path):
-    """(cls, positions) -> the path of a small encoder's .npz, of 64 px."""
-    def save(cls=False, positions=0):
-        cfg = vit.ViTConfig(depth=3, width=128, num_heads=2, mlp_dim=440, patch_size=8, cls_token=cls, learned_pos_grid=positions)
-        path = str(tmp_path / "ours.npz")
-        checkpoint.save(path, drawn(vit.param_specs(cfg)), {"encoder": dataclasses.asdict(cfg), "resolution": 64})
+    """(cls_token, learned_pos_grid) -> the path of a small encoder's .npz, of 64 px."""
+    def save(cls_token=False, learned_pos_grid=0):
+        cfg = vit.ViTConfig(depth=3, width=128, num_heads=2, mlp_dim=440, patch_size=8,
+                            cls_token=cls_token, learned_pos_grid=learned_pos_grid)
+        path = str(tmp_path / "encoder.npz")
+        meta = {"encoder": dataclasses.asdict(cfg), "resolution": 64}
+        checkpoint.save(path, random_params(vit.param_specs(cfg)), meta)
         return path
     return save
 
 
-@pytest.mark.parametrize("to, cls", HOLDS)
-@pytest.mark.parametrize("positions, resolution", [(0, 0), (8, 96)])
-def test_the_card_gives_our_features_of_a_photograph(to, cls, positions, resolution, saved, photo, tmp_path, monkeypatch):
-    ours = load_encoder(saved(cls, positions), resolution)(photo)
-    transfer.export_encoder(saved(cls, positions), to, str(tmp_path / to), resolution)
-    monkeypatch.chdir(tmp_path / to)
-    found = {"image": Image.open(photo)}
+# ----------------------------------------------------------------------------------- export
+@pytest.mark.parametrize("library, cls_token", CASES)
+@pytest.mark.parametrize("learned_pos_grid, resolution", [(0, 0), (8, 96)])
+def test_the_cards_code_gives_our_features_of_a_photograph(
+        library, cls_token, learned_pos_grid, resolution, saved, photo, tmp_path, monkeypatch):
+    path = saved(cls_token, learned_pos_grid)
+    ours = load_encoder(path, resolution)(photo)
+    transfer.export_encoder(path, library, str(tmp_path / library), resolution)
+    monkeypatch.chdir(tmp_path / library)
+    variables = {"image": Image.open(photo)}
     with torch.no_grad():
-        exec(libraries.card_code(tmp_path / to), found)
+        exec(libraries.card_code(tmp_path / library), variables)
     for name in ("tokens", "pooled"):
-        theirs = found[name].numpy()
+        theirs = variables[name].numpy()
         assert theirs.shape == getattr(ours, name).shape
         assert np.abs(theirs - getattr(ours, name)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("to, cls", HOLDS)
-def test_an_export_comes_back_bit_for_bit(to, cls, saved, tmp_path):
-    transfer.export_encoder(saved(cls), to, str(tmp_path / to))
-    transfer.import_encoder(str(tmp_path / to), str(tmp_path / "back.npz"))
-    (there, meta), (back, again) = checkpoint.load(saved(cls)), checkpoint.load(str(tmp_path / "back.npz"))
-    assert meta["encoder"] == again["encoder"] and again["resolution"] == 64
-    assert there.keys() == back.keys() and all(np.array_equal(there[name], back[name]) for name in there)
+@pytest.mark.parametrize("library, cls_token", CASES)
+def test_an_export_is_imported_bit_for_bit(library, cls_token, saved, tmp_path):
+    path, imported_path = saved(cls_token), str(tmp_path / "imported.npz")
+    transfer.export_encoder(path, library, str(tmp_path / library))
+    transfer.import_encoder(str(tmp_path / library), imported_path)
+    original, meta = checkpoint.load(path)
+    imported, imported_meta = checkpoint.load(imported_path)
+    assert meta["encoder"] == imported_meta["encoder"] and imported_meta["resolution"] == 64
+    assert original.keys() == imported.keys()
+    assert all(np.array_equal(original[name], imported[name]) for name in original)
 
 
-@pytest.mark.parametrize("cls", [False, True])
-def test_transformers_misses_nothing(cls, saved, tmp_path):
-    transfer.export_encoder(saved(cls), "transformers", str(tmp_path / "t"))
-    _, info = transformers.AutoModel.from_pretrained(str(tmp_path / "t"), output_loading_info=True, **({"add_pooling_layer": False} if cls else {}))
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert type(transformers.AutoImageProcessor.from_pretrained(str(tmp_path / "t"))).__name__.startswith("ViT" if cls else "Siglip")
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_transformers_loads_every_array(cls_token, saved, tmp_path):
+    folder = str(tmp_path / "t")
+    transfer.export_encoder(saved(cls_token), "transformers", folder)
+    _, info = load_vision_tower(folder, cls_token, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert type(processor).__name__.startswith("ViT" if cls_token else "Siglip")
+
+
+def library_model(library: str, files: dict, cls_token: bool):
+    """The library's model of these configuration files, on torch's meta device."""
+    import timm
+    with torch.device("meta"):
+        if library == "transformers":
+            cfg = transformers.AutoConfig.for_model(**files["config.json"])
+            if cls_token:
+                return transformers.ViTModel(cfg, add_pooling_layer=False)
+            return transformers.SiglipVisionModel(cfg)
+        if library == "timm":
+            cfg = files["config.json"]
+            return timm.create_model(cfg["architecture"], num_classes=0, **cfg["model_args"])
+        cfg = files["open_clip_config.json"]["model_cfg"]
+        vision_cfg = open_clip.model.CLIPVisionCfg(**cfg["vision_cfg"])
+        return open_clip.model._build_vision_tower(cfg["embed_dim"], vision_cfg)
 
 
 @pytest.mark.parametrize("size", vit.ENCODER_SIZES)
-@pytest.mark.parametrize("to, cls", HOLDS)
-def test_every_family_member_has_the_shapes_of_the_library(to, cls, size):
-    """No weight exists: ours are views of one zero, theirs are on torch's meta device."""
-    import timm
+@pytest.mark.parametrize("library, cls_token", CASES)
+def test_every_size_has_the_shapes_of_the_library(library, cls_token, size):
+    """No array takes memory."""
     patch, resolution = (8, 32) if size == "micro" else (14, 84)
-    cfg = vit.vit_config(f"{size}/{patch}", cls_token=cls)
-    hollow = jax.tree.map(lambda w: np.broadcast_to(np.float32(0), w.shape), vit.param_specs(cfg), is_leaf=layers.is_spec)
-    kind, _, files = transfer.LIBRARY_FILES[to](cfg, resolution)
-    ours = {name: x.shape for name, x in to_library(hollow, cfg, resolution // patch, LAYOUTS[kind]).items()}
-    with torch.device("meta"):
-        if to == "transformers":
-            theirs_cfg = transformers.AutoConfig.for_model(**files["config.json"])
-            theirs = transformers.ViTModel(theirs_cfg, add_pooling_layer=False) if cls else transformers.SiglipVisionModel(theirs_cfg)
-        elif to == "timm":
-            theirs = timm.create_model(files["config.json"]["architecture"], num_classes=0, **files["config.json"]["model_args"])
-        else:
-            tower = files["open_clip_config.json"]["model_cfg"]
-            theirs = open_clip.model._build_vision_tower(tower["embed_dim"], open_clip.model.CLIPVisionCfg(**tower["vision_cfg"]))
-            ours["proj"] = (cfg.width, cfg.width)
-    state = theirs.state_dict()
-    if kind == "vit" and "encoder.layer.0.layernorm_before.weight" not in state:  # 5.x names them otherwise, and reads what 4.x wrote
-        assert sorted(map(str, ours.values())) == sorted(str(tuple(x.shape)) for x in state.values())
+    cfg = vit.vit_config(f"{size}/{patch}", cls_token=cls_token)
+    kind, _, files = transfer.LIBRARY_FILES[library](cfg, resolution)
+    arrays = to_library(zero_params(cfg), cfg, resolution // patch, LAYOUTS[kind])
+    ours = {name: x.shape for name, x in arrays.items()}
+    if library == "open_clip":
+        ours["proj"] = (cfg.width, cfg.width)
+    theirs = {}
+    for name, x in library_model(library, files, cls_token).state_dict().items():
+        theirs[name.removeprefix("vision_model.")] = tuple(x.shape)
+    if kind == "vit" and "encoder.layer.0.layernorm_before.weight" not in theirs:
+        # transformers 5 has other names, and reads the files of version 4
+        assert sorted(ours.values()) == sorted(theirs.values())
     else:
-        assert ours == {name.removeprefix("vision_model."): tuple(x.shape) for name, x in state.items()}
+        assert ours == theirs
 
 
-def tower(size, patch, resolution, table):
-    """open_clip's own tower as the released encoders have it, with random weights. table: our sin-cos one, or open_clip's."""
-    layers, width, heads, mlp = size
-    cfg = open_clip.model.CLIPVisionCfg(image_size=resolution, layers=layers, width=width, head_width=width // heads, patch_size=patch,
-                                        mlp_ratio=(mlp + 0.5) / width, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True, norm_kwargs={"eps": 1e-6},
-                                        pos_embed_type="sin_cos_2d" if table == "theirs" else "learnable")
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_llava_reads_our_tokens(cls_token, saved, photo, tmp_path):
+    """With a tiny random language model, whose training step reaches the encoder."""
+    folder = str(tmp_path / "t")
+    path = saved(cls_token)
+    transfer.export_encoder(path, "transformers", folder)
+    text_cfg = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2)
+    llava_cfg = transformers.LlavaConfig(
+        vision_config=transformers.AutoConfig.from_pretrained(folder), text_config=text_cfg,
+        image_token_index=39, image_seq_length=64, vision_feature_layer=-1,
+        vision_feature_select_strategy="default" if cls_token else "full")
+    model = transformers.LlavaForConditionalGeneration(llava_cfg)
+    model.model.vision_tower = load_vision_tower(folder, cls_token)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pixels = processor(Image.open(photo), return_tensors="pt")["pixel_values"]
+    ids = torch.tensor([[1, *[39] * 64, 5, 6, 7, 2]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
+             "labels": torch.where(ids == 39, -100, ids)}
+    before = model(**batch)
+    tokens = torch.from_numpy(load_encoder(path)(photo).tokens)
+    ours = model.model.multi_modal_projector(tokens)
+    assert (before.image_hidden_states - ours[0]).abs().max() <= 1e-4
+    before.loss.backward()
+    first = next(model.model.vision_tower.parameters())
+    assert first.grad.abs().max() > 0
+    torch.optim.SGD(model.parameters(), 1e-2).step()
+    assert model(**batch).loss < before.loss
+
+
+# ----------------------------------------------------------------------------------- import
+def tower(width: int, heads: int, mlp: int, patch: int, resolution: int, table: str):
+    """open_clip's tower in the form of the released encoders, with random weights. table:
+    "released" (our sin-cos table), "theirs" (open_clip's) or "random"."""
+    cfg = open_clip.model.CLIPVisionCfg(
+        image_size=resolution, layers=2, width=width, head_width=width // heads, patch_size=patch,
+        mlp_ratio=(mlp + 0.5) / width, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True,
+        norm_kwargs={"eps": 1e-6},
+        pos_embed_type="sin_cos_2d" if table == "theirs" else "learnable")
     torch.manual_seed(resolution)
     model = open_clip.model._build_vision_tower(64, cfg).eval()
     with torch.no_grad():
@@ -130,40 +194,54 @@ def tower(size, patch, resolution, table):
             if x.ndim == 1 and name != "class_embedding":
                 x.add_(0.1 * torch.randn_like(x))
         if table == "released":
+            positions = vit.sincos_position_embedding(resolution // patch, width)
             model.positional_embedding[0] = 0
-            model.positional_embedding[1:] = torch.from_numpy(vit.sincos_position_embedding(resolution // patch, width))
+            model.positional_embedding[1:] = torch.from_numpy(positions)
     return model
 
 
+def small_tower():
+    return tower(64, 1, 256, 8, 32, "released")
+
+
 @pytest.mark.parametrize("patch, resolution", [(16, 64), (14, 84), (8, 72)])
-@pytest.mark.parametrize("table, prefix, ending", [("released", "visual.", "bin"), ("theirs", "", "bin"), ("random", "visual.", "safetensors")])
-def test_an_open_clip_tower_gives_the_same_tokens_here(patch, resolution, table, prefix, ending, tmp_path, capsys):
-    model = tower((2, 128, 2, 440), patch, resolution, table)
-    state = {prefix + name: x for name, x in model.state_dict().items()} | {"logit_scale": torch.tensor(1.0)}
+@pytest.mark.parametrize("table, prefix, ending", [
+    ("released", "visual.", "bin"), ("theirs", "", "bin"), ("random", "visual.", "safetensors")])
+def test_an_open_clip_tower_gives_the_same_tokens_here(
+        patch, resolution, table, prefix, ending, tmp_path, capsys):
+    model = tower(128, 2, 440, patch, resolution, table)
+    state = {prefix + name: x for name, x in model.state_dict().items()}
+    state["logit_scale"] = torch.tensor(1.0)
     path = str(tmp_path / f"open_clip_pytorch_model.{ending}")
-    (torch.save if ending == "bin" else safetensors.torch.save_file)(state, path)
+    save = torch.save if ending == "bin" else safetensors.torch.save_file
+    save(state, path)
     assert convert.main(["import", path, "--out", str(tmp_path / "out.npz")]) == 0
-    said = capsys.readouterr().out
-    assert f"dropped 2: {prefix}proj, logit_scale" in said or f"dropped 2: logit_scale, {prefix}proj" in said
-    assert ("is the sin-cos table" in said) == (table == "released")
-    encode = load_encoder(str(tmp_path / "out.npz"))
-    assert encode.resolution == resolution and encode.cfg.num_heads == 2
-    images = np.random.default_rng(0).integers(0, 256, (2, resolution, resolution, 3), np.uint8)
-    ours = encode(images)
+    out = capsys.readouterr().out
+    dropped = re.search("dropped 2: (.*)", out)[1]
+    assert sorted(dropped.split(", ")) == sorted([f"{prefix}proj", "logit_scale"])
+    assert ("is the sin-cos table" in out) == (table == "released")
+    encoder = load_encoder(str(tmp_path / "out.npz"))
+    assert encoder.resolution == resolution and encoder.cfg.num_heads == 2
+    shape = (2, resolution, resolution, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    ours = encoder(images)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.asarray(vit.normalize(images)).transpose(0, 3, 1, 2).copy())
-        theirs = model.forward_intermediates(pixels, indices=1, output_fmt="NLC")["image_intermediates"][0]
+        normalized = np.asarray(vit.normalize(images)).transpose(0, 3, 1, 2).copy()
+        theirs = model.forward_intermediates(torch.from_numpy(normalized), indices=1,
+                                             output_fmt="NLC")["image_intermediates"][0]
+        pooled = model.ln_post(theirs.mean(1))
     assert np.abs(ours.tokens - theirs.numpy()).max() <= 1e-4
-    assert np.abs(ours.pooled - model.ln_post(theirs.mean(1)).detach().numpy()).max() <= 1e-4
+    assert np.abs(ours.pooled - pooled.numpy()).max() <= 1e-4
 
 
 def test_half_precision_files_are_read(tmp_path):
-    state = {name: x.bfloat16() for name, x in tower((1, 64, 1, 256), 8, 32, "released").state_dict().items()}
+    state = {name: x.bfloat16() for name, x in small_tower().state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "a.bin")
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     for name in ("a.bin", "a.safetensors"):
-        notes = transfer.import_encoder(str(tmp_path / name), str(tmp_path / f"{name}.npz"))
-        params, cfg, _ = checkpoint.read_encoder(str(tmp_path / f"{name}.npz"))
+        out = str(tmp_path / f"{name}.npz")
+        notes = transfer.import_encoder(str(tmp_path / name), out)
+        params, cfg, _ = checkpoint.read_encoder(out)
         assert notes[1] == "its position table is the sin-cos table" and cfg.num_heads == 1
         assert np.array_equal(params["norm"]["scale"], state["ln_post.weight"].float().numpy())
 
@@ -173,8 +251,8 @@ class Bomb:
         return exec, ("raise SystemExit('the pickle ran code')",)
 
 
-def test_files_that_are_no_encoder_are_told_in_a_sentence(tmp_path, capsys):
-    state = tower((1, 64, 1, 256), 8, 32, "released").state_dict()
+def test_files_that_are_no_encoder_are_reported_in_one_line(tmp_path, capsys):
+    state = small_tower().state_dict()
     good = {"bin": tmp_path / "good.bin", "safetensors": tmp_path / "good.safetensors"}
     torch.save(state, good["bin"])
     safetensors.torch.save_file(state, good["safetensors"])
@@ -183,64 +261,41 @@ def test_files_that_are_no_encoder_are_told_in_a_sentence(tmp_path, capsys):
     torch.save([state], tmp_path / "list.bin")
     torch.save({"epoch": 3}, tmp_path / "empty.bin")
     for ending, path in good.items():
-        whole = path.read_bytes()
-        for cut in (0, 5, 100, len(whole) - 5):
-            (tmp_path / f"cut{cut}.{ending}").write_bytes(whole[:cut])
-    (tmp_path / "text.safetensors").write_text("not a checkpoint at all")
-    (tmp_path / "text.bin").write_text("not a checkpoint at all")
+        content = path.read_bytes()
+        for size in (0, 5, 100, len(content) - 5):
+            (tmp_path / f"cut{size}.{ending}").write_bytes(content[:size])
+    for ending in good:
+        (tmp_path / f"text.{ending}").write_text("not a checkpoint at all")
+    out = tmp_path / "out"
     for path in sorted({*tmp_path.iterdir()} - {*good.values()}):
-        assert convert.main(["import", str(path), "--out", str(tmp_path / "out")]) == 1, path
-        told = capsys.readouterr().err
-        assert told.startswith(f"error: {path}") and told.count("\n") == 1, told
-        assert (path.name == "bomb.bin") == ("is refused: it holds code" in told), told
-    assert not (tmp_path / "out").exists()
+        assert convert.main(["import", str(path), "--out", str(out)]) == 1, path
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {path}") and error.count("\n") == 1, error
+        assert (path.name == "bomb.bin") == ("is refused: it holds code" in error), error
+    assert not out.exists()
     for path in good.values():
-        assert convert.main(["import", str(path), "--out", str(tmp_path / "out")]) == 0
+        assert convert.main(["import", str(path), "--out", str(out)]) == 0
 
 
-@pytest.mark.parametrize("cls", [False, True])
-def test_llava_sees_through_it(cls, saved, photo, tmp_path):
-    """A tiny random language model reads our tokens, and a training step on a picture and its text reaches the encoder."""
-    folder = str(tmp_path / "t")
-    transfer.export_encoder(saved(cls), "transformers", folder)
-    text = transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-    llava = transformers.LlavaConfig(vision_config=transformers.AutoConfig.from_pretrained(folder), text_config=text, image_token_index=39,
-                                     image_seq_length=64, vision_feature_select_strategy="default" if cls else "full", vision_feature_layer=-1)
-    model = transformers.LlavaForConditionalGeneration(llava)
-    model.model.vision_tower = transformers.AutoModel.from_pretrained(folder, **({"add_pooling_layer": False} if cls else {}))
-    pixels = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")(Image.open(photo), return_tensors="pt")["pixel_values"]
-    ids = torch.tensor([[1, *[39] * 64, 5, 6, 7, 2]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "labels": torch.where(ids == 39, -100, ids)}
-    before = model(**batch)
-    ours = model.model.multi_modal_projector(torch.from_numpy(load_encoder(saved(cls))(photo).tokens))
-    assert (before.image_hidden_states - ours[0]).abs().max() <= 1e-4
-    before.loss.backward()
-    first = next(model.model.vision_tower.parameters())
-    assert first.grad.abs().max() > 0
-    torch.optim.SGD(model.parameters(), 1e-2).step()
-    assert model(**batch).loss < before.loss
-
-
-def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
-    """Features, captions, export and import as the README has them, on a run that has learned nothing and a small tower."""
-    root = pathlib.Path(convert.__file__).parent
-    text = (root / "README.md").read_text()
-    commands = re.findall(r"^python ((?:caption|convert)\.py .*)$", text, re.M) + re.findall(r"`python (features\.py [^`]*)`", text)
+def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    """Features, captions, export and import of docs/encoder.md, with an untrained run."""
+    text = (pathlib.Path(ROOT) / "docs/encoder.md").read_text()
+    pattern = r"^python (-m interop\.encoder .*|caption\.py .*|convert\.py .*)$"
+    commands = re.findall(pattern, text, re.M)
     assert len(commands) == 5
-    (tmp_path / "runs/toy").mkdir(parents=True)
-    (tmp_path / "docs").symlink_to(root / "docs")
+    (tmp_path / "docs").symlink_to(os.path.join(ROOT, "docs"))
     monkeypatch.chdir(tmp_path)
-    cfg = config.RECIPES["toy"]
-    model = registry.ModelSpec(*registry.model_spec(cfg)[:2], cfg.keep_ratio)
-    checkpoint.save_step("runs/toy", 1270, {"params": registry.init_params(cfg, model)}, {
-        "config": dataclasses.asdict(cfg), "vocabulary": ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *map(str, range(99))]})
-    torch.save(tower((1, 64, 1, 256), 8, 32, "released").state_dict(), "open_clip_pytorch_model.bin")
+    untrained_run("runs/toy")
+    torch.save(small_tower().state_dict(), "open_clip_pytorch_model.bin")
     for command in commands:
-        script, *words = shlex.split(command)
-        if script == "interop/encoder.py":
-            done = subprocess.run([sys.executable, root / script, *words], capture_output=True, text=True)
-            assert done.stdout == "features.npz: tokens (1, 16, 96), pooled (1, 96)\n", done.stderr
+        script, *argv = shlex.split(command)
+        if script == "-m":
+            ended = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True,
+                                   env=os.environ | {"PYTHONPATH": ROOT})
+            expected = "features.npz: tokens (2, 9, 96), pooled (2, 96)\n"
+            assert ended.stdout == expected, ended.stderr
         else:
-            assert {"caption.py": caption, "convert.py": convert}[script].main(words) == 0
-    told = capsys.readouterr().out
-    assert told.count("docs/samples.png: ") == 4 and "written: released.npz" in told and os.path.exists("exported/toy/config.json")
+            assert {"caption.py": caption, "convert.py": convert}[script].main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("docs/samples.png: ") == 4 and "written: released.npz" in out
+    assert os.path.exists("exported/toy/config.json")
