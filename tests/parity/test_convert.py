@@ -1,4 +1,4 @@
-"""Exports give the same features in transformers, timm and open_clip; imports the same tokens here."""
+"""Exports give the same features in transformers, timm and open_clip; imports the same tokens."""
 import dataclasses
 import os
 import pathlib
@@ -172,8 +172,7 @@ def test_llava_reads_our_tokens(cls_token, saved, photo, tmp_path):
     ours = model.model.multi_modal_projector(tokens)
     assert (before.image_hidden_states - ours[0]).abs().max() <= 1e-4
     before.loss.backward()
-    first = next(model.model.vision_tower.parameters())
-    assert first.grad.abs().max() > 0
+    assert next(model.model.vision_tower.parameters()).grad.abs().max() > 0
     torch.optim.SGD(model.parameters(), 1e-2).step()
     assert model(**batch).loss < before.loss
 
@@ -213,8 +212,7 @@ def test_an_open_clip_tower_gives_the_same_tokens_here(
     state = {prefix + name: x for name, x in model.state_dict().items()}
     state["logit_scale"] = torch.tensor(1.0)
     path = str(tmp_path / f"open_clip_pytorch_model.{ending}")
-    save = torch.save if ending == "bin" else safetensors.torch.save_file
-    save(state, path)
+    (torch.save if ending == "bin" else safetensors.torch.save_file)(state, path)
     assert convert.main(["import", path, "--out", str(tmp_path / "out.npz")]) == 0
     out = capsys.readouterr().out
     dropped = re.search("dropped 2: (.*)", out)[1]
