@@ -117,8 +117,8 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
     damaged, empty, only_encoder = tmp_path / "damaged", tmp_path / "empty", run / "encoder.npz"
     damaged.mkdir()
     empty.mkdir()
-    whole = (run / "step-00000002.npz").read_bytes()
-    (damaged / "step-00000002.npz").write_bytes(whole[:5000])
+    contents = (run / "step-00000002.npz").read_bytes()
+    (damaged / "step-00000002.npz").write_bytes(contents[:5000])
     (tmp_path / "cut.npz").write_bytes(only_encoder.read_bytes()[:9000])
     arrays, meta = checkpoint.load(str(run / "step-00000002.npz"))
     other = tmp_path / "step-00000003.npz"
