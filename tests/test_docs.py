@@ -27,7 +27,7 @@ DEMOS = re.compile(r"(vit|masking|decoder|data)\.py( scenes)?$"
                    r"|-m interop\.layouts$"
                    r"|-m objectives\.registry$"
                    r"|-m evaluation\.(questions|labels scenes)$")
-IMAGES = {"kept.png", "scenes.png", "contact.png"}
+IMAGES = {"scenes.png", "contact.png"}
 
 
 @functools.lru_cache
@@ -151,7 +151,7 @@ def write_untrained_encoder(folder) -> None:
 
     import vit
     from runtime import checkpoint
-    cfg = vit.vit_config("micro/8")
+    cfg = vit.vit_config("micro/4")
     os.makedirs(folder)
     meta = {"encoder": dataclasses.asdict(cfg), "resolution": 32}
     params = vit.init(jax.random.key(0), cfg)
@@ -170,7 +170,7 @@ def test_encoder_snippets_run_from_another_folder(own_modules, tmp_path, cache):
     checks.append("print(tokens.shape, pooled.shape, maps.shape)")
     done = subprocess.run([sys.executable, "-c", "\n".join([code, *checks])], cwd=tmp_path,
                           env=cache, capture_output=True, text=True)
-    assert done.stdout.strip() == "(2, 16, 96) (2, 96) (4, 1, 3, 16, 16)", done.stderr
+    assert done.stdout.strip() == "(2, 64, 96) (2, 96) (4, 1, 3, 64, 64)", done.stderr
 
 
 def test_readme_shows_the_loss_as_it_is():
