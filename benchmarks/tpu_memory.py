@@ -125,7 +125,7 @@ def compile_step(cfg: Config, resolution: int, batch: int, topology: str) -> dic
 
 
 def temporaries(plan: Any) -> int:
-    """HBM that the step takes beside its arguments. Where jax tells (from 0.12 on), this is what
+    """HBM that the step takes beside its arguments. Where jax reports it (from 0.12 on), this is what
     the plan allocates less what lives for all of the step. temp_size_in_bytes, which older versions
     have alone, counts more than HBM with some compilers: 22.4 GiB for a step that takes 14.7."""
     if hasattr(plan, "total_allocation_bytes"):
