@@ -125,9 +125,10 @@ def compile_step(cfg: Config, resolution: int, batch: int, topology: str) -> dic
 
 
 def temporaries(plan: Any) -> int:
-    """HBM that the step takes beside its arguments. Where jax reports it (from 0.12 on), this is what
-    the plan allocates less what lives for all of the step. temp_size_in_bytes, which older versions
-    have alone, counts more than HBM with some compilers: 22.4 GiB for a step that takes 14.7."""
+    """HBM that the step takes beside its arguments. Where jax reports it (from 0.12 on), this is
+    what the plan allocates less what lives for all of the step. temp_size_in_bytes, which older
+    versions have alone, counts more than HBM with some compilers: 22.4 GiB for a step that takes
+    14.7."""
     if hasattr(plan, "total_allocation_bytes"):
         return plan.total_allocation_bytes - plan.indefinite_allocations
     return plan.temp_size_in_bytes
