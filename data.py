@@ -1,9 +1,9 @@
-"""Samples as batches that are a function of (seed, step) alone.
+"""Makes batches of samples. Each batch is a function of (seed, step) alone.
 
 Which samples a step reads, how each is cropped and what replaces a broken one depend on the seed
 and on the position in the run: not on threads, devices, hosts or earlier steps. A broken sample is
-never used and never stops a run. The next one replaces it, and it is counted and listed with the
-reason.
+never used and never stops a run: it is counted, listed with the reason, and replaced by the next
+one.
 
 Letters: B images, R pixels per side, T text positions.
 
@@ -30,18 +30,19 @@ from inputs.sources import SceneSource, Source
 from inputs.tokenizer import EOS, WordPiece
 from runtime.errors import BadSample, ConfigError, DataError, run_command
 
-SAMPLES_PER_TASK = 8  # of a thread: a small image is decoded faster than a thread wakes up
+SAMPLES_PER_TASK = 8  # of a thread: waking it takes longer than decoding one small image
 
 
 class LaneShuffle:
     """The order of the samples in each epoch, from (seed, epoch) alone.
 
-    Without runs, all samples are shuffled as one. With runs (tars that do not fit in memory), the
-    tars are shuffled, then the runs in each tar, then the samples in each run. That sequence is cut
-    into NUM_LANES equal parts, the lanes, and the order takes one sample from each lane in turn. So
-    a batch mixes NUM_LANES places of the set, each run is read once, and at most NUM_LANES runs are
-    in use. If each of n processes takes every n-th position, and n divides NUM_LANES, each has its
-    own lanes."""
+    A run, in this class, is a series of samples that one read of a tar covers. Data that fit in
+    memory have no runs: all samples are shuffled together. Otherwise the tars are shuffled, then
+    the runs in each tar, then the samples in each run. The resulting sequence is cut into NUM_LANES
+    equal parts, the lanes, and the order takes one sample from each lane in turn. So a batch mixes
+    samples from NUM_LANES places, each run is read once, and at most NUM_LANES runs are in use. If
+    each of n processes takes every n-th position, and n divides NUM_LANES, each process has lanes
+    of its own."""
 
     def __init__(self, starts: np.ndarray, seed: int, run_of: Callable | None = None):
         """starts (shards + 1,) and run_of as in inputs/sources.py."""
@@ -57,13 +58,13 @@ class LaneShuffle:
         return order, np.cumsum([0, *np.diff(self.starts)[order]])
 
     def shuffle_samples(self, epoch: int) -> np.ndarray:
-        """All samples, as one."""
+        """All samples, shuffled together."""
         order, _ = self.shards(epoch)
         samples = [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in order]
         return np.random.default_rng((self.seed, 3, epoch, 0)).permutation(np.concatenate(samples))
 
     def shuffle_runs(self, epoch: int, shard: int) -> np.ndarray:
-        """The samples of a shard, run by run."""
+        """The samples of a shard, one run after the other."""
         samples = np.arange(self.starts[shard], self.starts[shard + 1])
         runs = self.run_of(samples)
         rng = np.random.default_rng((self.seed, 3, epoch, shard))
@@ -71,7 +72,7 @@ class LaneShuffle:
         return samples[np.lexsort((rng.random(len(samples)), rank[runs]))]
 
     def __call__(self, position: int) -> int:
-        """The sample at a position of the run."""
+        """The sample at a position of the training run."""
         n = int(self.starts[-1])
         epoch, offset = divmod(position, n)
         if self.run_of is None:
@@ -80,24 +81,26 @@ class LaneShuffle:
         length, longer = divmod(n, tars.NUM_LANES)  # the first `longer` lanes have one sample more
         place = lane * length + min(lane, longer) + row
         order, begins = self.shards(epoch)
-        nth = int(np.searchsorted(begins, place, side="right")) - 1
-        return int(self.shard_samples(epoch, int(order[nth]))[place - begins[nth]])
+        n_before = int(np.searchsorted(begins, place, side="right")) - 1  # shards before this one
+        samples = self.shard_samples(epoch, int(order[n_before]))
+        return int(samples[place - begins[n_before]])
 
 
 def order_name(source: Source) -> str:
-    """The order of a source's samples in training. A continued run needs the same."""
+    """Names the order of a source's samples in training. A continued run needs the same order."""
     return f"in runs of {source.run_length} samples" if source.run_length else "shuffled whole"
 
 
 def former_order_name(source: Source) -> str:
-    """The order of a checkpoint that does not name it: it is from when windows were shuffled."""
-    few = source.starts is None or len(source.starts) <= 17
-    return "shuffled whole" if few else "shuffled in windows of 16 tars"
+    """`order_name` of an old checkpoint that lacks it: then windows of 16 tars were shuffled."""
+    one_window = source.starts is None or len(source.starts) <= 17
+    return "shuffled whole" if one_window else "shuffled in windows of 16 tars"
 
 
 class Loader:
-    """Batches of a source. Position p of the run is sample p mod n of epoch p // n: in that epoch's
-    order with augmentation (training), in the source's order without (validation)."""
+    """Batches of a source of n samples. Position p of the training run is number p mod n in epoch
+    p // n. With augmentation (training) each epoch has an order of its own; without (validation),
+    the order is the source's."""
 
     def __init__(self, source: Source, tokenizer: WordPiece, max_text_len: int, seed: int,
                  augment: Augment | None, workers: int, alt_field: str = ""):
@@ -106,7 +109,7 @@ class Loader:
         self.seed, self.augment = seed, augment
         self.fields = {"text": "", "alt": alt_field} if alt_field else {"text": ""}
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self.is_random = augment not in (None, Augment(min_crop_area=1.0))
+        self.is_random = augment not in (None, Augment(min_crop_area=1.0))  # else it draws nothing
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
         self.order: Callable[[int], int] = lambda position: position % len(source)
         if augment is not None and source.starts is not None:
@@ -114,7 +117,7 @@ class Loader:
             self.order = LaneShuffle(source.starts, seed, run_of)
 
     def choose_caption(self, position: int, i: int) -> Callable[[int], int]:
-        """Which of n captions of sample i to use: in training a draw per epoch, else the first."""
+        """How to choose one of n captions: in training by a draw per epoch, else the first."""
         if self.augment is None:
             return choose_first
         epoch = position // len(self.source)
@@ -147,8 +150,8 @@ class Loader:
         "sample_index" (B,) int32, the position in the run; "source_index" (B,), the sample; "bad"
         {sample: reason}}.
 
-        A bad sample is in "bad" where its own turn comes in the first epoch: so every host and
-        every continued run counts the same."""
+        A bad sample is only in the "bad" of the batch that has its own position in the first epoch.
+        So each is counted once, also with several hosts and in a continued run."""
         jobs = [(position, self.order(position)) for position in positions]
         tasks = [jobs[n:n + SAMPLES_PER_TASK] for n in range(0, len(jobs), SAMPLES_PER_TASK)]
 
@@ -168,7 +171,7 @@ class Loader:
     def prefetch(self, requests: Iterable[tuple[range, int]], transfer: Callable[[dict], Any],
                  depth: int = 2) -> Iterator[tuple[Any, dict[int, str]]]:
         """(transfer(batch), batch["bad"]) for each (positions, resolution). A thread works `depth`
-        batches ahead: the next one is decoded, and on its way to the device, during a step."""
+        batches ahead: during a step, it decodes the next batches and transfers them."""
         def prepare(positions: range, resolution: int) -> tuple[Any, dict[int, str]]:
             batch = self.batch(positions, resolution)
             return transfer(batch), batch["bad"]
@@ -207,7 +210,7 @@ def open_validation_data(cfg: Any) -> Source:
 
 
 def open_tokenizer(cfg: Any, source: Source) -> WordPiece:
-    """The one that --vocab names, or one built from the captions of at most 100,000 samples."""
+    """The tokenizer of --vocab, or one built from the captions of at most 100,000 samples."""
     if not cfg.vocab:
         try:
             return tokenizer.train_vocab(vocab_captions(source, cfg.alt_field), cfg.vocab_size)

@@ -1,14 +1,14 @@
 """Train the encoder from captions alone (paper section 2.2), through a CLIPA curriculum (2.1).
 
-    python train.py                      the toy: embedded images, minutes on a laptop's CPU
-    python train.py images --data DIR    your images, likewise
-    python train.py l14 --data ...       the paper's L/14 recipe, on TPUs or GPUs, by this same file
+    python train.py                      the toy: synthetic images, minutes on a laptop
+    python train.py images --data DIR    your images, with a small model too
+    python train.py l14 --data ...       the paper's L/14, on TPUs or GPUs, from the same file
 
 The method is `openvision2_loss`. `make_step` around it is the one training step: on one CPU, on
 eight simulated devices, and on the chips of a TPU pod. runtime/run_folder.py says what a run leaves
 in its folder. The same command, started again on that folder, continues from the last checkpoint.
 
-Letters: B images per device, R pixels per side, N patches, K kept patches, T text positions.
+Letters: B images per device, R pixels per side, N patches, K kept ones, T text positions, E width.
 """
 import contextlib
 import sys
@@ -40,8 +40,8 @@ from runtime.validation import Evaluator
 # ------------------------------------------------------------------------------ the method
 def openvision2_loss(params: dict, batch: dict, keys: jax.Array,
                      model: ModelSpec) -> tuple[jax.Array, jax.Array]:
-    """The summed caption loss of a batch, and the number of its tokens. This loss and its gradient
-    are the only training signal. keys (B,): one per image, for its draw of patches."""
+    """The summed caption loss of a batch, and how many caption tokens are in that sum. The gradient
+    of this loss is the only training signal. keys (B,): one per image, to draw its patches."""
     tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]         # (B,N,E)
     kept, _ = keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)      # (B,K,E)
     losses = decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder)  # (B,)
@@ -49,16 +49,16 @@ def openvision2_loss(params: dict, batch: dict, keys: jax.Array,
 
 
 def objective_loss(name: str) -> Callable:
-    """The loss function of an objective: the method's above, or a rival's in objectives/."""
+    """The loss function of an objective: the method's, or that of a module in objectives/."""
     if name == registry.METHOD:
         return openvision2_loss
     return registry.rival(name).loss
 
 
 def cast_block_params(params: dict, model: ModelSpec) -> dict:
-    """The matmul weights of the blocks in the dtype of the matmuls, cast before the scan over
-    layers. XLA would hold these copies anyway. Because the cast is here, the gradients are in this
-    dtype too, and take half the memory until they are summed in fp32."""
+    """params, with the matmul weights of the blocks cast to the dtype of the matmuls. The scan over
+    layers makes XLA keep such copies anyway. The cast is outside of the function that is
+    differentiated: so the gradients have this dtype too, half the memory until the fp32 sum."""
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         in_block = any(entry.key == "blocks" for entry in path)
         in_norm = path[-2].key.startswith("norm") if len(path) > 1 else False
@@ -77,8 +77,8 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
     Loss and token count are summed over all devices before one is divided by the other. So the
     update is that of the global batch, however it is divided over devices or cut into `grad_accum`
-    pieces. An image's patches are drawn from the seed and its sample_index, its position in the
-    run.
+    pieces. Which patches of an image are kept depends on the seed and on sample_index, the image's
+    position in the run.
 
     With `zero1`, each device keeps the optimizer state of its own shard of the parameters and
     updates that shard; then all devices exchange the new shards (ZeRO stage 1, arXiv:1910.02054).
@@ -101,7 +101,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
         own_params = params
-        if zero1:  # sharded now: a later read of the old parameters would keep their memory
+        if zero1:  # sharded here: if it were done later, the old parameters would stay in memory
             shards = jax.tree.map(local_shard, params)
             own_params, params = jax.lax.optimization_barrier((shards, params))
         if grad_accum == 1:
@@ -137,8 +137,8 @@ def make_optimizer(cfg: Config, stage: Stage) -> optax.GradientTransformation:
 
 # ------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
-    """A run, or what is left of it. Returns the exit status: 0, or 128 + the signal that stopped
-    it. UserError for what cannot work."""
+    """Trains a run, or what is left of it. Returns the exit status: 0, or 128 + the signal that
+    stopped it. Raises UserError, whose message says what the user can change."""
     validate(cfg)
     sys.setswitchinterval(0.0005)  # seconds: threads that make batches delay the loop less
     device_batches = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
@@ -155,7 +155,7 @@ def train(cfg: Config) -> int:
     with contextlib.closing(FolderLock(cfg.workdir)) as lock:
         try:
             return train_run(Run(cfg, parallel, lock))
-        except OSError as problem:  # of an open file it does not name
+        except OSError as problem:  # one of an open file has no file name
             problem.filename = problem.filename or cfg.workdir
             raise
 
@@ -196,15 +196,15 @@ def train_run(run: Run) -> int:
 
 def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, params: Any,
                 preemption: distributed.PreemptionHandler) -> Any:
-    """The steps of a stage that are left. Returns the parameters after them. Preempted, after a
-    save, if a process received a signal."""
+    """Makes the steps of a stage that are left, and returns the parameters after them. If a process
+    received a signal, saves and raises Preempted."""
     cfg, parallel = run.cfg, run.parallel
     optimizer = make_optimizer(cfg, stage)
     train_step = make_step(run.model, optimizer, cfg.seed, cfg.grad_accum, parallel.pmap_devices,
                            cfg.zero1, cfg.grad_clip)
     opt_shapes = jax.eval_shape(lambda: optimizer.init(registry.init_params(cfg, run.model)))
     opt_state = initial_opt_state(run, stage, optimizer, opt_shapes, params)
-    run.arrays = {}  # of the checkpoint: what is used of them is on the devices now
+    run.arrays = {}  # frees the checkpoint's arrays: what is needed is on the devices now
     evaluator.start_stage(stage, preemption.check)
     monitor.start_stage(stage)
 
@@ -246,7 +246,7 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                         evaluator.evaluate(params)
                     if save_now:
                         save()
-    except distributed.Preempted:  # perhaps in an evaluation, which is then made again
+    except distributed.Preempted:  # in an evaluation too: the next start makes it again
         save()
         raise
     monitor.bar.close()
@@ -255,8 +255,8 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
 
 def initial_opt_state(run: Run, stage: Stage, optimizer: optax.GradientTransformation,
                       opt_shapes: Any, params: Any) -> Any:
-    """The checkpoint's optimizer state inside a stage, a new one at its start. On the devices; with
-    --zero1, sharded."""
+    """The optimizer state, on the devices: new at the start of a stage, else the checkpoint's. With
+    --zero1, each device gets its shard."""
     zero1, parallel = run.cfg.zero1, run.parallel
     if run.step > stage.start:
         saved = run.restore(opt_shapes, "opt")

@@ -1,6 +1,7 @@
-"""Nearest neighbors: the most similar training images by cosine vote on the class.
+"""Nearest neighbors: the training images with the largest cosine similarity vote on the class.
 
-Letters: n training images, m validation images, D width, T tasks, k neighbors.
+Letters: n training images, m validation images, D width, T tasks, q queries, k neighbors that vote,
+K neighbors that are searched.
 """
 import numpy as np
 
@@ -12,8 +13,8 @@ TEMPERATURE = 0.07                 # a vote counts exp(cosine / TEMPERATURE)
 
 def nearest_neighbors(train: np.ndarray, test: np.ndarray, tasks: Tasks,
                       seed: int = 0) -> np.ndarray:
-    """Predictions (m,T) from features (n,D) and (m,D). A task's k is the best for 500 training
-    images among the others, and 1 for a one-shot task."""
+    """Predictions (m,T) from features (n,D) and (m,D). A task's k is the one that classifies
+    500 training images best by the other training images. One-shot tasks have k = 1."""
     train, test = l2_normalize(train), l2_normalize(test)
     count = min(500, len(train))
     drawn = np.random.default_rng((seed, 7)).choice(len(train), count, replace=False)
@@ -38,13 +39,13 @@ def nearest_neighbors(train: np.ndarray, test: np.ndarray, tasks: Tasks,
 
 
 def search(train: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cosines, rows of train) of the neighbors of unit vectors, nearest first: (q,K) each, where K
-    is one more than the largest k, or as many as there are."""
+    """(cosines, rows of train) of each query's K neighbors, nearest first: (q,K) each. All vectors
+    have length 1. K is the largest k plus 1, for a query that finds itself, and at most n."""
     module = import_module("sklearn.neighbors")
     count = min(max(NUM_NEIGHBORS) + 1, len(train))
     index = module.NearestNeighbors(n_neighbors=count, algorithm="brute").fit(train)
     distances, rows = index.kneighbors(queries)
-    return 1 - np.square(distances) / 2, rows
+    return 1 - np.square(distances) / 2, rows  # the cosines of vectors of length 1
 
 
 def vote(cosines: np.ndarray, classes: np.ndarray, num_classes: int, k: int) -> np.ndarray:
@@ -61,5 +62,6 @@ def l2_normalize(x: np.ndarray) -> np.ndarray:
 
 def nearest_image(train: np.ndarray, test: np.ndarray, tasks: Tasks) -> np.ndarray:
     """The classes (m,T) of the one nearest training image by Euclidean distance."""
+    # Squared distances without the squared length of the test vector, which changes no argmin.
     distances = np.square(train).sum(1) - 2 * test @ train.T
     return tasks.train[distances.argmin(1)]

@@ -1,8 +1,8 @@
 """WebDataset tars as a source: which tar a sample is in, and reads of many samples at once.
 
-Memory does not grow with the number of samples. Per tar a few counts are kept, and the rows
-(offsets and sizes) of the tars used last; the rows of all are in the index beside each
-(inputs/tar_index.py).
+Memory does not grow with the number of samples. An index file beside each tar holds a row (offsets
+and sizes) per sample (inputs/tar_index.py). In memory are a few counts of each tar, and the rows of
+the tars used last. A run, in this file, is a series of samples that one read covers.
 """
 import contextlib
 import functools
@@ -49,11 +49,12 @@ class TarSource(FileSource):
             path, why = unreadable[0]
             if not indexes:
                 raise DataError(f"{path} cannot be read as an uncompressed tar: {why}")
-            text = f"files that cannot be read as uncompressed tars, first {path} ({why})"
-            self.skipped[text] += len(unreadable)
+            skip_reason = f"files that cannot be read as uncompressed tars, first {path} ({why})"
+            self.skipped[skip_reason] += len(unreadable)
         self.rows_in_memory = {n: index.rows for n, index in enumerate(indexes)
                                if index.rows is not None}
         self.count_skipped(indexes)
+        # (tars, 3): samples with image and text, image only, text only
         pairs = np.array([index.meta["pairs"][self.text] for index in indexes], np.int64)
         self.starts = np.cumsum([0, *pairs[:, 0]])
         self.crcs = np.array([index.meta["crc"] for index in indexes], np.uint32)
@@ -62,7 +63,7 @@ class TarSource(FileSource):
         self.validate(pairs.sum(0).tolist())
 
     def count_skipped(self, indexes: list[TarIndex]) -> None:
-        """Sum the reasons of all tars. Reasons that concern a tar name the first one."""
+        """Sum the counts of all tars. A reason that is about a tar names the first such tar."""
         first: dict[str, str] = {}
         for path, index in zip(self.paths, indexes):
             for why, count in index.meta["skipped"].items():
@@ -71,16 +72,16 @@ class TarSource(FileSource):
                 self.skipped[why] += count
 
     def plan_reads(self, total_bytes: int) -> None:
-        """Choose how many samples one read covers: half of a lane's memory on average, so that few
-        runs exceed a lane's memory. A lane has at least 16 runs, because the run at its end is read
-        by the next lane too. Tars that fit in memory are read once, and shuffled as one."""
+        """Choose the length of a run. A run takes half of a lane's memory on average, so that few
+        exceed that memory. The run at a lane's end is read by the next lane too, so a lane gets at
+        least 16 runs. Tars that fit in memory are read once, and shuffled together."""
         lane_bytes = MAX_SHUFFLE_BYTES // NUM_LANES
         fits = total_bytes <= MAX_SHUFFLE_BYTES
         count = lane_bytes // 2 * len(self) // max(total_bytes, 1)
         if not fits:
             count = min(count, len(self) // (16 * NUM_LANES))
         self.read_length = max(1, count)
-        self.run_length = 0 if fits else self.read_length
+        self.run_length = 0 if fits else self.read_length  # 0: shuffle all samples together
         self.max_span_bytes = MAX_SHUFFLE_BYTES if fits else lane_bytes
         self.rows = functools.lru_cache(None if fits else CACHED_TARS)(self.load_rows)
         self.run_span = functools.lru_cache(4 * NUM_LANES)(self.span)
@@ -98,8 +99,8 @@ class TarSource(FileSource):
             if index.meta["crc"] != self.crcs[shard]:
                 raise DataError(f"{printable(path)} has changed since it was opened: start again")
             rows = index.rows
-        text = 2 + 2 * TEXT_SUFFIXES.index(self.text)
-        return rows[rows[:, text] > 0][:, [0, 1, text, text + 1]]
+        column = 2 + 2 * TEXT_SUFFIXES.index(self.text)  # the text's offset; then comes its size
+        return rows[rows[:, column] > 0][:, [0, 1, column, column + 1]]
 
     def locate(self, i: int) -> tuple[int, int]:
         """(tar, row): the tar that sample i is in, and its place among the samples there."""
@@ -113,12 +114,12 @@ class TarSource(FileSource):
         return ByteRange(path, offset, size), ByteRange(path, text_offset, text_size)
 
     def run_of(self, samples: np.ndarray) -> np.ndarray:
-        """The number of the run, in its tar, that each sample is in."""
+        """For each sample, the number of its run, counted in its tar."""
         shards = np.searchsorted(self.starts, samples, side="right") - 1
         return (samples - self.starts[shards]) // self.read_length
 
     def span(self, shard: int, first: int, count: int) -> Span | None:
-        """Where `count` samples of a tar begin and end. None if much else is between them."""
+        """Where `count` samples of a tar begin and end. None if too much else is between them."""
         rows = self.rows(shard)[first:first + count]
         begins, sizes = rows[:, [0, 2]], rows[:, [1, 3]]
         begin, end = int(begins.min()), int((begins + sizes).max())
@@ -126,8 +127,8 @@ class TarSource(FileSource):
         return (begin, end) if end - begin <= 2 * int(sizes.sum()) + headers else None
 
     def read_sample(self, i: int, with_run: bool) -> tuple[bytes, bytes]:
-        """One read for image and text. With with_run it is the read of their run, which is kept for
-        the other samples in it, unless the run is too long or cannot be read."""
+        """Image and text, by one read if possible. With with_run, the complete run is read and kept
+        for its other samples, unless it is too long or cannot be read."""
         image, text = self.byte_ranges(i)
         check_size(text.size, files.MAX_TEXT_BYTES)
         check_size(image.size, files.MAX_IMAGE_BYTES)
@@ -145,7 +146,7 @@ class TarSource(FileSource):
         return image_bytes, text_bytes
 
     def read_run(self, i: int) -> tuple[int, bytes | None]:
-        """(offset, bytes) of the run that sample i is in; None if it cannot be read as one."""
+        """(offset, bytes) of the run that sample i is in; (0, None) if one read cannot get it."""
         shard, row = self.locate(i)
         span = self.run_span(shard, row - row % self.read_length, self.read_length)
         if span and span[1] - span[0] <= self.max_span_bytes:
@@ -170,7 +171,7 @@ class SpanCache:
         self.spans: OrderedDict[tuple[str, int, int], Future] = OrderedDict()
 
     def read(self, path: str, begin: int, end: int) -> bytes:
-        """As `read_span`. A span that could not be read is not kept."""
+        """Like files.read_span. A span that could not be read is not kept."""
         key = path, begin, end
         with self.lock:
             span = self.spans.get(key)

@@ -5,8 +5,8 @@ they need. A run that is started again on its folder continues from its newest c
 
 The lock is flock(2) on the file `train.lock`. The system releases it when the process ends in any
 way, so a killed process leaves only the file. Reading needs no lock: evaluation works beside
-training. On NFS the lock holds between hosts, as Linux mounts it. On a file system without locks
-(Lustre without -o flock, for example) the run continues with a warning.
+training. On NFS, other hosts see the lock if Linux mounts it as usual. On a file system that has no
+locks (Lustre without -o flock, for example) the run continues with a warning.
 """
 import dataclasses
 import errno
@@ -34,7 +34,7 @@ from runtime.errors import CheckpointError, ConfigError
 
 LOCK_NAME = "train.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-# What checkpoint.atomic_write leaves of a save that was killed. A run deletes no other file.
+# What checkpoint.atomic_write leaves of a save that was killed. The next start deletes it.
 LEFT_OVER = re.compile(r"(step-\d{8,}\.npz|encoder\.npz|metrics\.jsonl|bad-samples\.txt"
                        r"|config\.json|summary\.json)\.part")
 
@@ -53,8 +53,8 @@ class FolderLock:
         self.made_folder = False
 
     def acquire(self) -> None:
-        """Makes the folder if it is missing, and locks it. Locked if another process holds it,
-        OSError where nothing can be written."""
+        """Makes the folder if it is missing, and locks it. Raises Locked if another process holds
+        the lock, OSError if nothing can be written."""
         self.made_folder = not os.path.exists(self.folder)
         os.makedirs(self.folder, exist_ok=True)
         while self.file is None:
@@ -109,12 +109,12 @@ class FolderLock:
 
 # ----------------------------------------------------------------------------------- the run
 def new_state() -> dict[str, Any]:
-    """What a checkpoint holds beside arrays, as a new run has it."""
+    """What a checkpoint holds beside its arrays, with the values of a new run."""
     return {"step": 0, "bad_samples": 0, "vocabulary": None,
-            "seconds": 0.0,                             # of all starts together
-            "train_seconds": 0.0, "train_images": 0,    # without compilation: they give the rate
+            "seconds": 0.0,                             # of the run, pauses left out
+            "train_seconds": 0.0, "train_images": 0,    # without compilation, for images per second
             "window": [],                               # losses since the last row of metrics.jsonl
-            "evaluation_pending": False,                # the step's evaluation is due
+            "evaluation_pending": False,                # the saved step is not yet evaluated
             "best_shuffled": None}                      # the lowest val_loss_shuffled so far
 
 
@@ -136,7 +136,7 @@ class Run:
             if fingerprint != self.fingerprints[name]:
                 raise ConfigError(f"the {name} here is {self.fingerprints[name]}, and in process 0 "
                                   f"{fingerprint}: all processes must read the same files")
-        self.arrays: dict[str, np.ndarray] = {}   # of the checkpoint, until they are on the devices
+        self.arrays: dict[str, np.ndarray] = {}   # the checkpoint's, until on the devices
         self.state = new_state() | parallel.broadcast_from_main(self.load_checkpoint)
         self.start_time = time.time() - self.state["seconds"]  # as if the run had never paused
         self.tokenizer = self.open_tokenizer()
@@ -159,7 +159,7 @@ class Run:
     def path(self, name: str) -> str:
         return os.path.join(self.cfg.workdir, name)
 
-    def elapsed(self) -> float:  # seconds, of all starts together
+    def elapsed(self) -> float:  # seconds of the run, pauses left out
         return time.time() - self.start_time
 
     def prepare_folder(self) -> None:
@@ -172,7 +172,7 @@ class Run:
             for name in os.listdir(folder):
                 if LEFT_OVER.fullmatch(name):
                     os.remove(self.path(name))
-            with tempfile.TemporaryFile(dir=folder) as file:  # new files are possible too
+            with tempfile.TemporaryFile(dir=folder) as file:  # also a new file must be possible
                 file.write(b"x")
         except OSError as problem:
             raise ConfigError(f"--workdir {folder} cannot be written to ({problem.strerror}): name "
@@ -208,7 +208,7 @@ class Run:
         def requests() -> Iterator[tuple[range, int]]:
             for step in range(self.step, stage.end):
                 first = stage.first_image + (step - stage.start) * stage.batch
-                # Every n-th sample, so that each process reads tars of its own (WindowedShuffle).
+                # Every n-th position: so each process has lanes of its own (LaneShuffle).
                 positions = range(first + jax.process_index(), first + stage.batch,
                                   self.parallel.num_processes)
                 yield positions, stage.resolution
@@ -269,8 +269,8 @@ class Run:
 
     # ---- other files
     def write_folder(self) -> None:
-        """The files that a start writes. Of a continued run, lines that are newer than its
-        checkpoint go: they are written again."""
+        """Writes the files that each start writes. If a run is continued, removes the lines that
+        are newer than its checkpoint: the run writes them again."""
         rows = plots.read_metrics(self.path("metrics.jsonl")) if self.step else []
         kept_rows = [checkpoint.to_json(row) + "\n" for row in rows if self.is_final(row)]
         checkpoint.write_text(self.path("metrics.jsonl"), "".join(kept_rows))
@@ -283,7 +283,7 @@ class Run:
         self.tokenizer.save(self.path(self.tokenizer.filename))
 
     def is_final(self, row: dict[str, Any]) -> bool:
-        """Whether a row of metrics.jsonl will not be written again."""
+        """Whether to keep a row of metrics.jsonl: the run, continued, does not write it again."""
         if row["step"] == self.step and self.state["evaluation_pending"]:
             return "val_loss" not in row
         return row["step"] <= self.step
