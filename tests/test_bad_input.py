@@ -211,6 +211,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
     def run(command):
         argv, xla_flags, _, _ = command
+        argv = [*argv, "--workdir", f"run-{commands.index(command)}"]  # one process per folder
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         script = os.path.abspath(train.__file__)
         return subprocess.run([sys.executable, script, *argv], cwd=tmp_path, env=env,
