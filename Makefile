@@ -14,8 +14,8 @@ run: $(VENV)/core          ## train the toy, both stages, and say where its pict
 emoji: $(VENV)/core        ## a real data set: fetched with npm, trained on one vendor's drawings, measured on another's
 	$(BIN)/python emojis.py
 
-test: $(VENV)/test         ## light: no torch, no accelerator
-	$(BIN)/python -m pytest tests --ignore=tests/parity
+test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
+	$(BIN)/python -m pytest tests --ignore=tests/parity -n 2 --dist loadfile
 
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip and tokenizers
 	$(BIN)/python -m pytest tests/parity
@@ -47,4 +47,4 @@ $(VENV)/parity: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-parity parity.log runs .compiled .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-parity .venv-newer parity.log runs .compiled .pytest_cache .ruff_cache *.egg-info

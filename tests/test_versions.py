@@ -1,5 +1,6 @@
 """One pyproject.toml and one constraints.txt serve every Python: which versions each gets, and what make does when asked for another."""
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -58,3 +59,53 @@ def test_make_refuses_an_environment_of_another_python(tmp_path):
     told = [line for line in done.stdout.splitlines() if "was made with" in line]
     assert len(told) == 1 and "3.99" in told[0] and "VENV=" in told[0], (done.stdout, done.stderr)
     assert not (tmp_path / "core").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ .ci/run
+def script(path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text + "\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def ci(folder, pythons: dict[str, str], failing: str = "no such target") -> tuple[int, str, list[str]]:
+    """.ci/run with a make that only notes what it is asked for, and Pythons (path below the home folder: version they tell)."""
+    root, home, programs = folder / "project", folder / "home", folder / "programs"
+    shutil.copytree(os.path.join(ROOT, ".ci"), root / ".ci")
+    script(programs / "make", f'echo "$@" >> {folder}/asked; case "$*" in *"{failing}"*) exit 2;; esac')
+    for name in ("bash", "cat", "dirname"):
+        (programs / name).symlink_to(shutil.which(name))
+    script(programs / "python3", "echo 3.11")
+    for path, version in pythons.items():
+        script(home / path, f"echo {version}" if version else "exit 127")
+    env = {"PATH": f"{programs}:{home / 'path'}", "HOME": str(home)}
+    done = subprocess.run([str(programs / "bash"), str(root / ".ci" / "run")], env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, sorted((folder / "asked").read_text().splitlines())
+
+
+USUAL = ["lint", "test", "test-parity VENV=.venv-parity"]
+PYENV = ".pyenv/versions/3.13.0/bin/python3.13"
+
+
+@pytest.mark.parametrize(("pythons", "found"), [
+    ({"path/python3.13": "3.13"}, "python3.13"),
+    ({"path/python3.12": "3.12"}, "python3.12"),
+    ({"path/python3.13": "", PYENV: "3.13"}, PYENV),                       # pyenv's stand-in for a version that is not chosen does not start
+    ({"path/python3.13": "3.11", "path/python3.12": "3.12"}, "python3.12")])
+def test_ci_runs_the_light_tests_on_a_newer_python_too(tmp_path, pythons, found):
+    status, told, asked = ci(tmp_path, pythons)
+    again = [line for line in asked if line.startswith("test PYTHON=")]
+    assert status == 0 and sorted(USUAL + again) == asked
+    assert len(again) == 1 and again[0].split()[1].endswith(found) and again[0].endswith("VENV=.venv-newer")
+    assert found in told
+
+
+def test_ci_says_that_there_is_no_newer_python(tmp_path):
+    status, told, asked = ci(tmp_path, {})
+    assert status == 0 and asked == USUAL
+    assert told.splitlines()[-1].startswith("no Python newer than python3 is installed")
+
+
+@pytest.mark.parametrize("failing", ["lint", "test-parity", "test PYTHON="])
+def test_ci_fails_with_any_of_its_parts(tmp_path, failing):
+    assert ci(tmp_path, {"path/python3.13": "3.13"}, failing)[0] != 0
