@@ -1,4 +1,4 @@
-"""What the tests share: one folder of compiled programs, for all workers of pytest-xdist and the many processes that they start, which compile the same ones."""
+"""What the tests share: one folder of compiled programs, for all workers of pytest-xdist and the processes that they start, which compile the same ones."""
 import os
 
 import jax
