@@ -170,8 +170,10 @@ def export_encoder(path: str, library: str, out: str, resolution: int = 0) -> li
         texts[name] = checkpoint.to_json(config, indent=1) + "\n"
     metrics = read_metrics(path) if "config" in meta else {}
     texts["README.md"] = model_card(kind, cfg, resolution, meta, metrics)
-    os.makedirs(out, exist_ok=True)
     file = os.path.join(out, weights)
+    if kind != "npz":
+        require("safetensors.numpy", f"writing {file}")  # before a folder is made
+    os.makedirs(out, exist_ok=True)
     if kind == "npz":
         checkpoint.save(file, params, meta | {"encoder": vars(cfg), "resolution": resolution})
     else:
