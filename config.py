@@ -59,31 +59,30 @@ class Config:
     init_scale: str = model_arg("xavier", "scale of the initial weights: Xavier's, or the released "
                                 "code's (docs/fidelity.md)", ("xavier", "released"))
 
-    data: str = data_arg("", "training images: scenes, a folder of images with .txt captions, or "
-                         "tars ('shards/*.tar', 'shards/{00000..00011}.tar')")
-    val: str = data_arg("", "validation images, likewise; without it a tenth of --data is split "
-                        "off, --val-samples at most")
-    caption_field: str = data_arg("txt", "where captions are: txt for KEY.txt, or a field of "
-                                  "KEY.json, such as re_caption; of scenes: txt, web or "
-                                  "conditioned")
-    alt_field: str = data_arg("", "a second text of each image, which --objective openvision "
-                              "reads: another field of KEY.json; of scenes: web")
+    data: str = data_arg("", "training images: scenes, a folder of images with .txt captions, "
+                         "tars ('shards/*.tar', 'shards/{00000..00011}.tar') or 'x/*.parquet'")
+    val: str = data_arg("", "validation images; without it a tenth of --data or less")
+    caption_field: str = data_arg("txt", "txt for KEY.txt, or a field of KEY.json or parquet, such "
+                                  "as re_caption; of scenes: txt, web or conditioned; of a:1,b:3 "
+                                  "one is drawn each time, with these weights")
+    image_field: str = data_arg("image", "the column of parquet files that holds the images")
+    alt_field: str = data_arg("", "another field, for the second text of --objective openvision; "
+                              "of scenes: web")
     val_samples: int = data_arg(512, "validation images in an evaluation", low=2, high=1 << 30)
-    max_text_len: int = data_arg(128, "text positions: start, tokens and end; longer captions are "
-                                 "cut", low=3, high=1 << 20)
+    max_text_len: int = data_arg(128, "text positions with start and end; longer captions are cut",
+                                 low=3, high=1 << 20)
     vocab: str = data_arg("", "a WordPiece vocab.txt, such as BERT's, or any tokenizer.json; "
                           "without it a vocab.txt is built from the captions")
     vocab_size: int = data_arg(32000, "rows of the token embedding, and the most tokens of a "
                                "vocabulary that is built", low=8, high=1 << 30)
     min_crop_area: float = data_arg(0.4, "least area of the random-resized crop, as a share of the "
                                     "image; 1 for no crop", above=0, high=1)
-    hflip: bool = data_arg(False, "mirror half of the images; captions that say left become untrue")
+    hflip: bool = data_arg(False, "mirror half of the images; captions that say left become false")
     jitter: float = data_arg(0.0, "color jitter: brightness, contrast and saturation change by up "
                              "to this share, in four images of five", low=0, high=1)
     hue: float = data_arg(0.0, "hue changes with the jitter, by up to this share of the color "
                           "circle; captions that name colors become untrue", low=0, high=0.5)
-    grayscale_prob: float = data_arg(0.0, "share of training images that lose their color", low=0,
-                                     high=1)
+    grayscale_prob: float = data_arg(0.0, "share of images that lose their color", low=0, high=1)
 
     stages: str = optim_arg("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L "
                             "warmup=W, with a comma between stages; warmup counts as the length "
@@ -114,12 +113,14 @@ class Config:
                                       "or on one (a TPU pod needs no such flag)")
     workdir: str = resumable_arg("", "the run's folder; a run that is there is continued (default: "
                                  "runs/ and the recipe's name)")
+    cache_dir: str = resumable_arg("", "local folder for what is unpacked or downloaded (default: "
+                                   "~/.cache/openvision2)")
+    cache_gb: float = resumable_arg(20.0, "most GB in --cache-dir", above=0, high=1e6)
     workers: int = resumable_arg(2, "threads that decode images", low=1, high=1024)
     log_every: int = resumable_arg(20, "steps between lines of metrics.jsonl", low=1, high=1 << 40)
     eval_every: int = resumable_arg(200, "steps between evaluations", low=1, high=1 << 40)
     save_every: int = resumable_arg(400, "steps between checkpoints", low=1, high=1 << 40)
-    keep_checkpoints: int = resumable_arg(2, "newest checkpoints that are kept",
-                                          low=1, high=1 << 20)
+    keep_checkpoints: int = resumable_arg(2, "newest checkpoints to keep", low=1, high=1 << 20)
     keep_every: int = resumable_arg(0, "checkpoints at multiples of this step are kept for good; 0 "
                                     "for none", low=0, high=1 << 40)
     max_bad_fraction: float = resumable_arg(0.1, "largest share of bad samples among those read, "
@@ -249,7 +250,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, recipe: Config = Con
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         text = field.metadata["help"].replace("%", "%%")
-        if name != "workdir":
+        if name not in ("workdir", "cache_dir"):
             text += f" (default: {'none' if value == '' else value})"
         kind: dict[str, Any] = {"type": field.type, "choices": field.metadata["choices"] or None}
         if field.type is bool:

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from inputs import sources, tars, tokenizer
-from inputs.files import choose_first
+from inputs.files import ReadOptions, caption_weights, choose_first
 from inputs.images import Augment, decode_and_augment, silence_pillow
 from inputs.sources import SceneSource, Source
 from inputs.tokenizer import EOS, WordPiece
@@ -103,11 +103,14 @@ class Loader:
     the order is the source's."""
 
     def __init__(self, source: Source, tokenizer: WordPiece, max_text_len: int, seed: int,
-                 augment: Augment | None, workers: int, alt_field: str = ""):
-        """alt_field: the field of each sample's second text, if one is needed. workers: threads."""
+                 augment: Augment | None, workers: int, alt_field: str = "",
+                 caption_field: str = ""):
+        """alt_field: the field of each sample's second text, if one is needed. caption_field: as
+        the source's; of several fields, one is drawn per epoch and sample. workers: threads."""
         self.source, self.tokenizer, self.max_text_len = source, tokenizer, max_text_len
         self.seed, self.augment = seed, augment
         self.fields = {"text": "", "alt": alt_field} if alt_field else {"text": ""}
+        self.mix = caption_weights(caption_field or "txt")
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.is_random = augment not in (None, Augment(min_crop_area=1.0))  # else it draws nothing
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
@@ -123,10 +126,21 @@ class Loader:
         epoch = position // len(self.source)
         return lambda n: int(np.random.default_rng((self.seed, 4, epoch, i)).integers(n))
 
+    def text_fields(self, position: int, i: int) -> list[str]:
+        """The fields to read. Of a mix of captions, all, in training after a draw: the drawn one is
+        first, and the others are for a sample that lacks it."""
+        fields = list(self.fields.values())
+        if len(self.mix) > 1 and self.augment is not None:
+            rng = np.random.default_rng((self.seed, 5, position // len(self.source), i))
+            drawn = rng.choice(list(self.mix), p=list(self.mix.values()))
+            fields[0] = ",".join([drawn, *(name for name in self.mix if name != drawn)])
+        return fields
+
     def load(self, position: int, i: int, resolution: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Image (R,R,3) uint8 and texts, each (T,) int32, of sample i, or BadSample."""
         choose = self.choose_caption(position, i)
-        captions, image = self.source.sample(i, self.fields.values(), choose, bool(self.augment))
+        captions, image = self.source.sample(i, self.text_fields(position, i), choose,
+                                             bool(self.augment))
         texts = [self.tokenizer.encode(caption, self.max_text_len) for caption in captions]
         if any(text[1] == EOS for text in texts):  # nothing but control characters
             raise BadSample("caption holds no word")
@@ -196,11 +210,12 @@ def open_data(cfg: Any) -> tuple[Source, Source]:
     if cfg.alt_field and cfg.data != "scenes" and cfg.caption_field == "txt":
         raise ConfigError(f"--alt-field {cfg.alt_field} is a field of the KEY.json, from which "
                           "--caption-field must then come too: name its field")
-    source = sources.open_source(cfg.data, cfg.caption_field, cfg.seed, "train")
+    options = ReadOptions(cfg.image_field, cfg.alt_field, cfg.cache_dir, cfg.cache_gb)
+    source = sources.open_source(cfg.data, cfg.caption_field, cfg.seed, "train", options=options)
     if not cfg.val and cfg.data != "scenes":
         return sources.train_val_split(source, cfg.val_samples)
     val_source = sources.open_source(cfg.val or "scenes", cfg.caption_field, cfg.seed, "val",
-                                     cfg.val_samples)
+                                     cfg.val_samples, options)
     return source, sources.subsample(val_source, cfg.val_samples)
 
 
@@ -213,7 +228,8 @@ def open_tokenizer(cfg: Any, source: Source) -> WordPiece:
     """The tokenizer of --vocab, or one built from the captions of at most 100,000 samples."""
     if not cfg.vocab:
         try:
-            return tokenizer.train_vocab(vocab_captions(source, cfg.alt_field), cfg.vocab_size)
+            fields = [*caption_weights(cfg.caption_field), *filter(None, [cfg.alt_field])]
+            return tokenizer.train_vocab(vocab_captions(source, fields), cfg.vocab_size)
         except ValueError as problem:
             raise ConfigError(str(problem)) from None
     try:
@@ -226,12 +242,11 @@ def open_tokenizer(cfg: Any, source: Source) -> WordPiece:
     return vocab
 
 
-def vocab_captions(source: Source, alt_field: str = "") -> Iterator[str]:
+def vocab_captions(source: Source, fields: Iterable[str] = ("",)) -> Iterator[str]:
     for i in range(min(len(source), 4000 if isinstance(source, SceneSource) else 100_000)):
-        with contextlib.suppress(BadSample):
-            yield source.caption(i)
-            if alt_field:
-                yield source.caption(i, alt_field)
+        for field in fields:
+            with contextlib.suppress(BadSample):
+                yield source.caption(i, field)
 
 
 def main(argv: list[str]) -> int:

@@ -1,27 +1,38 @@
-"""Samples in files: how images and captions are paired, read and checked. And a folder of them.
+"""Samples in files: how images and captions are paired, read and checked.
 
 A sample is an image KEY.jpg (.png, .webp …) with a caption KEY.txt, or with a field of KEY.json.
-FileSource does all but locate the files; FolderSource (here) and TarSource (inputs/tars.py) do
-that.
+FileSource does all but locate the files; FolderSource (inputs/sources.py) and TarSource
+(inputs/tars.py) do that.
 """
 import glob
 import io
 import json
+import math
 import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from inputs.images import open_image
-from inputs.tar_headers import FORKS, IMAGE_SUFFIXES, TEXT_SUFFIXES, is_sample_file
-from runtime.errors import BadSample, DataError
+from inputs.tar_headers import IMAGE_SUFFIXES, TEXT_SUFFIXES
+from runtime.errors import BadSample, ConfigError, DataError
 
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 256 << 20, 1 << 20  # a larger file is a broken sample
 Choose = Callable[[int], int]                         # n captions to the one to use, 0..n-1
+
+
+class ReadOptions(NamedTuple):
+    """How --data and --val are read, beside their names."""
+    image_field: str = "image"  # the column of a parquet file
+    alt_field: str = ""         # the field of the second text, if one is needed
+    cache_dir: str = ""         # "" for disk_cache.default_folder()
+    cache_gb: float = 20.0
+
+
+DEFAULT_OPTIONS = ReadOptions()
 
 
 class ByteRange(NamedTuple):
@@ -38,6 +49,16 @@ def choose_first(count: int) -> int:
 def printable(path: str) -> str:
     """A path as text: on disk it may be bytes that are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
+
+
+def file_size(path: str) -> int:
+    """In bytes. OSError if there is no such file."""
+    return os.stat(path).st_size
+
+
+def open_file(path: str) -> BinaryIO:
+    """For reading."""
+    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def read_span(path: str, begin: int, end: int) -> bytes:
@@ -89,10 +110,12 @@ class FileSource:
     field of KEY.json. A subclass sets `starts` and `crc`, calls `validate`, and has
     `byte_ranges`."""
     run_length = 0
+    has_columns = False  # texts are columns of a table, so that txt is a name as any other
 
     def __init__(self, where: str, field: str):
-        self.where, self.field = where, field
-        self.text = "txt" if field == "txt" else "json"
+        self.where, self.fields = where, list(caption_weights(field))
+        self.field = ",".join(self.fields)
+        self.text = "txt" if self.fields == ["txt"] else "json"
         self.skipped: Counter = Counter()
         self.starts = np.zeros(1, np.int64)
         self.crc = 0
@@ -107,10 +130,17 @@ class FileSource:
         self.skipped += Counter({f"without a .{self.text}": pairs[1], "without an image": pairs[2]})
         if not len(self):
             raise DataError(f"no captioned image in {self.where}{self.advice()}")
+        if self.text == "json" and "txt" in self.fields and not self.has_columns:
+            raise DataError("--caption-field: txt cannot be mixed with the fields of KEY.json")
+        for field in self.fields:
+            self.check_field(field)
+
+    def check_field(self, field: str) -> None:
+        """A wrong --caption-field fails from the start. DataError if the first samples lack it."""
         problems = []
-        for i in range(min(len(self), 200)):  # a wrong --caption-field fails from the start
+        for i in range(min(len(self), 200)):
             try:
-                self.caption(i)
+                self.caption(i, field)
                 return
             except BadSample as problem:
                 problems.append(str(problem))
@@ -119,9 +149,10 @@ class FileSource:
 
     def advice(self) -> str:
         """What a place without a sample has instead, and what it needs."""
-        tars = os.path.join(self.where, "*.tar")
-        if glob.glob(os.path.join(glob.escape(self.where), "*.tar")):
-            return f", but tars: name those, as '{tars}'"
+        for kind, pattern in (("tars", "*.tar"), ("parquet files", "*.parquet")):
+            if glob.glob(os.path.join(glob.escape(self.where), pattern)):
+                names = os.path.join(self.where, pattern)
+                return f", but {kind}: name those, as '{names}'"
         contents = "; ".join(f"{n} {why}" for why, n in self.skipped.items()) or "no images at all"
         need = f"a KEY.json with the field {self.field!r} beside it"
         if self.field == "txt":
@@ -171,20 +202,24 @@ class FileSource:
         return data
 
     def parse_caption(self, data: bytes, field: str = "", choose: Choose = choose_first) -> str:
-        """The caption in the bytes of a KEY.txt or KEY.json. `field` replaces the source's own."""
-        flag = "--alt-field" if field else "--caption-field"
-        field = field or self.field
+        """The caption in the bytes of a KEY.txt or KEY.json. `field` replaces the source's own. Of
+        several, as in a,b, the first that the sample has is used."""
+        names = (field or self.field).split(",")
         try:
             text = data.decode("utf-8-sig")
-            if field != "txt":
-                text = json_caption(json.loads(text), field, flag, choose)
+            fields = json.loads(text) if self.text == "json" else {"txt": text}
         except UnicodeDecodeError:
             raise BadSample("caption is not UTF-8 text") from None
         except (ValueError, RecursionError):  # a number with thousands of digits is a ValueError
             raise BadSample("json cannot be parsed") from None
-        if not isinstance(text, str) or not text.strip():
-            raise BadSample("caption is empty")
-        return text
+        problems = []
+        for name in names:
+            flag = "--caption-field" if name in self.fields else "--alt-field"
+            try:
+                return json_caption(fields, name, flag, choose)
+            except BadSample as problem:
+                problems.append(problem)
+        raise problems[0]
 
 
 def check_size(size: int, limit: int) -> None:
@@ -192,7 +227,24 @@ def check_size(size: int, limit: int) -> None:
         raise BadSample(f"is larger than {limit >> 20} MiB")
 
 
-def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> Any:
+def caption_weights(text: str) -> dict[str, float]:
+    """{field: probability} of --caption-field: one name, or several as in a,b or a:3,b:1."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition(":")
+        try:
+            weight = float(number) if name else 1.0
+        except ValueError:  # the colon is a part of the name
+            name, weight = "", 1.0
+        name = (name or part).strip()
+        if not name or name in weights or not 0 < weight < math.inf:
+            raise ConfigError(f"--caption-field {text}: give a field, or several once each with "
+                              "weights above 0, as in short:1,dense:3")
+        weights[name] = weight
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> str:
     """A field of a parsed KEY.json; of a list, the text that `choose` chooses."""
     if not isinstance(fields, dict) or field not in fields:
         names = ", ".join(fields) if isinstance(fields, dict) else "no fields"
@@ -205,61 +257,6 @@ def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> Any:
         text = texts[choose(len(texts))]
     if isinstance(text, str):  # json can have half a surrogate pair, which cannot be printed
         text = text.encode("utf-8", "replace").decode()
+    if not isinstance(text, str) or not text.strip():
+        raise BadSample("caption is empty")
     return text
-
-
-class FolderSource(FileSource):
-    """All captioned images below a folder, in the order of their paths."""
-
-    def __init__(self, where: str, field: str):
-        super().__init__(where, field)
-        names: list[bytes] = []  # of each sample: path of the image, NUL, suffix of the text
-        pairs = np.zeros(3, int)
-        for folder, files in walk_folders(where, self.skipped):
-            samples, counts = pair_files(sample_files(files, self.skipped), self.skipped)
-            pairs += counts[self.text]
-            below = os.path.relpath(folder, where)
-            for image, *texts in samples:
-                text = texts[TEXT_SUFFIXES.index(self.text)]
-                if text:
-                    path, suffix = os.path.join(below, image), text.rpartition(".")[2]
-                    names.append(os.fsencode(path) + b"\0" + os.fsencode(suffix))
-        self.names = b"".join(names)  # as one string: a list of strings takes five times the memory
-        self.begins = np.cumsum([0, *map(len, names)])
-        self.starts = np.array([0, len(names)])
-        self.crc = zlib.crc32(self.names)
-        self.validate(pairs.tolist())
-
-    def byte_ranges(self, i: int) -> tuple[ByteRange, ByteRange]:
-        image, _, suffix = self.names[self.begins[i]:self.begins[i + 1]].partition(b"\0")
-        path = os.path.normpath(os.path.join(self.where, os.fsdecode(image)))
-        text = f"{path.rpartition('.')[0]}.{os.fsdecode(suffix)}"
-        return ByteRange(path, 0, -1), ByteRange(text, 0, -1)
-
-
-def walk_folders(top: str, skipped: Counter) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files sorted) from `top` down. Links are followed, and no folder comes twice."""
-    def count_unreadable(problem: OSError) -> None:
-        skipped["folders that cannot be read"] += 1
-
-    visited = {os.path.realpath(top)}
-    for folder, subfolders, files in os.walk(top, onerror=count_unreadable, followlinks=True):
-        names = {}
-        for name in sorted(subfolders, reverse=True):  # of links to one folder the first counts
-            names[os.path.realpath(os.path.join(folder, name))] = name
-        subfolders[:] = sorted(name for path, name in names.items() if path not in visited)
-        if len(subfolders) < len(names):
-            skipped["folders that links lead to again"] += len(names) - len(subfolders)
-        visited |= names.keys()
-        yield folder, sorted(files)
-
-
-def sample_files(names: list[str], skipped: Counter) -> Iterator[tuple[str, str, str]]:
-    """(key, suffix, name) of the images and texts among a folder's files."""
-    for name in names:
-        key, _, suffix = name.rpartition(".")
-        if key and is_sample_file(os.fsencode(name)):
-            if key.startswith("._"):
-                skipped[FORKS] += 1
-            else:
-                yield key, suffix.lower(), name

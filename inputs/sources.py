@@ -8,17 +8,28 @@ folder.
 """
 import functools
 import glob
+import importlib
 import os
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from inputs import scene_captions, scenes
-from inputs.files import Choose, FileSource, FolderSource
+from inputs.files import (
+    DEFAULT_OPTIONS,
+    ByteRange,
+    Choose,
+    FileSource,
+    ReadOptions,
+    caption_weights,
+    pair_files,
+)
+from inputs.tar_headers import FORKS, TEXT_SUFFIXES, is_sample_file
 from inputs.tars import TarSource
 from runtime.errors import BadSample, DataError, run_command
 
@@ -65,9 +76,11 @@ class SceneSource:
     starts, run_length = None, 0
 
     def __init__(self, seed: int, split: str, count: int | None = None, field: str = "txt"):
-        self.seed, self.split, self.count, self.field = seed, split, count, field
+        self.seed, self.split, self.count = seed, split, count
         self.skipped: Counter = Counter()
-        self.caption(0)
+        self.field, *others = caption_weights(field)
+        for name in (self.field, *others):
+            self.caption(0, name)
 
     def __len__(self) -> int:
         return self.count or 1 << 40
@@ -85,7 +98,7 @@ class SceneSource:
         return scenes.render(self.scene(i))
 
     def caption(self, i: int, field: str = "") -> str:
-        field = field or self.field
+        field = (field or self.field).partition(",")[0]
         if field not in scene_captions.CAPTION_FIELDS:
             raise DataError(f"scenes have no captions {field!r}: take one of "
                             f"{', '.join(scene_captions.CAPTION_FIELDS)}")
@@ -105,6 +118,64 @@ class SceneSource:
         if self.field == "web":
             return {}
         return scene_captions.grade_caption(text, self.scene(i))
+
+
+# ------------------------------------------------------------------------------------ a folder
+class FolderSource(FileSource):
+    """All captioned images below a folder, in the order of their paths."""
+
+    def __init__(self, where: str, field: str):
+        super().__init__(where, field)
+        names: list[bytes] = []  # of each sample: path of the image, NUL, suffix of the text
+        pairs = np.zeros(3, int)
+        for folder, files in walk_folders(where, self.skipped):
+            samples, counts = pair_files(sample_files(files, self.skipped), self.skipped)
+            pairs += counts[self.text]
+            below = os.path.relpath(folder, where)
+            for image, *texts in samples:
+                text = texts[TEXT_SUFFIXES.index(self.text)]
+                if text:
+                    path, suffix = os.path.join(below, image), text.rpartition(".")[2]
+                    names.append(os.fsencode(path) + b"\0" + os.fsencode(suffix))
+        self.names = b"".join(names)  # as one string: a list of strings takes five times the memory
+        self.begins = np.cumsum([0, *map(len, names)])
+        self.starts = np.array([0, len(names)])
+        self.crc = zlib.crc32(self.names)
+        self.validate(pairs.tolist())
+
+    def byte_ranges(self, i: int) -> tuple[ByteRange, ByteRange]:
+        image, _, suffix = self.names[self.begins[i]:self.begins[i + 1]].partition(b"\0")
+        path = os.path.normpath(os.path.join(self.where, os.fsdecode(image)))
+        text = f"{path.rpartition('.')[0]}.{os.fsdecode(suffix)}"
+        return ByteRange(path, 0, -1), ByteRange(text, 0, -1)
+
+
+def walk_folders(top: str, skipped: Counter) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files sorted) from `top` down. Links are followed, and no folder comes twice."""
+    def count_unreadable(problem: OSError) -> None:
+        skipped["folders that cannot be read"] += 1
+
+    visited = {os.path.realpath(top)}
+    for folder, subfolders, files in os.walk(top, onerror=count_unreadable, followlinks=True):
+        names = {}
+        for name in sorted(subfolders, reverse=True):  # of links to one folder the first counts
+            names[os.path.realpath(os.path.join(folder, name))] = name
+        subfolders[:] = sorted(name for path, name in names.items() if path not in visited)
+        if len(subfolders) < len(names):
+            skipped["folders that links lead to again"] += len(names) - len(subfolders)
+        visited |= names.keys()
+        yield folder, sorted(files)
+
+
+def sample_files(names: list[str], skipped: Counter) -> Iterator[tuple[str, str, str]]:
+    """(key, suffix, name) of the images and texts among a folder's files."""
+    for name in names:
+        key, _, suffix = name.rpartition(".")
+        if key and is_sample_file(os.fsencode(name)):
+            if key.startswith("._"):
+                skipped[FORKS] += 1
+            else:
+                yield key, suffix.lower(), name
 
 
 # -------------------------------------------------------------------- a part of another source
@@ -183,17 +254,19 @@ def train_val_split(source: FileSource, count: int) -> tuple[Complement, Subset]
 
 # ---------------------------------------------------------------------------------- opening
 def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "train",
-                count: int | None = None) -> Any:
+                count: int | None = None, options: ReadOptions = DEFAULT_OPTIONS) -> Any:
     """The source that --data or --val names. DataError if there is nothing to train on."""
     if where == "scenes":
         return SceneSource(seed, split, count, field)
+    if where.endswith(".parquet"):  # by name, because the extra may be missing
+        return importlib.import_module("inputs.parquet").ParquetSource(where, field, options)
     if os.path.isdir(where):
         return FolderSource(where, field)
     if where.endswith(".tar") or glob.has_magic(where) or "{" in where:
         return TarSource(where, field)
     missing = "" if os.path.exists(where) else "; nothing of that name exists"
-    raise DataError(f"{where} is no data: give scenes, a folder of images with captions, or tars "
-                    f"(a glob or a {{00000..00011}} list){missing}")
+    raise DataError(f"{where} is no data: give scenes, a folder of images with captions, tars "
+                    f"or parquet files (a glob or a {{00000..00011}} list){missing}")
 
 
 def main(argv: list[str]) -> int:

@@ -201,7 +201,7 @@ class Run:
     def make_loader(self, source: Any, augment: images.Augment | None) -> data.Loader:
         cfg = self.cfg
         return data.Loader(source, self.tokenizer, cfg.max_text_len, cfg.seed, augment, cfg.workers,
-                           cfg.alt_field)
+                           cfg.alt_field, cfg.caption_field)
 
     def batches(self, stage: Stage) -> Iterator[tuple[dict, dict[int, str]]]:
         """(batch on the devices, its bad samples) for each remaining step of the stage."""
