@@ -149,10 +149,10 @@ class FileSource:
 
     def advice(self) -> str:
         """What a place without a sample has instead, and what it needs."""
-        for kind, pattern in (("tars", "*.tar"), ("parquet files", "*.parquet")):
+        for message, pattern in ((", but tars: name those, as '{}'", "*.tar"),
+                                 (", but parquet files: name those, as '{}'", "*.parquet")):
             if glob.glob(os.path.join(glob.escape(self.where), pattern)):
-                names = os.path.join(self.where, pattern)
-                return f", but {kind}: name those, as '{names}'"
+                return message.format(os.path.join(self.where, pattern))
         contents = "; ".join(f"{n} {why}" for why, n in self.skipped.items()) or "no images at all"
         need = f"a KEY.json with the field {self.field!r} beside it"
         if self.field == "txt":
