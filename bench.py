@@ -29,8 +29,8 @@ from runtime.errors import ConfigError, run_command
 from runtime.tables import format_table
 
 MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix_attention", "cls_token",
-               "max_text_len", "vocab_size", "mu_dtype", "dtype", "remat", "loss_chunk",
-               "scan_unroll", "grad_accum", "zero1", "seed")
+               "gated_attention", "max_text_len", "vocab_size", "mu_dtype", "dtype", "remat",
+               "loss_chunk", "scan_unroll", "grad_accum", "zero1", "seed")
 DECODER_OF = {"g": "H"}  # as in the recipes; other encoders have the decoder of their name
 OLD_FLAGS = {"peer": "compare", "largest": "find_max_batch", "pictures": "images"}
 OLD_FLAGS |= {old: new for old, new in config.OLD_NAMES.items() if new in MODEL_FLAGS}

@@ -52,6 +52,8 @@ class Config:
     text_pos_embed: bool = model_arg(False, "give caption tokens sin-cos positions; as released "
                                      "only the causal mask orders them")
     cls_token: bool = model_arg(False, "give the encoder a CLS token, as the released weights have")
+    gated_attention: bool = model_arg(False, "gate the attention outputs in the encoder's blocks, "
+                                      "as GenLIP does")
     learned_pos_grid: int = model_arg(0, "grid side of a learned position table; 0 for the sin-cos "
                                       "formula, which fits any grid", low=0, high=1 << 12)
     init_encoder: str = model_arg("", "start from this encoder: a run's folder, its encoder.npz, "
@@ -206,20 +208,9 @@ def validate(cfg: Config, num_devices: int = 1) -> None:
         raise ConfigError(f"--encoder, --decoder: {problem}") from None
     for name, field in FIELDS.items():
         check_bounds(name, getattr(cfg, name), field.metadata)
-    if cfg.objective in registry.CONTRASTIVE and cfg.grad_accum > 1:
-        raise ConfigError(f"--objective {cfg.objective} contrasts all images of a batch with one "
-                          f"another, which --grad-accum {cfg.grad_accum} would part: leave it at 1")
-    if cfg.objective == "openvision" and not cfg.alt_field:
-        raise ConfigError("--objective openvision reads a web caption beside the dense one: name "
-                          "its field with --alt-field")
-    if cfg.alt_field and cfg.objective != "openvision":
-        raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
-                          "leave it out, or take that objective")
+    registry.check_settings(cfg)
     patch = model.encoder.patch_size
     for stage in parse_stages(cfg.stages):
-        if cfg.objective == "aimv2" and stage.resolution < 2 * patch:
-            raise ConfigError("--objective aimv2 predicts a patch from those before it: stage "
-                              f"{stage.number} needs a resolution of {2 * patch} or more")
         if stage.resolution < patch:
             raise ConfigError(f"--stages: resolution {stage.resolution} of stage {stage.number} is "
                               f"below the patch size {patch} of {cfg.encoder}: take {patch} or "

@@ -67,6 +67,8 @@ class ViTConfig:
     patch_size: int
     cls_token: bool = False      # the released weights have one; nothing in the method reads it
     learned_pos_grid: int = 0    # grid side of a learned position table (imported); 0: sin-cos
+    gated_attention: bool = False  # each block gates its attention outputs, as GenLIP's do
+    norm_tokens: bool = False    # the tokens that leave the encoder are after the final norm
     dtype: str = "float32"       # of activations and matmul inputs; parameters stay fp32
     remat: str = "none"          # a key of REMAT
     scan_unroll: int = 1         # layers per scan step: compiles longer, copies less
@@ -82,10 +84,11 @@ def vit_config(name: str, **changes: Any) -> ViTConfig:
 
 
 # ------------------------------------------------------------------------------ parameters
-def block_specs(depth: int, width: int, mlp_dim: int) -> dict:
+def block_specs(depth: int, width: int, mlp_dim: int, gated: bool = False) -> dict:
     """`depth` transformer blocks, stacked: the layout of encoder and decoder."""
     stack = (depth,)
-    return {
+    gate = {"gate": dense_specs(width, width, stack)} if gated else {}
+    return gate | {
         "norm1": norm_specs(width, stack),
         "qkv": dense_specs(width, width, stack, copies=3),
         "out": dense_specs(width, width, stack),
@@ -100,7 +103,7 @@ def param_specs(cfg: ViTConfig) -> dict:
     and no bias (released)."""
     specs = {
         "patch": dense_specs(cfg.patch_size * cfg.patch_size * 3, cfg.width, bias=False),
-        "blocks": block_specs(cfg.depth, cfg.width, cfg.mlp_dim),
+        "blocks": block_specs(cfg.depth, cfg.width, cfg.mlp_dim, cfg.gated_attention),
         "norm": norm_specs(cfg.width),
     }
     if cfg.cls_token:
@@ -118,7 +121,8 @@ def init(key: jax.Array, cfg: ViTConfig) -> dict:
 def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | None = None,
                       exact_gelu: bool = True,
                       cache: tuple | None = None) -> tuple[jax.Array, dict]:
-    """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out.
+    """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out. With a "gate" in w,
+    the attention outputs are multiplied by sigmoid(linear(norm(x))) (arXiv:2505.06708).
 
     The mask is broadcastable to (B,H,Q,S), as in dot_product_attention. cache, during generation:
     (keys, values, position). Keys and values are (B,S,H,Dh); the first token of x goes to
@@ -126,14 +130,18 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
     caller drops.
     """
     B, Q, D = x.shape
-    qkv = linear(layer_norm(x, w["norm1"]), w["qkv"])                           # (B,Q,3D)
+    normed = layer_norm(x, w["norm1"])
+    qkv = linear(normed, w["qkv"])                                              # (B,Q,3D)
     q, k, v = (a.reshape(B, Q, num_heads, D // num_heads) for a in jnp.split(qkv, 3, axis=-1))
     if cache is not None:
         keys, values, position = cache
         k = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=1)
     attended, attention_weights = dot_product_attention(q, k, v, mask)          # (B,Q,H,Dh)
-    x = x + linear(attended.reshape(B, Q, D), w["out"])
+    attended = attended.reshape(B, Q, D)
+    if "gate" in w:
+        attended = attended * jax.nn.sigmoid(linear(normed, w["gate"]))
+    x = x + linear(attended, w["out"])
     hidden = linear(layer_norm(x, w["norm2"]), w["fc1"])                        # (B,Q,M)
     x = x + gelu_linear(hidden, w["fc2"], exact_gelu)
     return x, {"keys": k, "values": v, "attention_weights": attention_weights}
@@ -200,34 +208,43 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     return tiles.swapaxes(2, 3).reshape(B, G * G, P * P * C)
 
 
-@jax.named_scope("encoder")
-def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False,
-        mask: jax.Array | None = None) -> dict:
-    """images (B,R,R,3), uint8 or already normalized floats. mask, broadcastable to (B,H,S,S): which
-    tokens may attend to which (None, the method: all to all). Returns by name:
-
-    tokens (B,N,D)         patch tokens before the final norm: what the decoder reads, and what a
-                           multimodal model should read
-    pooled (B,D)           mean of the patch tokens, then the final norm (released pooling; without
-                           CLS). The caption loss gives that norm no gradient, because the decoder
-                           reads what comes before it
-    cls (B,D)              the CLS token before the final norm, if the config has one
-    attention (L,B,H,S,S)  on request: row i holds the attention weights of token i
-    """
+def embed_patches(params: dict, images: jax.Array, cfg: ViTConfig) -> jax.Array:
+    """images (B,R,R,3) to the input (B,S,D) of the first block: patches with positions, and the CLS
+    token before them if the config has one."""
     if images.dtype == jnp.uint8:
         images = normalize(images)
     patches = patchify(images.astype(cfg.dtype), cfg.patch_size)                # (B,N,P*P*3)
     x = linear(patches, params["patch"])                                        # (B,N,D)
     grid = images.shape[1] // cfg.patch_size
     x = x + position_embedding(params, grid, cfg).astype(cfg.dtype)
-    if cfg.cls_token:                                      # it gets no position embedding
-        cls = params["cls"]["embedding"].astype(x.dtype)
-        cls = jnp.broadcast_to(cls, (x.shape[0], 1, cfg.width))
-        x = jnp.concatenate([cls, x], axis=1)                                   # (B,1+N,D)
+    if not cfg.cls_token:
+        return x
+    cls = params["cls"]["embedding"].astype(x.dtype)       # it gets no position embedding
+    cls = jnp.broadcast_to(cls, (x.shape[0], 1, cfg.width))
+    return jnp.concatenate([cls, x], axis=1)                                    # (B,1+N,D)
+
+
+@jax.named_scope("encoder")
+def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False,
+        mask: jax.Array | None = None) -> dict:
+    """images (B,R,R,3), uint8 or already normalized floats. mask, broadcastable to (B,H,S,S): which
+    tokens may attend to which (None, the method: all to all). Returns by name:
+
+    tokens (B,N,D)         patch tokens before the final norm (after it with cfg.norm_tokens): what
+                           the decoder reads, and what a multimodal model should read
+    pooled (B,D)           mean of the patch tokens, then the final norm (released pooling; without
+                           CLS). The caption loss gives that norm no gradient, because the decoder
+                           reads what comes before it
+    cls (B,D)              the CLS token before the final norm, if the config has one
+    attention (L,B,H,S,S)  on request: row i holds the attention weights of token i
+    """
+    x = embed_patches(params, images, cfg)
     wanted = ("attention_weights",) if attention else ()
     x, extras = transformer_stack(x, params["blocks"], cfg, wanted, mask=mask)
     tokens = x[:, int(cfg.cls_token):]
     out = {"tokens": tokens, "pooled": layer_norm(tokens.mean(1), params["norm"])}
+    if cfg.norm_tokens:
+        out["tokens"] = layer_norm(tokens, params["norm"])
     if cfg.cls_token:
         out["cls"] = x[:, 0]
     if attention:
@@ -236,9 +253,11 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
 
 
 # ----------------------------------------------------------------------------------- costs
-def block_flops(num_tokens: float, width: int, mlp_dim: int, depth: int) -> float:
+def block_flops(num_tokens: float, width: int, mlp_dim: int, depth: int,
+                gated: bool = False) -> float:
     """Forward FLOPs of `depth` blocks on one sequence: 2 per multiply-add, matmuls only."""
-    linear_layers = num_tokens * (8 * width * width + 4 * width * mlp_dim)
+    squares = 5 if gated else 4  # matrices (width, width): q, k, v, out and the gate
+    linear_layers = num_tokens * (2 * squares * width * width + 4 * width * mlp_dim)
     attention = 4 * num_tokens * num_tokens * width
     return depth * (linear_layers + attention)
 
@@ -247,7 +266,8 @@ def flops(cfg: ViTConfig, resolution: int) -> float:
     """Forward FLOPs of the encoder for one image."""
     N = (resolution // cfg.patch_size) ** 2
     patch_embedding = 2 * N * cfg.patch_size**2 * 3 * cfg.width
-    return block_flops(N + cfg.cls_token, cfg.width, cfg.mlp_dim, cfg.depth) + patch_embedding
+    return patch_embedding + block_flops(N + cfg.cls_token, cfg.width, cfg.mlp_dim, cfg.depth,
+                                         cfg.gated_attention)
 
 
 if __name__ == "__main__":

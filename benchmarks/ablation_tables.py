@@ -50,12 +50,14 @@ TABLES = {
         {"openvision": "OpenVision", "base": "OpenVision 2"}, (*ACCURACY, *COSTS)),
     "objectives": Table(
         "Objectives, equal images",
-        {"base": "OpenVision 2", "openvision": "OpenVision", "clip": "CLIP", "cappa": "CapPa",
-         "aimv2": "AIMv2"}, (*ACCURACY, "seconds")),
+        {"base": "OpenVision 2", "openvision": "OpenVision", "clip": "CLIP", "siglip": "SigLIP",
+         "cappa": "CapPa", "aimv2": "AIMv2", "genlip": "GenLIP",
+         "genlip-ungated": "GenLIP without its gate"}, (*ACCURACY, "seconds")),
     "time": Table(
         "Objectives, equal time",
         {"base": "OpenVision 2", "openvision-time": "OpenVision", "clip-time": "CLIP",
-         "cappa-time": "CapPa", "aimv2-time": "AIMv2"}, (*ACCURACY, "images")),
+         "siglip-time": "SigLIP", "cappa-time": "CapPa", "aimv2-time": "AIMv2",
+         "genlip-time": "GenLIP"}, (*ACCURACY, "images")),
     "open": Table(
         "What the paper leaves open, equal images",
         {"base": "causal prefix, kept tokens in order, no text positions",

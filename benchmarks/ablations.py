@@ -35,9 +35,10 @@ BASE = dataclasses.replace(
 READER_STEPS = 800  # training steps of the small language model
 RECIPE = f"{BASE.stages}; a reader of {READER_STEPS} steps"  # all figures of a file share it
 ONE_STAGE = "resolution=32 steps=800 batch=64 lr=2e-3 warmup=100"  # as many images, all at 32 px
-RIVALS = {"clip": {"objective": "clip"},
+RIVALS = {"clip": {"objective": "clip"}, "siglip": {"objective": "siglip"},
           "openvision": {"objective": "openvision", "alt_field": "web"},
-          "cappa": {"objective": "cappa"}, "aimv2": {"objective": "aimv2"}}
+          "cappa": {"objective": "cappa"}, "aimv2": {"objective": "aimv2"},
+          "genlip": {"objective": "genlip", "gated_attention": True}}
 CELLS: dict[str, dict[str, Any]] = {  # the settings in which a cell differs from BASE
     "base": {},
     **{f"keep-{percent}": {"keep_ratio": percent / 100} for percent in (100, 90, 75, 50, 25, 10)},
@@ -45,6 +46,7 @@ CELLS: dict[str, dict[str, Any]] = {  # the settings in which a cell differs fro
     "one-stage": {"stages": ONE_STAGE},
     "one-stage-all": {"stages": ONE_STAGE, "keep_ratio": 1.0},
     **RIVALS,
+    "genlip-ungated": {"objective": "genlip"},
     **{f"{name}-time": changes for name, changes in RIVALS.items()},  # trained as long as base
     "prefix-both": {"prefix_attention": "bidirectional"},
     "shuffled": {"shuffle_kept": True},

@@ -143,6 +143,8 @@ def check_compare(cfg: Config, compare: str | None) -> None:
         raise ConfigError("--compare takes the batch in one piece: leave --grad-accum at 1")
     if cfg.objective != registry.METHOD:
         raise ConfigError(f"--compare has only the method: leave --objective {cfg.objective} out")
+    if cfg.gated_attention:
+        raise ConfigError("--compare has no gated attention: leave --gated-attention out")
     if cfg.zero1:
         raise ConfigError("--compare runs on one device, which holds all of the optimizer's state: "
                           "leave --zero1 out")

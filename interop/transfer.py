@@ -162,6 +162,9 @@ def export_encoder(path: str, library: str, out: str, resolution: int = 0) -> li
     ConvertError if the library cannot hold this encoder."""
     params, cfg, meta = checkpoint.read_encoder(path)
     resolution = resolution or meta["resolution"]
+    if cfg.gated_attention and library != "npz":
+        raise ConvertError(f"{path} has gated attention, for which {library} has no place: export "
+                           "it to npz")
     if resolution < cfg.patch_size:
         raise ConvertError(f"--resolution {resolution} is below the patch size {cfg.patch_size}")
     kind, weights, configs = LIBRARY_FILES[library](cfg, resolution)

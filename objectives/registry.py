@@ -5,6 +5,9 @@
                                                (arXiv:2505.04601, 2411.16828)
     python train.py --objective cappa          captioning by cross-attention, mostly in parallel
                                                (arXiv:2306.07915)
+    python train.py --objective siglip         contrastive, each pair on its own (arXiv:2303.15343)
+    python train.py --objective genlip         captioning by the encoder itself, without a decoder
+                                               (arXiv:2605.00809)
     python train.py --objective aimv2          the next patch and the next token (arXiv:2411.14402)
 
 The method's loss is `openvision2_loss` in train.py. Each other system is a module of this folder:
@@ -45,8 +48,8 @@ METHOD = "openvision2"
 # Folded into the seed's key for initial parameters. Masks fold in sample indices, which are below
 # it. So no key serves both.
 INIT_DOMAIN = 1 << 31
-RIVALS = ("clip", "openvision", "cappa", "aimv2")
-CONTRASTIVE = ("clip", "openvision")  # these compare all images of a batch with each other
+RIVALS = ("clip", "siglip", "openvision", "cappa", "aimv2", "genlip")
+CONTRASTIVE = ("clip", "siglip", "openvision")  # these compare the images of a batch
 
 
 class BlindFacts(NamedTuple):
@@ -127,12 +130,32 @@ def model_spec(cfg: Any) -> ModelSpec:
     """Encoder, decoder and objective of a run's Config. ValueError for an unknown size."""
     shared = {"dtype": cfg.dtype, "remat": cfg.remat, "scan_unroll": cfg.scan_unroll}
     enc = vit.vit_config(cfg.encoder, cls_token=cfg.cls_token,
-                         learned_pos_grid=cfg.learned_pos_grid, **shared)
+                         learned_pos_grid=cfg.learned_pos_grid,
+                         gated_attention=cfg.gated_attention,
+                         norm_tokens=cfg.objective == "genlip", **shared)
     dec = decoder.decoder_config(cfg.decoder, cfg.vocab_size, enc.width,
                                  prefix_attention=cfg.prefix_attention,
                                  text_pos_embed=cfg.text_pos_embed, loss_chunk=cfg.loss_chunk,
                                  **shared)
     return ModelSpec(enc, dec, cfg.keep_ratio, cfg.objective, cfg.shuffle_kept, cfg.max_text_len)
+
+
+def check_settings(cfg: Any) -> None:
+    """ConfigError for settings that the objective of a Config cannot use."""
+    if cfg.objective in CONTRASTIVE and cfg.grad_accum > 1:
+        raise ConfigError(f"--objective {cfg.objective} contrasts all images of a batch with one "
+                          f"another, which --grad-accum {cfg.grad_accum} would part: leave it at 1")
+    if cfg.objective == "openvision" and not cfg.alt_field:
+        raise ConfigError("--objective openvision reads a web caption beside the dense one: name "
+                          "its field with --alt-field")
+    if cfg.alt_field and cfg.objective != "openvision":
+        raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
+                          "leave it out, or take that objective")
+    least = 2 * vit.vit_config(cfg.encoder).patch_size
+    for stage in parse_stages(cfg.stages):
+        if cfg.objective == "aimv2" and stage.resolution < least:
+            raise ConfigError("--objective aimv2 predicts a patch from those before it: stage "
+                              f"{stage.number} needs a resolution of {least} or more")
 
 
 def param_counts(cfg: Any) -> dict[str, int]:
@@ -164,7 +187,7 @@ def initial_params(cfg: Any, model: ModelSpec) -> dict:
     params["encoder"], imported, _ = read_encoder(cfg.init_encoder)
     differences = []
     for name in ("depth", "width", "num_heads", "mlp_dim", "patch_size", "cls_token",
-                 "learned_pos_grid"):
+                 "learned_pos_grid", "gated_attention"):
         theirs, ours = getattr(imported, name), getattr(model.encoder, name)
         if theirs != ours:
             differences.append(f"{name} {theirs}, not {ours}")

@@ -97,8 +97,10 @@ def block(x, w, num_heads, mask, exact_gelu):
     B, S, D = x.shape
     qkv = linear(layer_norm(x, w["norm1"]), **w["qkv"])
     q, k, v = (a.reshape(B, S, num_heads, D // num_heads) for a in np.split(qkv, 3, -1))
-    attended, _ = attention(q, k, v, mask)
-    x = x + linear(attended.reshape(B, S, D), **w["out"])
+    attended = attention(q, k, v, mask)[0].reshape(B, S, D)
+    if "gate" in w:
+        attended = attended / (1 + np.exp(-linear(layer_norm(x, w["norm1"]), **w["gate"])))
+    x = x + linear(attended, **w["out"])
     hidden = linear(layer_norm(x, w["norm2"]), **w["fc1"])
     return x + linear(gelu(hidden, exact_gelu)[0], **w["fc2"])
 

@@ -10,7 +10,8 @@ import pytest
 import decoder
 import layers
 import vit
-from objectives import aimv2, cappa, contrastive, registry
+from objectives import aimv2, cappa, contrastive, genlip, registry, siglip
+from tests.helpers import numpy_model
 from tests.helpers.models import perturbed
 from tests.objectives.small import (
     DEC,
@@ -59,6 +60,40 @@ def test_contrastive_loss_is_clips_on_any_number_of_devices():
         losses = jax.vmap(loss, axis_name="devices")(*parts).reshape(-1)
         assert float(losses.sum()) / 6 == pytest.approx(expected, rel=1e-5)
         assert (losses[~real] == 0).all()
+
+
+# ----------------------------------------------------------------------------------- SigLIP
+def test_sigmoid_loss_is_a_binary_cross_entropy_per_pair_on_any_number_of_devices():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((2, 8, 5))
+    image, text = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    real = np.array([True] * 3 + [False] + [True] * 3 + [False])
+    expected = 0.0  # in float64, pair by pair
+    for i in np.flatnonzero(real):
+        for j in np.flatnonzero(real):
+            probability = 1 / (1 + np.exp(-(6.0 * image[i] @ text[j] - 2.0)))
+            expected -= np.log(probability if i == j else 1 - probability)
+
+    def loss(image, text, real):
+        return siglip.sigmoid_loss(image, text, real, 6.0, -2.0)
+    for devices in (1, 2, 8):
+        parts = [x.reshape(devices, -1, *x.shape[1:]) for x in numpy_model.to_single(
+            (image, text, real))]
+        losses = jax.vmap(loss, axis_name="devices")(*parts).reshape(-1)
+        assert float(losses.sum()) == pytest.approx(expected, rel=1e-5)
+        assert (losses[~real] == 0).all()
+
+
+def test_siglip_starts_at_its_scale_and_bias():
+    batch, params = make_batch(), make_params(make_model("siglip"))
+    zeros = jax.tree.map(jnp.zeros_like, params["pair"])
+    params["pair"] |= {"temperature": zeros["temperature"], "bias": zeros["bias"]}
+    params["pair"]["image"] = zeros["image"]  # all cosines are 0
+    loss = jax.vmap(lambda params, batch: siglip.loss(params, batch, KEYS, make_model("siglip")),
+                    (None, 0), axis_name="devices")
+    total, count = loss(params, jax.tree.map(lambda x: x[None], batch))
+    pair_losses = B * np.log1p(np.exp(10)) + B * (B - 1) * np.log1p(np.exp(-10))
+    assert float(total[0]) == pytest.approx(pair_losses, rel=1e-5) and count[0] == B
 
 
 def test_logit_scale_starts_at_clips_and_can_leave_its_bound():
@@ -204,6 +239,33 @@ def test_cappa_predicts_by_each_images_draw_in_parallel_three_times_of_four():
     np.testing.assert_allclose(losses(), expected, rtol=1e-5)
 
 
+# ----------------------------------------------------------------------------------- GenLIP
+@pytest.mark.parametrize("gated", [False, True])
+def test_genlip_is_one_transformer_over_patches_and_tokens(gated):
+    """The loss and the features, by NumPy in float64."""
+    model = make_model("genlip")
+    model = model._replace(encoder=dataclasses.replace(ENC, gated_attention=gated))
+    params, batch = make_params(model), make_batch()
+    w, text = numpy_model.to_double(params), batch["text"]
+    assert ("gate" in w["encoder"]["blocks"]) == gated
+    table = vit.sincos_position_embedding(3, ENC.width).astype(np.float64)
+    patches = numpy_model.patchify(batch["images"], 8) @ w["encoder"]["patch"]["kernel"] + table
+    tokens = w["text"]["embed"]["embedding"][text[:, :-1]]
+    mask = np.tril(np.ones((N + T - 1, N + T - 1), bool))
+    mask[:N, :N] = True
+    x = np.concatenate([patches, tokens], axis=1)
+    x = numpy_model.stack(x, w["encoder"]["blocks"], ENC, mask, True)
+    x = numpy_model.layer_norm(x, w["encoder"]["norm"])
+    losses = numpy_model.token_cross_entropy(w["text"]["head"]["kernel"], x[:, N:], text[:, 1:])
+    loss, count = jax.jit(genlip.loss, static_argnums=3)(params, batch, KEYS, model)
+    assert float(loss) == pytest.approx(losses.sum(), rel=1e-5)
+    assert count == (text[:, 1:] != 0).sum()
+    # Alone, the encoder gives the same patches: they never see the caption.
+    cfg = dataclasses.replace(model.encoder, norm_tokens=True)
+    alone = vit.vit(params["encoder"], batch["images"], cfg)["tokens"]
+    numpy_model.assert_close(alone, x[:, :N])
+
+
 # --------------------------------------------------------------------------------------- all
 @pytest.mark.parametrize("objective", registry.RIVALS)
 def test_images_that_only_fill_up_a_batch_do_not_count(objective):
@@ -214,4 +276,4 @@ def test_images_that_only_fill_up_a_batch_do_not_count(objective):
     loss, count = loss_and_count(objective, batch)
     assert loss_and_count(objective, other) == pytest.approx((loss, count), rel=1e-6)
     num_targets = (batch["text"][:, 1:] != 0).sum()
-    assert count == (3 if objective in ("clip", "aimv2") else num_targets)
+    assert count == (3 if objective in ("clip", "siglip", "aimv2") else num_targets)

@@ -1,4 +1,5 @@
 """The objectives as train.py uses them: captions, costs, start, devices, settings, and a run."""
+import dataclasses
 import json
 import math
 import subprocess
@@ -16,7 +17,7 @@ import masking
 import train
 import vit
 from interop.encoder import load_encoder
-from objectives import aimv2, cappa, contrastive, openvision, registry
+from objectives import aimv2, cappa, contrastive, genlip, openvision, registry
 from runtime import devices
 from tests.helpers.models import matmul_flops
 from tests.helpers.paths import ROOT
@@ -47,6 +48,9 @@ def next_token_logits(objective: str, params: dict, batch: dict, text: np.ndarra
         causal = decoder.attention_mask(0, T, "causal")
         hidden = cappa.cross_features(params["decoder"], memory, text, causal, DEC)
         return hidden @ params["decoder"]["head"]["kernel"]
+    if objective == "genlip":
+        features = genlip.text_features(params, batch["images"], text, make_model(objective))
+        return features @ params["text"]["head"]["kernel"]
     tokens = vit.vit(params["encoder"], batch["images"], ENC)["tokens"]
     if objective == "aimv2":
         return decoder.logits(params["decoder"], tokens, text, aimv2.causal(DEC))
@@ -68,20 +72,22 @@ def test_generated_captions_are_greedy(objective):
     assert (text[:, 1:][~unfinished] == decoder.PAD).all()
 
 
-def test_every_objective_but_clip_can_caption():
-    assert CAPTIONING == ("openvision", "cappa", "aimv2") and registry.can_caption(registry.METHOD)
+def test_every_objective_but_clip_and_siglip_can_caption():
+    assert CAPTIONING == ("openvision", "cappa", "aimv2", "genlip")
+    assert registry.can_caption(registry.METHOD)
 
 
 # ------------------------------------------------------------------------------ costs, start
-@pytest.mark.parametrize("objective", ALL)
-def test_flops_are_those_of_the_traced_program(objective):
+@pytest.mark.parametrize("objective, gated", [(name, name == "genlip") for name in ALL])
+def test_flops_are_those_of_the_traced_program(objective, gated):
     model, loss = make_model(objective)._replace(keep_ratio=0.5), train.objective_loss(objective)
+    model = model._replace(encoder=dataclasses.replace(model.encoder, gated_attention=gated))
     mapped = jax.vmap(lambda params, batch, keys: loss(params, batch, keys, model),
                       (None, 0, 0), axis_name="devices")
     arguments = jax.tree.map(lambda x: x[None], (make_batch(), KEYS))
     counted = matmul_flops(mapped, make_params(model), *arguments)
     # The scores of a contrastive batch are left out of the formula.
-    scores = {"clip": 1, "openvision": 2}.get(objective, 0) * 4 * B * DEC.width
+    scores = {"clip": 4, "siglip": 2, "openvision": 8}.get(objective, 0) * B * DEC.width
     formula = sum(registry.flops(model, RESOLUTION, T).values())
     assert counted / B == pytest.approx(formula + scores, rel=1e-6)
 
@@ -120,6 +126,10 @@ def test_blind_losses():
     matching = 3 * math.log(3) / 4  # the fourth image is alone in its batch: no other caption
     assert registry.blind_loss("clip", facts) == pytest.approx(matching)
     assert registry.blind_loss("cappa", facts) == pytest.approx(16 / 12)
+    assert registry.blind_loss("genlip", facts) == pytest.approx(16 / 12)
+    # SigLIP: 9 pairs of which 3 match, then one that is known to match
+    of_nine = -3 * math.log(1 / 3) - 6 * math.log(2 / 3)
+    assert registry.blind_loss("siglip", facts) == pytest.approx(of_nine / 4)
     assert registry.blind_loss(registry.METHOD, facts) == pytest.approx(16 / 12)
     assert registry.blind_loss("openvision", facts) == pytest.approx(2 * 16 / 12 + matching)
     assert registry.blind_loss("aimv2", facts) == pytest.approx(1.25 + 0.4 * 0.25)
@@ -135,7 +145,8 @@ def save_gradients(path: str) -> None:
     batch = {name: np.concatenate([x, x[::-1]]) for name, x in make_batch().items()}
     batch["images"][B:] = 255 - batch["images"][:B]
     batch["sample_index"] = np.arange(2 * B)
-    for objective, (num_devices, zero1) in {"clip": (8, False), "openvision": (2, True)}.items():
+    cases = {"clip": (8, False), "siglip": (8, False), "openvision": (2, True)}
+    for objective, (num_devices, zero1) in cases.items():
         model, sgd = make_model(objective), optax.sgd(learning_rate)
         start = make_params(model)
         for name, n, shard in (("one", 1, False), ("several", num_devices, zero1)):
@@ -158,7 +169,7 @@ def test_the_number_of_devices_changes_no_loss_and_no_gradient(tmp_path, cache):
     assert process.returncode == 0, process.stderr[-2000:]
     arrays = np.load(tmp_path / "out.npz")
     names = [name.removesuffix(" one") for name in arrays.files if name.endswith(" one")]
-    for objective in ("clip", "openvision"):
+    for objective in registry.CONTRASTIVE:
         assert sum(name.startswith(f"{objective} ") for name in names) > 25
     for name in names:
         one, several = arrays[f"{name} one"], arrays[f"{name} several"]
@@ -180,7 +191,7 @@ def test_impossible_settings_are_refused(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("objective", ["clip", "openvision"])  # the second one can caption
+@pytest.mark.parametrize("objective", ["clip", "openvision", "genlip"])  # the last two caption
 def test_a_run_from_training_to_the_use_of_its_encoder(objective, tmp_path, capsys):
     folder = tmp_path / objective
     argv = [*TINY, "--workdir", str(folder)]

@@ -1,0 +1,58 @@
+"""SigLIP (arXiv:2303.15343): CLIP's two encoders, but each image and caption of the batch is judged
+as a pair of its own: do they belong together? No softmax over the batch."""
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import decoder
+import vit
+from layers import ParamSpec, linear
+from objectives import clip
+from objectives.contrastive import encode_text, l2_normalize
+
+INIT_SCALE, INIT_BIAS = 10.0, -10.0  # at first nearly all pairs count as wrong, as nearly all are
+
+
+def param_specs(model: Any) -> dict:
+    """CLIP's, and the learned bias. Scale and bias are kept as differences from their start."""
+    specs = clip.param_specs(model)
+    return specs | {"pair": specs["pair"] | {"bias": {"offset": ParamSpec((), 0.0)}}}
+
+
+flops = clip.flops
+
+
+def sigmoid_loss(image: jax.Array, text: jax.Array, real: jax.Array, scale: jax.Array,
+                 bias: jax.Array) -> jax.Array:
+    """(B,) for each image of this device: the binary cross-entropy of its pairs with all captions
+    of the global batch, summed. image and text (B,D) have unit length. Rows that are not `real`
+    (B,) are in no pair."""
+    all_gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
+    logits = scale * image @ all_gather(text).T + bias                       # (B, global batch)
+    own_caption = jax.lax.axis_index("devices") * len(image) + jnp.arange(len(image))
+    is_match = own_caption[:, None] == jnp.arange(logits.shape[1])
+    losses = jax.nn.softplus(jnp.where(is_match, -logits, logits))
+    return jnp.where(real[:, None] & all_gather(real), losses, 0).sum(-1)
+
+
+def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
+    pair = params["pair"]
+    pooled = vit.vit(params["encoder"], batch["images"], model.encoder)["pooled"]
+    image = l2_normalize(linear(pooled, pair["image"]))
+    text = l2_normalize(encode_text(params["text"], batch["text"], model.decoder)[1])
+    real = decoder.count_targets(batch["text"]) > 0
+    scale = INIT_SCALE * jnp.exp(pair["temperature"]["log"])
+    losses = sigmoid_loss(image, text, real, scale, INIT_BIAS + pair["bias"]["offset"])
+    return losses.sum(), real.sum()
+
+
+def blind_loss(facts: Any) -> float:
+    """A guess says for each pair of a batch of n: 1 of n is a match. By images."""
+    total = 0.0
+    for n in facts.batch_sizes:
+        if n > 1:
+            total += n * (math.log(n) + (n - 1) * math.log(n / (n - 1)))
+    return total / sum(facts.batch_sizes)
