@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install run emoji test test-parity lint clean same-python
+.PHONY: install run emoji test test-parity test-remote lint clean same-python
 
 install: $(VENV)/core
 run: $(VENV)/core          ## train the toy, both stages, and say where its samples are
@@ -16,10 +16,13 @@ emoji: $(VENV)/core        ## a real data set: download with npm, train on one v
 	$(BIN)/python train.py emoji
 
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
-	$(BIN)/python -m pytest tests --ignore=tests/parity -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote -n 2 --dist loadfile
 
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip and tokenizers
 	$(BIN)/python -m pytest tests/parity
+
+test-remote: $(VENV)/remote ## against an S3 server and a GCS emulator on this machine
+	$(BIN)/python -m pytest tests/remote
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -45,6 +48,10 @@ $(VENV)/test: $(VENV)/core
 
 $(VENV)/parity: $(VENV)/test
 	$(PIP) --editable '.[parity]'
+	touch $@
+
+$(VENV)/remote: $(VENV)/test
+	$(PIP) --editable '.[parquet,remote,test-remote]'
 	touch $@
 
 clean:

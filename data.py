@@ -24,12 +24,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from inputs import sources, tars, tokenizer
-from inputs.files import ReadOptions, caption_weights, choose_first
+from inputs.files import ReadOptions, caption_weights, choose_first, open_storage
 from inputs.images import Augment, decode_and_augment, silence_pillow
 from inputs.sources import SceneSource, Source
 from inputs.tokenizer import EOS, WordPiece
 from runtime.errors import BadSample, ConfigError, DataError, run_command
 
+LOOK_AHEAD = 4096     # positions: how early the samples of a remote source are fetched
 SAMPLES_PER_TASK = 8  # of a thread: waking it takes longer than decoding one small image
 
 
@@ -113,6 +114,9 @@ class Loader:
         self.mix = caption_weights(caption_field or "txt")
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.is_random = augment not in (None, Augment(min_crop_area=1.0))  # else it draws nothing
+        self.is_remote = "://" in getattr(source, "where", "")
+        self.announced = 0  # positions whose samples a remote source has been told
+        self.ahead: ThreadPoolExecutor | None = None  # fetches them
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
         self.order: Callable[[int], int] = lambda position: position % len(source)
         if augment is not None and source.starts is not None:
@@ -166,6 +170,7 @@ class Loader:
 
         A bad sample is only in the "bad" of the batch that has its own position in the first epoch.
         So each is counted once, also with several hosts and in a continued run."""
+        self.announce(positions)
         jobs = [(position, self.order(position)) for position in positions]
         tasks = [jobs[n:n + SAMPLES_PER_TASK] for n in range(0, len(jobs), SAMPLES_PER_TASK)]
 
@@ -182,6 +187,16 @@ class Loader:
                         if position < len(self.source) and i in self.bad}
         return batch
 
+    def announce(self, positions: range) -> None:
+        """Tells a remote source, early, which samples will be needed after these positions."""
+        if self.ahead is None:
+            return
+        start = max(positions.start, self.announced)
+        start += (positions.start - start) % positions.step
+        self.announced = max(self.announced, positions.stop + LOOK_AHEAD)
+        for position in range(start, self.announced, positions.step):
+            self.ahead.submit(self.source.prefetch, self.order(position))
+
     def prefetch(self, requests: Iterable[tuple[range, int]], transfer: Callable[[dict], Any],
                  depth: int = 2) -> Iterator[tuple[Any, dict[int, str]]]:
         """(transfer(batch), batch["bad"]) for each (positions, resolution). A thread works `depth`
@@ -191,6 +206,8 @@ class Loader:
             return transfer(batch), batch["bad"]
 
         thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        if self.is_remote:
+            self.ahead, self.announced = ThreadPoolExecutor(16, thread_name_prefix="ahead"), 0
         pending: collections.deque = collections.deque()
         try:
             for request in requests:
@@ -201,6 +218,13 @@ class Loader:
                 yield pending.popleft().result()
         finally:  # wait: a thread that still runs when the program ends would crash it
             thread.shutdown(cancel_futures=True)
+            if self.ahead:
+                self.ahead.shutdown(cancel_futures=True)
+                self.ahead = None
+
+
+def read_options(cfg: Any) -> ReadOptions:
+    return ReadOptions(cfg.image_field, cfg.alt_field, cfg.cache_dir, cfg.cache_gb)
 
 
 def open_data(cfg: Any) -> tuple[Source, Source]:
@@ -210,7 +234,7 @@ def open_data(cfg: Any) -> tuple[Source, Source]:
     if cfg.alt_field and cfg.data != "scenes" and cfg.caption_field == "txt":
         raise ConfigError(f"--alt-field {cfg.alt_field} is a field of the KEY.json, from which "
                           "--caption-field must then come too: name its field")
-    options = ReadOptions(cfg.image_field, cfg.alt_field, cfg.cache_dir, cfg.cache_gb)
+    options = read_options(cfg)
     source = sources.open_source(cfg.data, cfg.caption_field, cfg.seed, "train", options=options)
     if not cfg.val and cfg.data != "scenes":
         return sources.train_val_split(source, cfg.val_samples)
@@ -233,7 +257,7 @@ def open_tokenizer(cfg: Any, source: Source) -> WordPiece:
         except ValueError as problem:
             raise ConfigError(str(problem)) from None
     try:
-        vocab = tokenizer.load(cfg.vocab)
+        vocab = tokenizer.load(open_storage(cfg.vocab, read_options(cfg)).local_copy(cfg.vocab))
     except (OSError, ValueError) as problem:
         raise ConfigError(f"--vocab: {problem}") from None
     if len(vocab) > cfg.vocab_size:

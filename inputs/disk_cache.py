@@ -7,14 +7,17 @@ leaves at most a file NAME.part, which is deleted later. Deleting the folder is 
 import contextlib
 import hashlib
 import os
+import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from runtime.errors import DISK_FULL, DataError
 
+OWN_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{38}(\.[0-9a-f]{32}\.part)?")
 STALE_SECONDS = 3600  # after which a .part file is what a killed process left
 
 
@@ -31,6 +34,7 @@ class DiskCache:
         self.folder, self.limit = folder or default_folder(), limit
         self.lock = threading.Lock()
         self.being_made: dict[str, threading.Lock] = {}
+        self.held: Counter = Counter()  # paths that this process must not delete
         self.added = limit  # bytes since the folder was last counted: count at the first addition
 
     def path(self, key: str) -> str:
@@ -65,6 +69,15 @@ class DiskCache:
         with self.lock:
             self.being_made.pop(key, None)
         return path
+
+    @contextlib.contextmanager
+    def hold(self, key: str) -> Iterator[None]:
+        """Inside, this process does not delete the entry of a key. Others may."""
+        self.held[self.path(key)] += 1
+        try:
+            yield
+        finally:
+            self.held[self.path(key)] -= 1
 
     def write(self, path: str, make: Callable[[BinaryIO], None]) -> int:
         """Writes a complete file or none. Returns its size."""
@@ -104,7 +117,7 @@ class DiskCache:
             for _, bytes_, path in entries:
                 if total <= self.limit * 0.95:
                     return
-                if path != newest:
+                if path != newest and not self.held[path]:
                     with contextlib.suppress(OSError):  # another run deletes too
                         os.remove(path)
                     total -= bytes_
@@ -115,6 +128,8 @@ class DiskCache:
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(folder, name)
+                if not OWN_NAME.fullmatch(os.path.relpath(path, self.folder)):
+                    continue  # never touch what somebody else put there
                 with contextlib.suppress(OSError):
                     stat = os.stat(path)
                     if not name.endswith(".part"):

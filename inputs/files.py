@@ -5,6 +5,7 @@ FileSource does all but locate the files; FolderSource (inputs/sources.py) and T
 (inputs/tars.py) do that.
 """
 import glob
+import importlib
 import io
 import json
 import math
@@ -51,16 +52,6 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def file_size(path: str) -> int:
-    """In bytes. OSError if there is no such file."""
-    return os.stat(path).st_size
-
-
-def open_file(path: str) -> BinaryIO:
-    """For reading."""
-    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
-
-
 def read_span(path: str, begin: int, end: int) -> bytes:
     """The bytes begin..end of a file, fewer if it ends before. OSError if it cannot be read."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name must not block
@@ -72,6 +63,35 @@ def read_span(path: str, begin: int, end: int) -> bytes:
         return b"".join(parts)
     finally:
         os.close(fd)
+
+
+class LocalStorage:
+    """Files on this machine. inputs/remote.py has the same methods for addresses."""
+    is_remote = False
+
+    def file_size(self, path: str) -> int:
+        """In bytes. OSError if there is no such file."""
+        return os.stat(path).st_size
+
+    def read_span(self, path: str, begin: int, end: int) -> bytes:
+        return read_span(path, begin, end)
+
+    def open_file(self, path: str) -> BinaryIO:
+        return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+
+    def local_copy(self, path: str) -> str:
+        """The path of the file on this machine."""
+        return path
+
+
+LOCAL = LocalStorage()
+
+
+def open_storage(where: str, options: ReadOptions = DEFAULT_OPTIONS) -> Any:
+    """What reads the files of a path or an address (gs://, s3://, hf://, https://)."""
+    if "://" not in where:
+        return LOCAL
+    return importlib.import_module("inputs.remote").RemoteStorage(options)
 
 
 def pair_files(files: Iterable[tuple[Hashable, str, Any]],
@@ -112,7 +132,8 @@ class FileSource:
     run_length = 0
     has_columns = False  # texts are columns of a table, so that txt is a name as any other
 
-    def __init__(self, where: str, field: str):
+    def __init__(self, where: str, field: str, options: ReadOptions = DEFAULT_OPTIONS):
+        self.storage = open_storage(where, options)
         self.where, self.fields = where, list(caption_weights(field))
         self.field = ",".join(self.fields)
         self.text = "txt" if self.fields == ["txt"] else "json"
@@ -187,14 +208,17 @@ class FileSource:
         text_bytes = self.read_bytes(text, MAX_TEXT_BYTES)
         return self.read_bytes(image, MAX_IMAGE_BYTES), text_bytes
 
+    def prefetch(self, i: int) -> None:
+        """Sample i will be needed soon. Files on this machine need no preparation."""
+
     def read_bytes(self, where: ByteRange, limit: int) -> bytes:
         """BadSample if they cannot be read, are cut off or are more than `limit`."""
         path, offset, size = where
         try:
             if size < 0:
-                size = os.stat(path).st_size - offset
+                size = self.storage.file_size(path) - offset
             check_size(size, limit)
-            data = read_span(path, offset, offset + size)
+            data = self.storage.read_span(path, offset, offset + size)
         except OSError as problem:
             raise BadSample(f"cannot be read ({problem.strerror or problem})") from None
         if len(data) < size:

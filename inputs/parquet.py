@@ -9,6 +9,7 @@ import functools
 import os
 import threading
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -37,11 +38,12 @@ class ParquetSource(TarSource):
     has_columns = True
 
     def __init__(self, where: str, field: str, options: ReadOptions = DEFAULT_OPTIONS):
-        files.FileSource.__init__(self, where, field)
+        files.FileSource.__init__(self, where, field, options)
         self.text = "json"
         self.image_field = options.image_field
         self.text_fields = [*self.fields, *([options.alt_field] if options.alt_field else [])]
         self.disk = DiskCache(options.cache_dir, int(options.cache_gb * 1e9))
+        self.origin, self.storage = self.storage, files.LOCAL  # of the files, of unpacked groups
         self.files, footers = self.read_footers()
         self.footer_crcs = [footer.crc for footer in footers]
         table = [footer.groups for footer in footers]
@@ -55,6 +57,7 @@ class ParquetSource(TarSource):
         self.check_cache_size(counts[:, 1])
         self.paths = GroupPaths(self)
         self.checking = threading.Lock()
+        self.unpacked_ahead: deque[int] = deque(maxlen=4 * NUM_LANES)
         self.footer = functools.lru_cache(16)(self.read_footer)
         self.captions_of = functools.lru_cache(4)(self.read_captions)
         self.plan_reads(int(counts[:, 1].sum()))
@@ -65,7 +68,7 @@ class ParquetSource(TarSource):
         """(paths, footers) of the files that can be read. The others are counted in `skipped`.
         DataError if none can."""
         try:
-            paths = tar_index.matching_paths(self.where)
+            paths = tar_index.matching_paths(self.where, self.origin)
         except ValueError as problem:
             raise DataError(str(problem)) from None
         if not paths:
@@ -86,7 +89,7 @@ class ParquetSource(TarSource):
     def try_footer(self, path: str) -> Footer | str:
         """A footer without its metadata; or what is wrong with the file."""
         try:
-            footer = parquet_groups.read_footer(path)
+            footer = parquet_groups.read_footer(self.origin, path)
             self.columns(footer.metadata)
         except (OSError, ValueError) as problem:
             return tar_index.reason(problem)
@@ -114,7 +117,7 @@ class ParquetSource(TarSource):
         """The footer of a file. DataError if it has changed, or is gone."""
         path = self.files[file]
         try:
-            footer = parquet_groups.read_footer(path)
+            footer = parquet_groups.read_footer(self.origin, path)
         except (OSError, ValueError) as problem:
             raise DataError(f"{printable(path)} can no longer be read "
                             f"({tar_index.reason(problem)})") from None
@@ -137,7 +140,7 @@ class ParquetSource(TarSource):
 
         def make(out: Any) -> None:
             footer = self.footer(group.file)
-            parquet_groups.unpack(self.files[group.file], footer, group.number,
+            parquet_groups.unpack(self.origin, self.files[group.file], footer, group.number,
                                   self.columns(footer.metadata), out)
         return self.disk.get(self.key(shard), make)
 
@@ -171,6 +174,13 @@ class ParquetSource(TarSource):
                 self.load_rows(shard)  # if it was deleted to make room, it is made again
         raise BadSample(why.decode("utf-8", "replace"))
 
+    def prefetch(self, i: int) -> None:
+        """Unpacks the group of a sample that will be needed soon, if it is a remote one."""
+        shard, _ = self.locate(i)
+        if self.origin.is_remote and shard not in self.unpacked_ahead:
+            self.unpacked_ahead.append(shard)
+            self.unpack(shard)
+
     def image(self, i: int) -> Any:
         return self.sample(i, (), files.choose_first)[1]
 
@@ -194,7 +204,8 @@ class ParquetSource(TarSource):
         size = parquet_groups.stored_bytes(footer.metadata, group.number, columns)
         if size > MAX_CAPTION_BYTES or group.rows > MAX_CAPTION_ROWS:
             return None
-        return parquet_groups.read_captions(self.files[group.file], footer, group.number, columns)
+        return parquet_groups.read_captions(self.origin, self.files[group.file], footer,
+                                            group.number, columns)
 
     def name(self, i: int) -> str:
         shard, row = self.locate(i)

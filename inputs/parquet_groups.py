@@ -49,11 +49,11 @@ def import_pyarrow() -> Any:
 
 
 # ------------------------------------------------------------------------------------ footer
-def read_footer(path: str) -> Footer:
+def read_footer(storage: Any, path: str) -> Footer:
     """OSError if the file cannot be read, ValueError if it is not a complete parquet file."""
     pa = import_pyarrow()
-    size = files.file_size(path)
-    end = files.read_span(path, max(0, size - FOOTER_GUESS), size)
+    size = storage.file_size(path)
+    end = storage.read_span(path, max(0, size - FOOTER_GUESS), size)
     if len(end) < 12:
         raise ValueError("the file is empty" if not end else "the file is cut off")
     length = int.from_bytes(end[-8:-4], "little")
@@ -64,7 +64,7 @@ def read_footer(path: str) -> Footer:
     if length + 12 > size:
         raise ValueError("its footer is damaged")
     if length + 8 > len(end):
-        end = files.read_span(path, size - length - 8, size)
+        end = storage.read_span(path, size - length - 8, size)
     footer = end[len(end) - length - 8:]
     try:
         metadata = pa.parquet.read_metadata(io.BytesIO(MAGIC + footer))
@@ -98,12 +98,13 @@ def stored_bytes(metadata: Any, group: int, columns: list[Column]) -> int:
 
 
 # ------------------------------------------------------------------------------------- rows
-def iter_rows(path: str, metadata: Any, group: int, columns: list[Column],
+def iter_rows(storage: Any, path: str, metadata: Any, group: int, columns: list[Column],
               batch_size: int) -> Iterator[list[Any]]:
-    """The values of the columns in each row of a group. pyarrow's errors where it is damaged."""
+    """The values of the columns in each row of a group. pyarrow's errors where it is damaged.
+    storage: files.LocalStorage or remote.RemoteStorage, in all functions here."""
     pa = import_pyarrow()
     leaves = list(dict.fromkeys(leaf for column in columns for leaf in column.leaves))
-    with files.open_file(path) as file:
+    with storage.open_file(path) as file:
         reader = pa.parquet.ParquetFile(file, metadata=metadata, buffer_size=STREAM_BYTES,
                                         pre_buffer=False)
         for batch in reader.iter_batches(batch_size, [group], leaves, use_threads=False):
@@ -126,7 +127,7 @@ def to_values(array: Any) -> list[Any]:
         return values
 
 
-def salvaged_rows(path: str, metadata: Any, group: int, columns: list[Column],
+def salvaged_rows(storage: Any, path: str, metadata: Any, group: int, columns: list[Column],
                   count: int) -> Iterator[list[Any] | str]:
     """`count` rows of a group; in place of one that cannot be read, the reason. Where a batch
     fails, the rows before the damage are read one by one."""
@@ -135,7 +136,8 @@ def salvaged_rows(path: str, metadata: Any, group: int, columns: list[Column],
     num_read, problem = 0, "the group ends before"
     for size in (batch_size, 1):
         try:
-            for n, row in enumerate(iter_rows(path, metadata, group, columns, size)):
+            rows = iter_rows(storage, path, metadata, group, columns, size)
+            for n, row in enumerate(rows):
                 if num_read <= n < count:
                     num_read += 1
                     yield row
@@ -155,24 +157,26 @@ def caption_json(columns: list[Column], values: list[Any]) -> bytes:
     return json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace")
 
 
-def read_captions(path: str, footer: Footer, group: int, columns: list[Column]) -> list[bytes]:
+def read_captions(storage: Any, path: str, footer: Footer, group: int,
+                  columns: list[Column]) -> list[bytes]:
     """The captions of each row as json, without images."""
     captions = []
     count = int(footer.groups[group, 0])
-    for row in salvaged_rows(path, footer.metadata, group, columns, count):
+    for row in salvaged_rows(storage, path, footer.metadata, group, columns, count):
         captions.append(b"" if isinstance(row, str) else caption_json(columns, row))
     return captions
 
 
 # --------------------------------------------------------------------------------- unpacking
-def unpack(path: str, footer: Footer, group: int, columns: tuple[Column, list[Column]],
-           out: BinaryIO) -> None:
+def unpack(storage: Any, path: str, footer: Footer, group: int,
+           columns: tuple[Column, list[Column]], out: BinaryIO) -> None:
     """Writes an unpacked group. At most a few rows, and what pyarrow decodes at once (a page), are
     in memory."""
     image_column, caption_columns = columns
     count = int(footer.groups[group, 0])
     table = np.zeros((count, 4), np.int64)
-    rows = salvaged_rows(path, footer.metadata, group, [image_column, *caption_columns], count)
+    columns_read = [image_column, *caption_columns]
+    rows = salvaged_rows(storage, path, footer.metadata, group, columns_read, count)
     position = 0
     for n, row in enumerate(rows):
         image, text = None, b""

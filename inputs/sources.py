@@ -63,6 +63,9 @@ class Source(Protocol):
         """The caption of each field, and the image. choose(n) chooses one of a list of n captions.
         with_run: the samples around this one will be needed soon."""
 
+    def prefetch(self, i: int) -> None:
+        """Only where starts is not None: sample i will be needed soon."""
+
     def run_of(self, samples: np.ndarray) -> np.ndarray:
         """Only where run_length > 0: the number of the run, in its shard, that each sample is
         in."""
@@ -185,6 +188,7 @@ class Subset:
 
     def __init__(self, source: FileSource, indices: np.ndarray):
         self.source, self.indices, self.skipped = source, indices, source.skipped
+        self.where = source.where
         self.starts = np.array([0, len(indices)])
 
     def source_index(self, i: Any) -> Any:
@@ -208,6 +212,9 @@ class Subset:
 
     def sample(self, i: int, *args: Any) -> tuple[list[str], Image.Image]:
         return self.source.sample(self.source_index(i), *args)
+
+    def prefetch(self, i: int) -> None:
+        self.source.prefetch(self.source_index(i))
 
     def run_of(self, samples: np.ndarray) -> np.ndarray:
         return self.source.run_of(self.source_index(samples))
@@ -258,12 +265,13 @@ def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "tra
     """The source that --data or --val names. DataError if there is nothing to train on."""
     if where == "scenes":
         return SceneSource(seed, split, count, field)
-    if where.endswith(".parquet"):  # by name, because the extra may be missing
+    name = where.partition("?")[0] if "://" in where else where  # without an address's query
+    if name.endswith(".parquet"):  # by name, because the extra may be missing
         return importlib.import_module("inputs.parquet").ParquetSource(where, field, options)
     if os.path.isdir(where):
         return FolderSource(where, field)
-    if where.endswith(".tar") or glob.has_magic(where) or "{" in where:
-        return TarSource(where, field)
+    if name.endswith(".tar") or glob.has_magic(name) or "{" in name:
+        return TarSource(where, field, options)
     missing = "" if os.path.exists(where) else "; nothing of that name exists"
     raise DataError(f"{where} is no data: give scenes, a folder of images with captions, tars "
                     f"or parquet files (a glob or a {{00000..00011}} list){missing}")

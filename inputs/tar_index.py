@@ -18,12 +18,12 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from inputs.files import pair_files, printable
+from inputs.files import LOCAL, pair_files, printable
 from inputs.tar_headers import DAMAGED, NO_END, TEXT_SUFFIXES, Member, list_members
 
 INDEX_SUFFIX = ".index.npz"
@@ -64,10 +64,12 @@ def expand_braces(pattern: str) -> list[str]:
     return names
 
 
-def matching_paths(where: str) -> list[str]:
+def matching_paths(where: str, storage: Any = LOCAL) -> list[str]:
     """The files of a glob, a brace list or a plain name, sorted, without indexes. A plain name need
     not exist. ValueError for a brace list that is too long."""
     patterns = [where] if os.path.exists(where) else expand_braces(where)
+    if storage.is_remote:
+        return [path for path in storage.matching_paths(patterns) if INDEX_SUFFIX not in path]
     paths: set[str] = set()
     for pattern in patterns:
         if os.path.exists(pattern) or not glob.has_magic(pattern):  # a name may contain brackets
@@ -78,8 +80,9 @@ def matching_paths(where: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------------- one index
-def scan_tar(path: str) -> TarIndex:
-    """Read a tar's headers. OSError if it cannot be read, ValueError if it is no tar."""
+def scan_tar(path: str, expected: int | None = None) -> TarIndex:
+    """Read a tar's headers. OSError if it cannot be read, ValueError if it is no tar. expected: how
+    many samples it should have, if that is not to be looked up."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name must not block
     try:
         stat = os.fstat(fd)
@@ -93,7 +96,7 @@ def scan_tar(path: str) -> TarIndex:
     missing = (0, 0)
     cells = [part or missing for sample in samples for part in sample]
     rows = np.array(cells, np.int64).reshape(-1, 6)
-    lost = expected_samples(path) - len(rows)
+    lost = (expected_samples(path) if expected is None else expected) - len(rows)
     if lost > 0:
         skipped[MISSING] += lost
     crc = zlib.crc32(b"\0".join(member.name for member in members), zlib.crc32(rows))
@@ -122,13 +125,24 @@ def load_index(path: str, rows: bool = False) -> TarIndex | None:
     tar or of another version."""
     try:
         stat = os.stat(path)
-        expected = {"version": INDEX_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        with np.load(path + INDEX_SUFFIX, allow_pickle=False) as f:
+    except OSError:
+        return None
+    index = read_index(path + INDEX_SUFFIX, rows)
+    if index and (index.meta["size"], index.meta["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+        return None
+    return index
+
+
+def read_index(file: str | BinaryIO, rows: bool) -> TarIndex | None:
+    """An index in a file, with its rows if wanted. None if it is missing, damaged or of another
+    version."""
+    try:
+        with np.load(file, allow_pickle=False) as f:
             meta = json.loads(f["meta"].tobytes())
-            if any(meta.get(name) != value for name, value in expected.items()):
+            if meta["version"] != INDEX_VERSION:
                 return None
             table = f["rows"] if rows else None
-        counts = [meta["crc"], *meta["skipped"].values()]
+        counts = [meta["crc"], meta["size"], meta["mtime_ns"], *meta["skipped"].values()]
         for text in TEXT_SUFFIXES:
             counts += [meta["pairs"][text][n] for n in range(3)]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
@@ -147,12 +161,16 @@ def save_index(path: str, index: TarIndex) -> None:
     temporary = f"{path}{INDEX_SUFFIX}.{uuid.uuid4().hex}.part"
     try:
         with open(temporary, "wb") as f:
-            meta = np.frombuffer(json.dumps(index.meta).encode(), np.uint8)
-            np.savez_compressed(f, meta=meta, rows=index.rows)
+            write_index(f, index)
         os.replace(temporary, path + INDEX_SUFFIX)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_index(file: BinaryIO, index: TarIndex) -> None:
+    meta = np.frombuffer(json.dumps(index.meta).encode(), np.uint8)
+    np.savez_compressed(file, meta=meta, rows=index.rows)
 
 
 # ------------------------------------------------------------------------------ many indexes

@@ -6,15 +6,24 @@ the tars used last. A run, in this file, is a series of samples that one read co
 """
 import contextlib
 import functools
+import importlib
 import threading
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
 
 from inputs import files, tar_index
-from inputs.files import ByteRange, FileSource, check_size, printable
+from inputs.files import (
+    DEFAULT_OPTIONS,
+    ByteRange,
+    FileSource,
+    ReadOptions,
+    check_size,
+    printable,
+)
 from inputs.tar_headers import TEXT_SUFFIXES
 from inputs.tar_index import TarIndex, reason
 from runtime.errors import BadSample, DataError
@@ -28,10 +37,10 @@ Span = tuple[int, int]         # the bytes begin..end of a tar
 class TarSource(FileSource):
     """`where` is a glob, or a brace list such as data/{00000..00011}.tar."""
 
-    def __init__(self, where: str, field: str):
-        super().__init__(where, field)
+    def __init__(self, where: str, field: str, options: ReadOptions = DEFAULT_OPTIONS):
+        super().__init__(where, field, options)
         try:
-            paths = tar_index.matching_paths(where)
+            paths = tar_index.matching_paths(where, self.storage)
         except ValueError as problem:
             raise DataError(str(problem)) from None
         if not paths:
@@ -39,7 +48,7 @@ class TarSource(FileSource):
         self.paths: list[str] = []
         indexes: list[TarIndex] = []
         unreadable: list[tuple[str, str]] = []
-        for path, index in zip(paths, tar_index.index_tars(paths)):
+        for path, index in zip(paths, self.index_tars(paths)):
             if isinstance(index, TarIndex):
                 self.paths.append(path)
                 indexes.append(index)
@@ -61,6 +70,16 @@ class TarSource(FileSource):
         self.crc = zlib.crc32(self.crcs)
         self.plan_reads(sum(index.meta["size"] for index in indexes))
         self.validate(pairs.sum(0).tolist())
+
+    def index_tars(self, paths: list[str]) -> list[TarIndex | OSError | ValueError]:
+        if not self.storage.is_remote:
+            return tar_index.index_tars(paths)
+        return importlib.import_module("inputs.remote_tars").index_tars(self.storage, paths)
+
+    def load_index(self, path: str) -> TarIndex:
+        if self.storage.is_remote:
+            return importlib.import_module("inputs.remote_tars").load_index(self.storage, path)
+        return tar_index.load_index(path, rows=True) or tar_index.scan_tar(path)
 
     def count_skipped(self, indexes: list[TarIndex]) -> None:
         """Sum the counts of all tars. A reason that is about a tar names the first such tar."""
@@ -84,15 +103,16 @@ class TarSource(FileSource):
         self.run_length = 0 if fits else self.read_length  # 0: shuffle all samples together
         self.max_span_bytes = MAX_SHUFFLE_BYTES if fits else lane_bytes
         self.rows = functools.lru_cache(None if fits else CACHED_TARS)(self.load_rows)
+        self.fetched_ahead: deque[tuple[int, int]] = deque(maxlen=4 * NUM_LANES)
         self.run_span = functools.lru_cache(4 * NUM_LANES)(self.span)
-        self.cache = SpanCache(MAX_SHUFFLE_BYTES)
+        self.cache = SpanCache(MAX_SHUFFLE_BYTES, self.storage.read_span)
 
     def load_rows(self, shard: int) -> np.ndarray:
         """(samples, 4) int64 of one tar: offset and size of the image and of the text."""
         path, rows = self.paths[shard], self.rows_in_memory.get(shard)
         if rows is None:
             try:
-                index = tar_index.load_index(path, rows=True) or tar_index.scan_tar(path)
+                index = self.load_index(path)
             except (OSError, ValueError) as problem:
                 raise BadSample(f"{printable(path)} can no longer be read "
                                 f"({reason(problem)})") from None
@@ -145,6 +165,12 @@ class TarSource(FileSource):
             raise BadSample("is cut off")
         return image_bytes, text_bytes
 
+    def caption(self, i: int, field: str = "") -> str:
+        """From a server, with the samples around it: the vocabulary reads all, one by one."""
+        if not self.storage.is_remote:
+            return super().caption(i, field)
+        return self.parse_caption(self.read_sample(i, True)[1], field)
+
     def read_run(self, i: int) -> tuple[int, bytes | None]:
         """(offset, bytes) of the run that sample i is in; (0, None) if one read cannot get it."""
         shard, row = self.locate(i)
@@ -153,6 +179,17 @@ class TarSource(FileSource):
             with contextlib.suppress(OSError):
                 return span[0], self.cache.read(self.paths[shard], *span)
         return 0, None
+
+    def prefetch(self, i: int) -> None:
+        """Brings the run of a sample that will be needed soon into the disk cache."""
+        shard, row = self.locate(i)
+        run = shard, row // self.read_length
+        if not self.storage.is_remote or run in self.fetched_ahead:
+            return
+        self.fetched_ahead.append(run)
+        span = self.run_span(shard, row - row % self.read_length, self.read_length)
+        if span and span[1] - span[0] <= self.max_span_bytes:
+            self.storage.read_span(self.paths[shard], *span)
 
     def name(self, i: int) -> str:
         try:
@@ -165,8 +202,8 @@ class SpanCache:
     """Spans of files in memory, at most `limit` bytes; the least recently used is dropped first.
     Threads that need the same span wait for one read of it."""
 
-    def __init__(self, limit: int):
-        self.limit, self.held = limit, 0
+    def __init__(self, limit: int, read_span: Callable[[str, int, int], bytes] = files.read_span):
+        self.limit, self.held, self.read_span = limit, 0, read_span
         self.lock = threading.Lock()
         self.spans: OrderedDict[tuple[str, int, int], Future] = OrderedDict()
 
@@ -185,7 +222,7 @@ class SpanCache:
                 self.spans.move_to_end(key)
         if is_new:
             try:
-                span.set_result(files.read_span(path, begin, end))
+                span.set_result(self.read_span(path, begin, end))
             except BaseException as problem:
                 with self.lock:
                     if self.spans.get(key) is span:

@@ -40,6 +40,7 @@ import decoder
 import layers
 import masking
 import vit
+from inputs.files import ReadOptions, open_storage
 from runtime.checkpoint import read_encoder
 from runtime.curriculum import parse_stages
 from runtime.errors import ConfigError
@@ -184,7 +185,7 @@ def initial_params(cfg: Any, model: ModelSpec) -> dict:
     params = init_params(cfg, model)
     if not cfg.init_encoder:
         return params
-    params["encoder"], imported, _ = read_encoder(cfg.init_encoder)
+    params["encoder"], imported, _ = read_encoder(local_encoder(cfg))
     differences = []
     for name in ("depth", "width", "num_heads", "mlp_dim", "patch_size", "cls_token",
                  "learned_pos_grid", "gated_attention"):
@@ -195,6 +196,14 @@ def initial_params(cfg: Any, model: ModelSpec) -> dict:
         raise ConfigError(f"--init-encoder {cfg.init_encoder} has {'; '.join(differences)}: change "
                           "--encoder, --cls-token or --learned-pos-grid to suit it")
     return params
+
+
+def local_encoder(cfg: Any) -> str:
+    """The path of --init-encoder; of an address, that of a copy in the cache."""
+    if "://" not in cfg.init_encoder:
+        return cfg.init_encoder
+    options = ReadOptions(cache_dir=cfg.cache_dir, cache_gb=cfg.cache_gb)
+    return open_storage(cfg.init_encoder, options).encoder_copy(cfg.init_encoder)
 
 
 def run_summary(cfg: Any) -> str:

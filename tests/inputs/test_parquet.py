@@ -129,9 +129,9 @@ def test_each_group_is_unpacked_once_per_epoch_and_each_sample_used_once(tmp_pat
     unpacked = []
     plain = parquet_groups.unpack
 
-    def counting(path, footer, group, *args):
+    def counting(storage, path, footer, group, *args):
         unpacked.append((path, group))
-        plain(path, footer, group, *args)
+        plain(storage, path, footer, group, *args)
     monkeypatch.setattr(parquet_groups, "unpack", counting)
     assert 1 < source.run_length < 50
     assert used(source) == list(range(600))
@@ -192,13 +192,18 @@ def test_full_or_forbidden_cache_is_one_sentence(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_deleted_later(tmp_path):
     source = open_source(write(tmp_path / "a.parquet", [row(i) for i in range(9)]), "caption")
     source.image(0)
-    left = source.disk.path(source.key(0)) + ".x.part"
+    left = f"{source.disk.path(source.key(0))}.{'0' * 32}.part"
+    photo().save(tmp_path / "cache" / "openvision2" / "mine.png")
     for age, remains in ((10, True), (9999, False)):
         with open(left, "w") as file:
             file.write("half")
         os.utime(left, (os.stat(left).st_mtime - age,) * 2)
         source.disk.entries()
         assert os.path.exists(left) == remains
+    source.disk.limit = source.disk.added = 0
+    source.disk.delete_oldest(1, "")
+    assert source.disk.entries() == []
+    assert os.listdir(tmp_path / "cache" / "openvision2").count("mine.png") == 1
 
 
 def test_a_group_of_any_size_takes_little_memory(tmp_path):
