@@ -33,7 +33,7 @@ from runtime.curriculum import Stage, learning_rate, lr_schedule, parse_stages
 from runtime.devices import DataParallel, all_gather, global_norm, local_shard, reduce_scatter
 from runtime.errors import ConfigError, run_command
 from runtime.monitoring import Monitor, PendingStep, check_tensorboard
-from runtime.run_folder import FolderLock, Run
+from runtime.run_folder import Run, open_folder
 from runtime.validation import Evaluator
 
 
@@ -152,7 +152,7 @@ def train(cfg: Config) -> int:
     validate(cfg, parallel.num_devices)
     if cfg.tensorboard:
         parallel.broadcast_from_main(check_tensorboard)
-    with contextlib.closing(FolderLock(cfg.workdir)) as lock:
+    with open_folder(cfg) as (cfg, lock):
         try:
             return train_run(Run(cfg, parallel, lock))
         except OSError as problem:  # one of an open file has no file name

@@ -56,12 +56,14 @@ def filesystem(protocol: str) -> Any:
                            ) from None
 
 
-def call(protocol: str, name: str, *args: Any, **options: Any) -> Any:
-    """A method of a file system, within REQUEST_SECONDS where it is an asynchronous one."""
+def call(protocol: str, name: str, *args: Any, seconds: float | None = None,
+         **options: Any) -> Any:
+    """A method of a file system, within `seconds` (REQUEST_SECONDS) where it is asynchronous."""
     fs = filesystem(protocol)
     if getattr(fs, "async_impl", False):
         sync = importlib.import_module("fsspec.asyn").sync
-        return sync(fs.loop, getattr(fs, f"_{name}"), *args, timeout=REQUEST_SECONDS, **options)
+        return sync(fs.loop, getattr(fs, f"_{name}"), *args, timeout=seconds or REQUEST_SECONDS,
+                    **options)
     return getattr(fs, name)(*args, **options)
 
 
@@ -80,8 +82,8 @@ def classify(problem: Exception) -> Exception:
     return Passing(text)
 
 
-def with_retries(url: str, attempt: Callable[[], Any]) -> Any:
-    """attempt(), repeated while its failure may pass. DataError in the end."""
+def with_retries(url: str, attempt: Callable[[], Any], use: str = "read") -> Any:
+    """attempt(), repeated while its failure may pass. DataError in the end. use: what for."""
     for wait in (*WAITS, None):
         try:
             return attempt()
@@ -91,9 +93,9 @@ def with_retries(url: str, attempt: Callable[[], Any]) -> Any:
             if not isinstance(problem, (Passing, Refused)):
                 problem = classify(problem)
             if isinstance(problem, Refused):
-                raise DataError(f"{url} cannot be read: {problem}") from None
+                raise DataError(f"{url} cannot be {use}: {problem}") from None
             if wait is None:
-                raise DataError(f"{url} cannot be read, after {len(WAITS) + 1} attempts: {problem}"
+                raise DataError(f"{url} cannot be {use}, after {len(WAITS) + 1} attempts: {problem}"
                                 "; a run continues from its last checkpoint") from None
         time.sleep(wait)
 

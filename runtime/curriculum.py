@@ -5,6 +5,7 @@ linearly from 0 during the warm-up and falls to 0 along a cosine.
 """
 import dataclasses
 import math
+from typing import Any
 
 import optax
 
@@ -92,3 +93,14 @@ def learning_rate(stage: Stage, step: int) -> float:
         return stage.lr * step / stage.warmup
     progress = min(1.0, (step - stage.warmup) / (stage.steps - stage.warmup))
     return stage.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ------------------------------------------------------------------------------------- progress
+def new_state() -> dict[str, Any]:
+    """What a checkpoint holds beside its arrays, with the values of a new run."""
+    return {"step": 0, "bad_samples": 0, "vocabulary": None,
+            "seconds": 0.0,                             # of the run, pauses left out
+            "train_seconds": 0.0, "train_images": 0,    # without compilation, for images per second
+            "window": [],                               # losses since the last row of metrics.jsonl
+            "evaluation_pending": False,                # the saved step is not yet evaluated
+            "best_shuffled": None}                      # the lowest val_loss_shuffled so far

@@ -90,7 +90,8 @@ def filter_stderr(folder: str = "") -> None:
     sys.stderr.flush()
     sys.stderr = os.fdopen(os.dup(2), "w", 1)
     name = f"stderr-{platform.node()}-{os.getpid()}.txt"  # processes of several hosts may share it
-    path = os.path.join(os.path.abspath(folder), name) if folder else ""
+    is_local = bool(folder) and "://" not in folder
+    path = os.path.join(os.path.abspath(folder), name) if is_local else ""
     code = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stderr_filter.py")
     reader = subprocess.Popen([sys.executable, code, PEER_LOST, path], stdin=subprocess.PIPE,
                               start_new_session=True)

@@ -155,6 +155,7 @@ class Monitor:
         if self.run.parallel.is_main:
             stage_starts = {stage.start: f"{stage.resolution} px" for stage in self.run.stages}
             plots.draw_curve(self.run.cfg.workdir, self.val_loss_blind, stage_starts)
+            self.run.lock.sync(urgent=False)
         self.last_plot = time.time()
 
     def add_image(self, name: str) -> None:

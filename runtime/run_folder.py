@@ -4,13 +4,14 @@ Only the first process (`parallel.is_main`) reads and writes the folder, and sen
 they need. A run that is started again on its folder continues from its newest checkpoint.
 
 The lock is flock(2) on the file `train.lock`. The system releases it when the process ends in any
-way, so a killed process leaves only the file. Reading needs no lock: evaluation works beside
-training. On NFS, other hosts see the lock if Linux mounts it as usual. On a file system that has no
-locks (Lustre without -o flock, for example) the run continues with a warning.
+way. Reading needs no lock. On NFS, other hosts see the lock if Linux mounts it as usual. On a file
+system without locks (Lustre without -o flock) the run continues with a warning.
 """
+import contextlib
 import dataclasses
 import errno
 import fcntl
+import importlib
 import os
 import re
 import socket
@@ -28,7 +29,7 @@ from config import FIELDS, RESUMABLE, Config, flag, from_dict
 from inputs import images, sources, tokenizer
 from objectives.registry import init_params, model_spec
 from runtime import checkpoint, plots
-from runtime.curriculum import Stage, parse_stages
+from runtime.curriculum import Stage, new_state, parse_stages
 from runtime.devices import DataParallel
 from runtime.errors import CheckpointError, ConfigError
 
@@ -91,6 +92,9 @@ class FolderLock:
         except FileNotFoundError:
             return False
 
+    def sync(self, urgent: bool = True) -> None:
+        """Nothing to do on this machine; see remote_folder.RemoteFolder."""
+
     def close(self) -> None:
         """Unlocks. Deletes the file, and the folder if acquire() made it and it is empty."""
         if self.file is None:
@@ -107,19 +111,19 @@ class FolderLock:
             self.file = None
 
 
+@contextlib.contextmanager
+def open_folder(cfg: Config) -> Iterator[tuple[Config, FolderLock]]:
+    """(settings, lock) of a run. Of a --workdir in a bucket, the settings have its local copy."""
+    lock = FolderLock(cfg.workdir)
+    if "://" in cfg.workdir:  # by name, because the extra may be missing
+        cfg, lock = importlib.import_module("runtime.remote_folder").open_remote_folder(cfg)
+    with contextlib.closing(lock):
+        yield cfg, lock
+
+
 # ----------------------------------------------------------------------------------- the run
-def new_state() -> dict[str, Any]:
-    """What a checkpoint holds beside its arrays, with the values of a new run."""
-    return {"step": 0, "bad_samples": 0, "vocabulary": None,
-            "seconds": 0.0,                             # of the run, pauses left out
-            "train_seconds": 0.0, "train_images": 0,    # without compilation, for images per second
-            "window": [],                               # losses since the last row of metrics.jsonl
-            "evaluation_pending": False,                # the saved step is not yet evaluated
-            "best_shuffled": None}                      # the lowest val_loss_shuffled so far
-
-
 class Run:
-    """A run in its folder, new or continued: settings, data, and `state` (see new_state)."""
+    """A run in its folder, new or continued: settings, data, and `state` (curriculum.new_state)."""
 
     def __init__(self, cfg: Config, parallel: DataParallel, lock: FolderLock | None = None):
         """The first process acquires `lock`, and the caller closes it. ConfigError where the folder
@@ -266,16 +270,15 @@ class Run:
             "resolution": stage.resolution}
         checkpoint.save_step(self.cfg.workdir, self.step, tree, meta, self.cfg.keep_checkpoints,
                              self.cfg.keep_every)
+        self.lock.sync()
 
     # ---- other files
     def write_folder(self) -> None:
-        """Writes the files that each start writes. If a run is continued, removes the lines that
-        are newer than its checkpoint: the run writes them again."""
+        """Writes the files of each start. Removes lines that are newer than the checkpoint."""
         rows = plots.read_metrics(self.path("metrics.jsonl")) if self.step else []
         kept_rows = [checkpoint.to_json(row) + "\n" for row in rows if self.is_final(row)]
         checkpoint.write_text(self.path("metrics.jsonl"), "".join(kept_rows))
-        lines = self.read_bad_samples()
-        if lines:
+        if lines := self.read_bad_samples():
             kept_lines = [line for line in lines if int(line.split("\t")[0]) <= self.step]
             checkpoint.write_text(self.path("bad-samples.txt"), "".join(kept_lines))
         settings = checkpoint.to_json(dataclasses.asdict(self.cfg), indent=1)
@@ -283,7 +286,7 @@ class Run:
         self.tokenizer.save(self.path(self.tokenizer.filename))
 
     def is_final(self, row: dict[str, Any]) -> bool:
-        """Whether to keep a row of metrics.jsonl: the run, continued, does not write it again."""
+        """Whether to keep a row: the run, continued, does not write it again."""
         if row["step"] == self.step and self.state["evaluation_pending"]:
             return "val_loss" not in row
         return row["step"] <= self.step

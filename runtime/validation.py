@@ -245,6 +245,7 @@ class Evaluator:
             "num_val_images": self.validation_set.count, "bad_samples": run.state["bad_samples"]}
         text = checkpoint.to_json(metrics | caption_scores, indent=1)
         checkpoint.write_text(run.path("summary.json"), text)
+        run.lock.sync()
         print(text)
         print(f"validation loss {metrics['val_loss']:.3f}; without the image "
               f"{metrics['val_loss_blind']:.3f}")
