@@ -57,6 +57,8 @@ RELEASED_INIT = {  # --init-scale released: distribution, and std from a layer's
     "fc2": ("truncated", lambda inputs, outputs: math.sqrt(0.3072 / outputs)),
 }
 
+Grid = int | tuple[int, int]  # patches per side, or rows and columns
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -162,30 +164,32 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, .
 
 
 # --------------------------------------------------------------------------------- encoder
-def sincos_position_embedding(grid: int, width: int) -> np.ndarray:
+def sincos_position_embedding(grid: Grid, width: int) -> np.ndarray:
     """2-D sin-cos table (N,D) fp32 in the form of MoCo v3, as released: columns [sin x, cos x,
     sin y, cos y], omega_i = 10000^(-i/(D/4-1)). The formula fits any grid, so a change of
     resolution needs no surgery. ValueError for a width that cannot hold it."""
+    rows, columns = np.broadcast_to(grid, 2)
     if width % 4 or width < 8:
         raise ValueError(f"width {width} cannot hold a sin-cos table: it must be a multiple of 4, "
                          "and at least 8")
     omega = 10000.0 ** (-np.arange(width // 4) / (width // 4 - 1))
-    y, x = np.mgrid[:grid, :grid].reshape(2, -1, 1) * omega                     # (N,D/4) each
+    y, x = np.mgrid[:rows, :columns].reshape(2, -1, 1) * omega               # (N,D/4) each
     table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
     return table.astype(np.float32)
 
 
-def position_embedding(params: dict, grid: int, cfg: ViTConfig) -> Any:
+def position_embedding(params: dict, grid: Grid, cfg: ViTConfig) -> Any:
     """The table (N,D) that is added to the patches: the formula's, or a learned one, which is
     resized (cubic) for another grid."""
     if not cfg.learned_pos_grid:
         return sincos_position_embedding(grid, cfg.width)
     table, learned_grid = params["positions"]["table"], cfg.learned_pos_grid
-    if grid == learned_grid:
+    rows, columns = np.broadcast_to(grid, 2)
+    if rows == columns == learned_grid:
         return table
     square = table.reshape(learned_grid, learned_grid, cfg.width)
-    resized = jax.image.resize(square, (grid, grid, cfg.width), "cubic")
-    return resized.reshape(grid * grid, cfg.width)
+    resized = jax.image.resize(square, (rows, columns, cfg.width), "cubic")
+    return resized.reshape(rows * columns, cfg.width)
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -196,16 +200,17 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """(B,R,R,3) to (B,N,P*P*3), row by row: a matmul on these is the patch convolution.
+    """(B,R,R,3) to (B,N,P*P*3), row by row: a matmul on these is the patch convolution. The image
+    may be a rectangle.
 
     Pixels at the right and bottom that fill no patch are dropped, as by the released models'
     convolution: 384 px hold 27 x 27 patches of 14. ValueError for an image below one patch."""
-    B, R, _, C = images.shape
-    G, P = R // patch_size, patch_size
-    if G < 1:
-        raise ValueError(f"resolution {R} is below the patch size {patch_size}")
-    tiles = images[:, :G * P, :G * P].reshape(B, G, P, G, P, C)
-    return tiles.swapaxes(2, 3).reshape(B, G * G, P * P * C)
+    B, height, width, C = images.shape
+    rows, columns, P = height // patch_size, width // patch_size, patch_size
+    if min(rows, columns) < 1:
+        raise ValueError(f"resolution {min(height, width)} is below the patch size {patch_size}")
+    tiles = images[:, :rows * P, :columns * P].reshape(B, rows, P, columns, P, C)
+    return tiles.swapaxes(2, 3).reshape(B, rows * columns, P * P * C)
 
 
 def embed_patches(params: dict, images: jax.Array, cfg: ViTConfig) -> jax.Array:
@@ -215,7 +220,7 @@ def embed_patches(params: dict, images: jax.Array, cfg: ViTConfig) -> jax.Array:
         images = normalize(images)
     patches = patchify(images.astype(cfg.dtype), cfg.patch_size)                # (B,N,P*P*3)
     x = linear(patches, params["patch"])                                        # (B,N,D)
-    grid = images.shape[1] // cfg.patch_size
+    grid = images.shape[1] // cfg.patch_size, images.shape[2] // cfg.patch_size
     x = x + position_embedding(params, grid, cfg).astype(cfg.dtype)
     if not cfg.cls_token:
         return x
@@ -227,8 +232,8 @@ def embed_patches(params: dict, images: jax.Array, cfg: ViTConfig) -> jax.Array:
 @jax.named_scope("encoder")
 def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False,
         mask: jax.Array | None = None) -> dict:
-    """images (B,R,R,3), uint8 or already normalized floats. mask, broadcastable to (B,H,S,S): which
-    tokens may attend to which (None, the method: all to all). Returns by name:
+    """images (B,R,R,3), or rectangles, uint8 or already normalized floats. mask, broadcastable to
+    (B,H,S,S): which tokens may attend to which (None, the method: all to all). Returns by name:
 
     tokens (B,N,D)         patch tokens before the final norm (after it with cfg.norm_tokens): what
                            the decoder reads, and what a multimodal model should read

@@ -20,6 +20,7 @@ EXIF_TRANSPOSE = {  # what undoes a camera's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+TURNED = (5, 6, 7, 8)        # orientations that exchange width and height
 CROP_ATTEMPTS = 100          # before the complete image is taken
 CROP_ASPECTS = (0.75, 1.33)  # width / height: TensorFlow's defaults, which the release keeps
 JITTER_PROB = 0.8            # of an image
@@ -54,9 +55,10 @@ def open_image(file: BinaryIO) -> Image.Image:
     return image
 
 
-def decode_and_augment(image: Image.Image, resolution: int, augment: Augment | None = None,
-                       rng: Any = None) -> np.ndarray:
-    """An image of any mode and size to (R,R,3) uint8. It is resized to a square, not padded.
+def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
+                       augment: Augment | None = None, rng: Any = None) -> np.ndarray:
+    """An image of any mode and size to (R,R,3) uint8, or (height,width,3) for such a pair. It is
+    resized, not padded.
 
     Alpha is composited on white, the first frame of an animation counts, a camera's orientation is
     applied. With `augment`, rng (a numpy Generator) draws. BadSample if it cannot be decoded."""
@@ -67,10 +69,12 @@ def decode_and_augment(image: Image.Image, resolution: int, augment: Augment | N
         box: Box = (0, 0, width, height)
         if augment and augment.min_crop_area < 1:
             box = random_crop_box(width, height, augment.min_crop_area, rng)
-        box = decode_smaller(image, box, resolution)
+        rows, columns = np.broadcast_to(resolution, 2).tolist()
+        box = decode_smaller(image, box, max(rows, columns))
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)  # some conversions lose it
-        image = to_rgb(image).resize((resolution, resolution), Image.Resampling.BILINEAR, box)
+        size = (rows, columns) if orientation in TURNED else (columns, rows)
+        image = to_rgb(image).resize(size, Image.Resampling.BILINEAR, box)
         if orientation in EXIF_TRANSPOSE:
             image = image.transpose(EXIF_TRANSPOSE[orientation])
         return np.asarray(augment_image(image, augment, rng) if augment else image)

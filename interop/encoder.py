@@ -3,6 +3,9 @@
     encoder = load_encoder("runs/toy")                    # a run's folder, or an encoder's .npz
     tokens, pooled = encoder(["cat.jpg", "dog.png"])      # (2,N,D) for a multimodal model, (2,D)
 
+Images are resized to squares. load_encoder(path, max_tokens=256) keeps their aspect ratio instead
+(shapes.py), and `tokens` is then a list.
+
 This file and what it imports need no root module of common name (config, data, train), so it works
 beside a project that has its own.
 
@@ -14,8 +17,9 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +29,7 @@ from PIL import Image
 
 import vit
 from inputs.images import decode_and_augment, open_image, silence_pillow
+from interop.shapes import closest_grid, upright_size
 from runtime.checkpoint import atomic_write, read_encoder
 from runtime.cpu_tuning import enable_compilation_cache
 from runtime.errors import BadSample, ConfigError, run_command
@@ -33,8 +38,9 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 
 class Features(NamedTuple):
-    tokens: np.ndarray  # (B,N,D) fp32, before the final norm: what the decoder was trained on
-    pooled: np.ndarray  # (B,D) fp32: the mean of the tokens, then the final norm
+    tokens: np.ndarray | list[np.ndarray]  # (B,N,D) fp32, before the final norm: what the decoder
+                                           # was trained on. With max_tokens, B arrays (N,D)
+    pooled: np.ndarray                     # (B,D) fp32: the mean of the tokens, then the final norm
 
 
 # ----------------------------------------------------------------------------------- pixels
@@ -43,13 +49,30 @@ def load_pixels(image: ImageLike, resolution: int) -> np.ndarray:
     full size and resized to a square (bilinear, antialiased). For an opaque image, these pixels
     equal those of the exported image processors; training may decode a JPEG at a reduced size.
     BadSample names an image that cannot be used."""
+    return load(image, lambda opened: decode_and_augment(opened, resolution))
+
+
+def load_rectangle(image: ImageLike, patch_size: int, max_tokens: int) -> np.ndarray:
+    """The same, to at most max_tokens patches (rows * P, columns * P, 3) with the image's aspect
+    ratio (shapes.closest_grid)."""
+    def resize(opened: Image.Image) -> np.ndarray:
+        rows, columns = closest_grid(*upright_size(opened), max_tokens)
+        return decode_and_augment(opened, (rows * patch_size, columns * patch_size))
+    return load(image, resize)
+
+
+def load(image: ImageLike, decode: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """`decode` of the loaded image. BadSample names an image that cannot be used."""
     is_path = isinstance(image, str | os.PathLike)
     name = image if is_path else "the image"
     try:
-        if is_path:
-            with open(image, "rb") as file:
-                return decode(open_image(file), resolution)
-        return decode(image if isinstance(image, Image.Image) else from_array(image), resolution)
+        with open(image, "rb") if is_path else nullcontext() as file:
+            if is_path:
+                image = open_image(file)
+            elif not isinstance(image, Image.Image):
+                image = from_array(image)
+            image.load()  # at full size; later a JPEG's reduced size could be requested
+            return decode(image)
     except BadSample as problem:
         raise BadSample(f"{name}: {problem}") from None
     except FileNotFoundError:
@@ -59,11 +82,6 @@ def load_pixels(image: ImageLike, resolution: int) -> np.ndarray:
         if reason:
             raise BadSample(f"{name}: image cannot be read ({reason})") from None
         raise BadSample(f"{name}: image cannot be decoded ({type(problem).__name__})") from None
-
-
-def decode(image: Image.Image, resolution: int) -> np.ndarray:
-    image.load()  # at full size; later a JPEG's reduced size could be requested
-    return decode_and_augment(image, resolution)
 
 
 def from_array(array: np.ndarray) -> Image.Image:
@@ -89,11 +107,13 @@ class Encoder:
     """Parameters, configuration and a compiled forward pass. For more than features, such as
     attention maps: vit.vit(encoder.params, encoder.pixels(images), encoder.cfg, attention=True)."""
 
-    def __init__(self, params: dict, cfg: vit.ViTConfig, resolution: int):
-        """ConfigError for a resolution below the patch size."""
+    def __init__(self, params: dict, cfg: vit.ViTConfig, resolution: int, max_tokens: int = 0):
+        """max_tokens: patch tokens of an image at most, with its aspect ratio kept; 0 for squares
+        of `resolution`. ConfigError for a resolution below the patch size."""
         if resolution < cfg.patch_size:
             raise ConfigError(f"resolution {resolution} is below the patch size {cfg.patch_size}")
         self.params, self.cfg, self.resolution = jax.device_put(params), cfg, resolution
+        self.max_tokens = max_tokens
 
         def run(params: dict, images: jax.Array) -> Features:
             out = vit.vit(params, images, cfg)
@@ -114,27 +134,57 @@ class Encoder:
         """Features of one image or several, `batch` at a time. The last batch is padded to a power
         of two, so that few shapes are compiled. BadSample names an image that cannot be used."""
         images = as_list(images)
+        if not len(images):
+            raise BadSample("there is no image")
+        if self.max_tokens:
+            return self.encode_rectangles(images, batch)
         tokens, pooled = [], []
         for start in range(0, len(images), batch):
-            pixels = self.pixels(images[start:start + batch])
-            count = len(pixels)
-            size = min(batch, 1 << (count - 1).bit_length())
-            padded = np.pad(pixels, ((0, size - count), (0, 0), (0, 0), (0, 0)))
-            out = self.run(self.params, padded)
-            tokens.append(np.asarray(out.tokens, np.float32)[:count])
-            pooled.append(np.asarray(out.pooled, np.float32)[:count])
-        if not tokens:
-            raise BadSample("there is no image")
+            features = self.encode_batch(self.pixels(images[start:start + batch]), batch)
+            tokens.append(features.tokens)
+            pooled.append(features.pooled)
         return Features(np.concatenate(tokens), np.concatenate(pooled))
 
+    def encode_rectangles(self, images: Sequence[ImageLike], batch: int) -> Features:
+        """Images of the same grid share a batch. Compiled are, at most, the grids of
+        shapes.patch_grids with the powers of two up to `batch`."""
+        load = functools.partial(load_rectangle, patch_size=self.cfg.patch_size,
+                                 max_tokens=self.max_tokens)
+        pixels = list(self.pool.map(load, images))
+        by_shape: dict[tuple, list[int]] = {}
+        for i, array in enumerate(pixels):
+            by_shape.setdefault(array.shape, []).append(i)
+        tokens: list = [None] * len(images)
+        pooled: list = [None] * len(images)
+        for rows in by_shape.values():
+            for start in range(0, len(rows), batch):
+                chosen = rows[start:start + batch]
+                features = self.encode_batch(np.stack([pixels[i] for i in chosen]), batch)
+                for i, token_array, vector in zip(chosen, *features):
+                    tokens[i], pooled[i] = token_array, vector
+        return Features(tokens, np.stack(pooled))
 
-def load_encoder(path: str, resolution: int = 0, dtype: str = "float32") -> Encoder:
+    def encode_batch(self, pixels: np.ndarray, batch: int) -> Features:
+        """Features of at most `batch` images of one shape."""
+        count = len(pixels)
+        size = min(batch, 1 << (count - 1).bit_length())
+        padded = np.pad(pixels, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+        out = self.run(self.params, padded)
+        return Features(*(np.asarray(x, np.float32)[:count] for x in out))
+
+
+def load_encoder(path: str, resolution: int = 0, dtype: str = "float32",
+                 max_tokens: int = 0) -> Encoder:
     """The encoder of a run's folder, a checkpoint or an .npz. resolution (pixels): 0 for that of
-    the last training stage. CheckpointError if it cannot be read, ConfigError if the resolution is
-    too low."""
+    the last training stage. max_tokens: keeps the aspect ratio of images, with at most so many
+    patch tokens each. CheckpointError if it cannot be read, ConfigError if the resolution is too
+    low."""
     params, cfg, meta = read_encoder(path)
     cfg = replace(cfg, dtype=dtype, remat="none")
-    return Encoder(params, cfg, resolution or meta["resolution"])
+    if max_tokens < 0 or (max_tokens and resolution):
+        raise ConfigError(f"max_tokens {max_tokens} must not be negative, and excludes resolution: "
+                          "images are then as large as max_tokens patches allow")
+    return Encoder(params, cfg, resolution or meta["resolution"], max_tokens)
 
 
 # -------------------------------------------------------------------------------- baselines
