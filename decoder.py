@@ -12,6 +12,7 @@ S = K + T, D width, H heads, V vocabulary size, E encoder width, L layers. Text 
     python decoder.py        prints the attention mask, and the decoders by size
 """
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -127,19 +128,22 @@ def embed_sequence(params: dict, image_tokens: jax.Array, text: jax.Array,
 
 @jax.named_scope("decoder")
 def hidden_states(params: dict, image_tokens: jax.Array, text: jax.Array,
-                  cfg: DecoderConfig) -> jax.Array:
-    """The output of the blocks, before the final norm: (B,K+T,D)."""
+                  cfg: DecoderConfig, select: Callable | None = None) -> jax.Array:
+    """The output of the blocks, before the final norm: (B,K+T,D), or only the tokens that `select`
+    picks on axis 1."""
     K, T = image_tokens.shape[1], text.shape[1]
     x = embed_sequence(params, image_tokens, text, cfg)
     mask = attention_mask(K, K + T, cfg.prefix_attention)
-    return transformer_stack(x, params["blocks"], cfg, mask=mask, exact_gelu=False)[0]
+    return transformer_stack(x, params["blocks"], cfg, select=select, mask=mask,
+                             exact_gelu=False)[0]
 
 
 def text_features(params: dict, image_tokens: jax.Array, text: jax.Array,
                   cfg: DecoderConfig) -> jax.Array:
     """What the head reads: (B,T,D), one vector per text position, which predicts the next token."""
-    x = hidden_states(params, image_tokens, text, cfg)
-    return layer_norm(x[:, image_tokens.shape[1]:], params["norm"])
+    K = image_tokens.shape[1]
+    x = hidden_states(params, image_tokens, text, cfg, select=lambda x: x[:, K:])
+    return layer_norm(x, params["norm"])
 
 
 def logits(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:

@@ -42,8 +42,9 @@ def openvision2_loss(params: dict, batch: dict, keys: jax.Array,
                      model: ModelSpec) -> tuple[jax.Array, jax.Array]:
     """The summed caption loss of a batch, and how many caption tokens are in that sum. The gradient
     of this loss is the only training signal. keys (B,): one per image, to draw its patches."""
-    tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]         # (B,N,E)
-    kept, _ = keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)      # (B,K,E)
+    def keep(tokens: jax.Array) -> jax.Array:                                  # (B,N,E) to (B,K,E)
+        return keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)[0]
+    kept = vit.vit(params["encoder"], batch["images"], model.encoder, select=keep)["tokens"]
     losses = decoder.caption_loss(params["decoder"], kept, batch["text"], model.decoder)  # (B,)
     return losses.sum(), decoder.count_targets(batch["text"]).sum()
 
@@ -140,7 +141,6 @@ def train(cfg: Config) -> int:
     """Trains a run, or what is left of it. Returns the exit status: 0, or 128 + the signal that
     stopped it. Raises UserError, whose message says what the user can change."""
     validate(cfg)
-    sys.setswitchinterval(0.0005)  # seconds: threads that make batches delay the loop less
     device_batches = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
     tune_cpu(sum(registry.param_counts(cfg).values()), [] if cfg.distributed else device_batches,
              cfg.num_devices)

@@ -121,26 +121,28 @@ def init(key: jax.Array, cfg: ViTConfig) -> dict:
 
 # ----------------------------------------------------------------------- transformer block
 def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | None = None,
-                      exact_gelu: bool = True,
-                      cache: tuple | None = None) -> tuple[jax.Array, dict]:
+                      exact_gelu: bool = True, cache: tuple | None = None,
+                      select: Callable | None = None) -> tuple[jax.Array, dict]:
     """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out. With a "gate" in w,
     the attention outputs are multiplied by sigmoid(linear(norm(x))) (arXiv:2505.06708).
 
     The mask is broadcastable to (B,H,Q,S), as in dot_product_attention. cache, during generation:
     (keys, values, position). Keys and values are (B,S,H,Dh); the first token of x goes to
-    `position`. Also returns {"keys", "values", "attention_weights"}; XLA computes nothing that the
-    caller drops.
-    """
-    B, Q, D = x.shape
+    `position`. select, in a last block: picks the tokens (axis 1) whose outputs are computed. Also
+    returns {"keys", "values", "attention_weights"}; XLA computes nothing that the caller drops."""
+    B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
-    qkv = linear(normed, w["qkv"])                                              # (B,Q,3D)
-    q, k, v = (a.reshape(B, Q, num_heads, D // num_heads) for a in jnp.split(qkv, 3, axis=-1))
+    q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
+    if select is not None:
+        x, normed, q = select(x), select(normed), select(q)
+        mask = None if mask is None else select(mask[None])
+    q, k, v = (a.reshape(B, -1, num_heads, D // num_heads) for a in (q, k, v))
     if cache is not None:
         keys, values, position = cache
         k = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=1)
     attended, attention_weights = dot_product_attention(q, k, v, mask)          # (B,Q,H,Dh)
-    attended = attended.reshape(B, Q, D)
+    attended = attended.reshape(x.shape)
     if "gate" in w:
         attended = attended * jax.nn.sigmoid(linear(normed, w["gate"]))
     x = x + linear(attended, w["out"])
@@ -150,17 +152,25 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
 
 
 def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (),
-                      block: Callable = transformer_block,
+                      block: Callable = transformer_block, select: Callable | None = None,
                       **options: Any) -> tuple[jax.Array, dict]:
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
     num_heads, remat and scan_unroll; `options` go to `block`. Returns x and the `wanted` extras of
-    each block, with a leading L."""
-    def body(x: jax.Array, w: dict) -> tuple[jax.Array, dict]:
-        x, extras = block(x, w, cfg.num_heads, **options)
+    each block, with a leading L.
+
+    With `select`, x is what it picks of the tokens (axis 1). If the scan is unrolled, the last
+    block computes only these. Else the split would copy the stacked weights (0.8 GiB for L/14)."""
+    def body(x: jax.Array, w: dict, **more: Any) -> tuple[jax.Array, dict]:
+        x, extras = block(x, w, cfg.num_heads, **options, **more)
         return x, {name: extras[name] for name in wanted}
+    scanned = body
     if cfg.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
-    return jax.lax.scan(body, x, blocks, unroll=min(cfg.scan_unroll, cfg.depth))
+        scanned = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
+    if select is None or cfg.scan_unroll < cfg.depth:
+        x, extras = jax.lax.scan(scanned, x, blocks, unroll=min(cfg.scan_unroll, cfg.depth))
+        return x if select is None else select(x), extras
+    x, _ = jax.lax.scan(scanned, x, jax.tree.map(lambda a: a[:-1], blocks), unroll=cfg.depth)
+    return body(x, jax.tree.map(lambda a: a[-1], blocks), select=select)
 
 
 # --------------------------------------------------------------------------------- encoder
@@ -170,8 +180,7 @@ def sincos_position_embedding(grid: Grid, width: int) -> np.ndarray:
     resolution needs no surgery. ValueError for a width that cannot hold it."""
     rows, columns = np.broadcast_to(grid, 2)
     if width % 4 or width < 8:
-        raise ValueError(f"width {width} cannot hold a sin-cos table: it must be a multiple of 4, "
-                         "and at least 8")
+        raise ValueError(f"a sin-cos table needs a multiple of 4 from 8 on as width, not {width}")
     omega = 10000.0 ** (-np.arange(width // 4) / (width // 4 - 1))
     y, x = np.mgrid[:rows, :columns].reshape(2, -1, 1) * omega               # (N,D/4) each
     table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
@@ -200,8 +209,7 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """(B,R,R,3) to (B,N,P*P*3), row by row: a matmul on these is the patch convolution. The image
-    may be a rectangle.
+    """(B,R,R,3), or rectangles, to (B,N,P*P*3): a matmul on these is the patch convolution.
 
     Pixels at the right and bottom that fill no patch are dropped, as by the released models'
     convolution: 384 px hold 27 x 27 patches of 14. ValueError for an image below one patch."""
@@ -231,7 +239,7 @@ def embed_patches(params: dict, images: jax.Array, cfg: ViTConfig) -> jax.Array:
 
 @jax.named_scope("encoder")
 def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False,
-        mask: jax.Array | None = None) -> dict:
+        mask: jax.Array | None = None, select: Callable | None = None) -> dict:
     """images (B,R,R,3), or rectangles, uint8 or already normalized floats. mask, broadcastable to
     (B,H,S,S): which tokens may attend to which (None, the method: all to all). Returns by name:
 
@@ -242,11 +250,16 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
                            reads what comes before it
     cls (B,D)              the CLS token before the final norm, if the config has one
     attention (L,B,H,S,S)  on request: row i holds the attention weights of token i
-    """
+    With `select`, only the tokens, and of these only what it picks on axis 1."""
     x = embed_patches(params, images, cfg)
+    first = int(cfg.cls_token)  # patch token
+    if select is not None:
+        x, _ = transformer_stack(x, params["blocks"], cfg, mask=mask,
+                                 select=lambda x: select(x[:, first:]))
+        return {"tokens": layer_norm(x, params["norm"]) if cfg.norm_tokens else x}
     wanted = ("attention_weights",) if attention else ()
     x, extras = transformer_stack(x, params["blocks"], cfg, wanted, mask=mask)
-    tokens = x[:, int(cfg.cls_token):]
+    tokens = x[:, first:]
     out = {"tokens": tokens, "pooled": layer_norm(tokens.mean(1), params["norm"])}
     if cfg.norm_tokens:
         out["tokens"] = layer_norm(tokens, params["norm"])
@@ -278,13 +291,9 @@ def flops(cfg: ViTConfig, resolution: int) -> float:
 if __name__ == "__main__":
     print("   encoder  depth  width  heads  mlp_dim    params   patch tokens and GFLOPs per image")
     for size in ENCODER_SIZES:
-        patch_size, resolutions = 14, (84, 224, 448)
-        if size in ("Ti", "S", "B"):
-            patch_size, resolutions = 16, (160, 224, 384)
-        if size == "micro":
-            patch_size, resolutions = 4, (24, 32, 64)
+        patch_size = {"micro": 4, "Ti": 16, "S": 16, "B": 16}.get(size, 14)
+        resolutions = [patch_size * grid for grid in (6, 16, 32)]
         c = vit_config(f"{size}/{patch_size}")
-        millions = count_params(param_specs(c)) / 1e6
         costs = [f"{r}px {(r // patch_size) ** 2:4d} {flops(c, r) / 1e9:8.3f}" for r in resolutions]
         print(f"{f'{size}/{patch_size}':>10} {c.depth:6d} {c.width:6d} {c.num_heads:6d} "
-              f"{c.mlp_dim:8d} {millions:8.1f}M   {'   '.join(costs)}")
+              f"{c.mlp_dim:8d} {count_params(param_specs(c)) / 1e6:8.1f}M   {'   '.join(costs)}")

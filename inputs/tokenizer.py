@@ -10,6 +10,7 @@ brackets and a word.
 import collections
 import json
 import os
+import re
 import string
 import unicodedata
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[UNK]")  # BERT's own vocab.txt calls 1 and 2 unused
 MAX_WORD_CHARS = 100  # a longer word is [UNK] (BERT)
 CACHE_WORDS = 1 << 17  # words whose pieces are remembered
+ASCII_PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
        (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
 
@@ -46,13 +48,12 @@ def basic_tokenize(text: str) -> list[str]:
     """BERT's basic tokenizer: removes control characters and accents, lower-cases, and makes words
     of punctuation characters and ideographs."""
     if text.isascii() and text.isprintable():  # nothing to remove: the fast path
-        text = text.lower()
-    else:
-        text = "".join(c for c in text if not is_dropped(c))
-        text = "".join(f" {c} " if is_ideograph(c) else c for c in text)
-        decomposed = unicodedata.normalize("NFD", text)
-        text = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
-        text = "".join(c.lower() for c in text)  # one by one: the reference keeps a final sigma
+        return ASCII_PUNCTUATION.sub(r" \g<0> ", text.lower()).split()
+    text = "".join(c for c in text if not is_dropped(c))
+    text = "".join(f" {c} " if is_ideograph(c) else c for c in text)
+    decomposed = unicodedata.normalize("NFD", text)
+    text = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+    text = "".join(c.lower() for c in text)  # one by one: the reference keeps a final sigma
     return "".join(f" {c} " if is_punctuation(c) else c for c in text).split()
 
 

@@ -154,8 +154,26 @@ def test_top_p_samples_in_proportion_within_the_nucleus():
 def test_flops_formula_equals_the_count_of_traced_matmuls():
     params, text = decoder.init(jax.random.key(0), CFG), np.ones((1, 13), np.int32)
     image = np.ones((1, 5, 32), np.float32)
-    counted = matmul_flops(lambda p, x, t: decoder.caption_loss(p, x, t, CFG), params, image, text)
-    assert counted == decoder.flops(CFG, 5, 12)
+
+    def all_logits(params, image, text):
+        x = decoder.hidden_states(params, image, text[:, :-1], CFG)
+        return decoder.linear(x[:, 5:], params["head"])
+    assert matmul_flops(all_logits, params, image, text) == decoder.flops(CFG, 5, 12)
+    # The loss reads the text alone: with an unrolled scan, the last block leaves the image out.
+    cfg = dataclasses.replace(CFG, scan_unroll=CFG.depth)
+    loss_flops = matmul_flops(lambda *args: decoder.caption_loss(*args, cfg), params, image, text)
+    D, M, S = CFG.width, CFG.mlp_dim, 5 + 12
+    left_out = 5 * (2 * D * D + 4 * D * M + 4 * S * D)
+    assert loss_flops == decoder.flops(CFG, 5, 12) - left_out
+
+
+@pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
+def test_a_last_block_of_the_text_alone_gives_the_same_features(prefix):
+    cfg, params, image, text = example(prefix, scan_unroll=2)
+    everything = decoder.hidden_states(params, image, text, cfg)
+    expected = decoder.layer_norm(everything[:, 4:], params["norm"])
+    np.testing.assert_allclose(decoder.text_features(params, image, text, cfg), expected,
+                               rtol=1e-5, atol=1e-5)
 
 
 def test_l14_has_the_flops_of_the_paper():

@@ -124,6 +124,31 @@ def test_memory_and_speed_options_change_no_result(change):
                  grads, grads2)
 
 
+@pytest.mark.parametrize("change", [{}, {"cls_token": True}, {"remat": "block"}, {"depth": 1},
+                                    {"gated_attention": True, "norm_tokens": True}])
+def test_a_last_block_of_the_picked_tokens_alone_gives_their_values_and_gradients(change):
+    cfg = dataclasses.replace(CFG, scan_unroll=2, **change)
+    params, images = perturbed(vit.init(jax.random.key(0), cfg)), random_images(2, 32)
+    rows = jnp.array([[5, 0, 11], [3, 15, 2]])[:, :, None]
+
+    def pick(tokens):
+        return jnp.take_along_axis(tokens, rows, axis=1)
+
+    def loss(params, select, pick_after):
+        tokens = vit.vit(params, images, cfg, select=select)["tokens"]
+        tokens = pick(tokens) if pick_after else tokens
+        return jnp.square(tokens).mean(), tokens
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (_, tokens), grads = grad(params, pick, False)
+    (_, tokens2), grads2 = grad(params, None, True)
+    assert tokens.shape == (2, 3, 32)
+    np.testing.assert_allclose(tokens, tokens2, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6),
+                 grads, grads2)
+    full = matmul_flops(lambda p: vit.vit(p, images, cfg)["tokens"], params)
+    assert matmul_flops(lambda p: vit.vit(p, images, cfg, select=pick)["tokens"], params) < full
+
+
 def test_bfloat16_is_close_to_float32():
     params, images = vit.init(jax.random.key(0), CFG), random_images(4, 32)
     exact = vit.vit(params, images, CFG)["tokens"]
