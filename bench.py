@@ -25,7 +25,7 @@ from config import RECIPES, Config
 from objectives import registry
 from runtime import checkpoint
 from runtime.curriculum import parse_stages
-from runtime.errors import ConfigError, run_command
+from runtime.errors import CommandParser, ConfigError, run_command
 from runtime.tables import format_table
 
 MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix_attention", "cls_token",
@@ -145,22 +145,21 @@ def topology(text: str) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Ends the program with a usage line if it cannot be parsed."""
-    parser = argparse.ArgumentParser(
-        prog="bench.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-        epilog="Each command has its own -h.")
+    """The command line. Ends the program with one sentence if it cannot be parsed."""
+    parser = CommandParser(prog="bench.py", description=__doc__.split("\n\n")[0],
+                           epilog="Each command has its own -h.")
     commands = parser.add_subparsers(dest="command", required=True,
                                      metavar="{step,clipa,flops,memory,data,ablate}")
 
-    def command(function: Callable, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=text, allow_abbrev=False,
+    def command(function: Callable, text: str) -> CommandParser:
+        sub = commands.add_parser(function.__name__, help=text,
                                   description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(function=function)
         sub.add_argument("--json", metavar="FILE", help="also write the table to this file, with "
                          "the machine and the arguments (null: not known)")
         return sub
 
-    def add_model_flags(sub: argparse.ArgumentParser, default: Config, default_text: str,
+    def add_model_flags(sub: CommandParser, default: Config, default_text: str,
                         batch_text: str = "images per step (default: the recipe's); lower it if "
                         "memory runs out") -> None:
         """default: the settings where the command line names no recipe, for the help."""

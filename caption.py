@@ -23,7 +23,7 @@ from masking import keep_random_tokens
 from objectives.registry import METHOD, model_spec
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache
-from runtime.errors import BadSample, CheckpointError, run_command
+from runtime.errors import BadSample, CheckpointError, CommandParser, run_command
 from vit import ViTConfig, init, vit
 
 
@@ -109,8 +109,8 @@ def count(text: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="caption.py", allow_abbrev=False,
-                                     description="Print captions for any image, by a trained run.")
+    parser = CommandParser(prog="caption.py",
+                           description="Print captions for any image, by a trained run.")
     parser.add_argument("run", help="a run's folder, or one of its checkpoints")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--top-p", type=fraction, default=0.0,

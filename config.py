@@ -15,7 +15,7 @@ import decoder
 import vit
 from objectives import registry
 from runtime.curriculum import parse_stages
-from runtime.errors import ConfigError
+from runtime.errors import CommandParser, ConfigError
 
 
 def arg(group: str, default: Any, text: str, choices: tuple = (), low: float | None = None,
@@ -231,7 +231,7 @@ def check_bounds(name: str, value: Any, bounds: Any) -> None:
 
 
 # ------------------------------------------------------------------------------- command line
-def add_flags(parser: argparse.ArgumentParser, *names: str, recipe: Config = Config()) -> None:
+def add_flags(parser: CommandParser, *names: str, recipe: Config = Config()) -> None:
     """A flag for each field of Config, or for those named. Its help shows the recipe's value. A
     flag that is not given sets nothing."""
     groups: dict[str, Any] = {}
@@ -249,7 +249,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, recipe: Config = Con
         groups[group].add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
 
 
-def refuse_old_flags(parser: argparse.ArgumentParser, argv: list[str],
+def refuse_old_flags(parser: CommandParser, argv: list[str],
                      old_names: dict[str, str] = OLD_NAMES) -> None:
     """Ends the program, with the new name, for a flag that an earlier version had."""
     for word in argv:
@@ -265,11 +265,10 @@ OLD_RECIPES = {"pictures": "images"}
 
 def parse_args(argv: list[str]) -> tuple[Config, bool]:
     """(config, whether --dry-run) from a command line: a recipe's name, then flags, one per field
-    of Config. Unknown names and bad values end the program with a usage line."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", allow_abbrev=False,
-        description="Train a vision encoder from captions alone. Without arguments: the toy, in "
-                    "minutes on a CPU.")
+    of Config. Unknown names and bad values end the program with one sentence."""
+    parser = CommandParser(
+        prog="train.py", description="Train a vision encoder from captions alone. Without "
+                                     "arguments: the toy, in minutes on a CPU.")
     parser.add_argument("recipe", nargs="?", default="toy", metavar="{" + ",".join(RECIPES) + "}",
                         help="the settings that flags change (default: toy)")
     named = [word for word in argv if word in RECIPES] or ["toy"]

@@ -11,15 +11,14 @@ import argparse
 import sys
 
 from interop.transfer import LIBRARY_FILES, export_encoder, import_encoder
-from runtime.errors import run_command
+from runtime.errors import CommandParser, run_command
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="convert.py", allow_abbrev=False,
-                                     description="Import and export of encoders.",
-                                     epilog="Each command has its own -h.")
+    parser = CommandParser(prog="convert.py", description="Import and export of encoders.",
+                           epilog="Each command has its own -h.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("import", allow_abbrev=False,
+    command = commands.add_parser("import",
                                   help="weights in another library's layout become an .npz")
     command.add_argument("file", help="open_clip_pytorch_model.bin, a .safetensors file, or a "
                                       "folder with one: released weights, or an export")
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> int:
                          help="where the encoder goes")
     command.add_argument("--heads", type=int, default=0,
                          help="number of attention heads, if the width is of no known size")
-    command = commands.add_parser("export", allow_abbrev=False,
+    command = commands.add_parser("export",
                                   help="a run's encoder in the layout of another library")
     command.add_argument("run", metavar="RUN_OR_NPZ",
                          help="a run's folder, a checkpoint, or an encoder's .npz")

@@ -9,7 +9,6 @@ more: another name, the category, and the colors, which are counted in the image
     python -m inputs.emoji        downloads and packs, into the folder emoji
     python train.py emoji         trains for about ten minutes on two cores
 """
-import argparse
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from inputs.images import open_image, silence_pillow
-from runtime.errors import BadSample, UserError, run_command
+from runtime.errors import BadSample, CommandParser, UserError, run_command
 
 VERSION = "16.0.0"
 VENDORS = ("google", "twitter")
@@ -196,8 +195,8 @@ def pack(packages: str, vendor: str, folder: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="inputs.emoji", allow_abbrev=False,
-                                     description="Download and pack the emoji of two vendors.")
+    parser = CommandParser(prog="inputs.emoji",
+                           description="Download and pack the emoji of two vendors.")
     parser.add_argument("--packages", default="", metavar="DIR", help="a node_modules folder that "
                         "holds the packages already (default: npm downloads them)")
     parser.add_argument("--data", default="emoji", metavar="DIR",

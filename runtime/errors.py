@@ -1,9 +1,10 @@
 """What a user can do wrong, and how a command says so: one sentence, and a non-zero exit status."""
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -50,6 +51,17 @@ def first_problems(problems: list[str], limit: int) -> str:
     """The first problems of a list, and how many more there are."""
     more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
     return "; ".join(problems[:limit] + more)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Of a command line. What cannot be parsed gets one sentence and exit status 2, without the
+    usage lines, which -h prints. Flags must be spelled out."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} -h lists what can be given)\n")
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -31,7 +31,7 @@ def refusal(argv, capsys):
     lines = [line for line in err.splitlines() if "error:" in line]
     assert lines == err.splitlines()[-1:], err
     assert "Traceback" not in out + err, err
-    assert lines[0].startswith("error: ") if status == 1 else err.startswith("usage: "), err
+    assert lines[0].startswith("error: "), err
     assert handlers == {s: signal.getsignal(s) for s in handlers}
     return lines[0]
 
