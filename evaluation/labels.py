@@ -20,7 +20,9 @@ import numpy as np
 
 import data
 from config import Config
+from evaluation.tasks import progress
 from inputs import images, scenes, sources
+from interop.encoder import Encoder, Features
 from runtime.errors import BadSample, DataError, run_command
 
 RAW_SIZE = 24     # pixels per side of the raw images that are compared with features
@@ -58,7 +60,7 @@ class LabeledImages:
             return self.pixel_cache[resolution]
         for side in {resolution, RAW_SIZE}:
             pixels = np.empty((len(self), side, side, 3), np.uint8)
-            for n in range(len(self)):
+            for n in progress(range(len(self)), f"images at {side} px"):
                 index = self.indices[n % len(self.indices)]
                 augment = self.augment if n >= len(self.indices) else None
                 rng = np.random.default_rng((n, 5))
@@ -67,10 +69,14 @@ class LabeledImages:
             self.pixel_cache[side] = pixels
         return self.pixel_cache[resolution]
 
-    def features(self, encoder: Any) -> Any:
-        """interop.encoder.Features of all images. An encoder runs once on them."""
+    def features(self, encoder: Encoder) -> Features:
+        """Features of all images. An encoder runs once on them."""
         if encoder not in self.feature_cache:
-            self.feature_cache[encoder] = encoder(self.pixels(encoder.resolution), batch=128)
+            pixels = self.pixels(encoder.resolution)
+            parts = []
+            for start in progress(range(0, len(pixels), 1280), "features"):
+                parts.append(encoder(pixels[start:start + 1280], batch=128))
+            self.feature_cache[encoder] = Features(*map(np.concatenate, zip(*parts)))
         return self.feature_cache[encoder]
 
 

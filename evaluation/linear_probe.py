@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.neighbors import nearest_neighbors
-from evaluation.tasks import Tasks, import_module, selection_rows, standardize
+from evaluation.tasks import Tasks, import_module, progress, selection_rows, standardize
 
 L2 = (1.0, 1e-1, 1e-2, 1e-3)   # regularization strengths to choose from
 MAX_WIDTH = 2048               # wider features are projected. The raw pixels, 1,728, are not
@@ -48,7 +48,7 @@ def linear_probe(train: np.ndarray, test: np.ndarray, tasks: Tasks, seed: int = 
         return predictions
     train, test = standardize(train[:REGRESSION_COPIES * n], test)
     selection = selection_rows(len(train), n, seed)
-    for t in np.flatnonzero(~tasks.one_shot):
+    for t in progress(np.flatnonzero(~tasks.one_shot), "linear probes"):
         classes = np.tile(tasks.train[:, t], len(train) // n)
         predictions[:, t] = logistic_regression(train, classes, selection, test)
     return predictions

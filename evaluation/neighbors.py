@@ -5,7 +5,7 @@ K neighbors that are searched.
 """
 import numpy as np
 
-from evaluation.tasks import Tasks, import_module
+from evaluation.tasks import Tasks, import_module, progress
 
 NUM_NEIGHBORS = (1, 3, 5, 10, 20)  # k to choose from
 TEMPERATURE = 0.07                 # a vote counts exp(cosine / TEMPERATURE)
@@ -19,8 +19,8 @@ def nearest_neighbors(train: np.ndarray, test: np.ndarray, tasks: Tasks,
     count = min(500, len(train))
     drawn = np.random.default_rng((seed, 7)).choice(len(train), count, replace=False)
     predictions = np.zeros(tasks.test.shape, np.int32)
-    for t, num_classes in enumerate(tasks.num_classes):
-        classes = tasks.train[:, t]
+    for t in progress(range(len(tasks.names)), "nearest neighbors"):
+        classes, num_classes = tasks.train[:, t], tasks.num_classes[t]
         labeled = np.flatnonzero(classes >= 0)
         queries = drawn[classes[drawn] >= 0]
         k = 1

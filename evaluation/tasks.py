@@ -6,10 +6,12 @@ are integers, -1 where an image has no label, or one that no training image has.
 Letters: n training images, m validation images, T tasks, D width.
 """
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from runtime.errors import DataError, MissingExtra
 
@@ -78,6 +80,11 @@ def selection_rows(num_rows: int, num_images: int, seed: int) -> np.ndarray:
     the images. num_rows is a multiple of num_images: copies of all images follow one another."""
     chosen = np.random.default_rng((seed, 6)).random(num_images) < 0.2
     return np.tile(chosen, num_rows // num_images)
+
+
+def progress(items: Sequence, title: str) -> tqdm:
+    """The items, with a progress bar on stderr if they last longer than two seconds."""
+    return tqdm(items, desc=title, leave=False, delay=2, dynamic_ncols=True)
 
 
 def import_module(name: str) -> ModuleType:

@@ -21,6 +21,7 @@ import numpy as np
 import decoder
 from caption import Captioner
 from evaluation.labels import LabeledImages
+from evaluation.tasks import progress
 from inputs import scene_captions, sources
 from layers import layer_norm, linear
 from masking import keep_random_tokens
@@ -107,7 +108,7 @@ def score_all(captioner: Captioner, tokens: jax.Array, text: np.ndarray) -> np.n
     """`score`, CHUNK sentences at a time. A chunk is cut to its longest sentence, in steps of four
     positions, so that few shapes are compiled."""
     chunks = []
-    for start in range(0, len(text), CHUNK):
+    for start in progress(range(0, len(text), CHUNK), "sentences"):
         chunk = text[start:start + CHUNK]
         longest = int((chunk != decoder.PAD).sum(1).max())
         chunk = chunk[:, :4 * -(-longest // 4)]
