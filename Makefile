@@ -18,7 +18,7 @@ emoji: $(VENV)/core        ## a real data set: download with npm, train on one v
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
 	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote -n 2 --dist loadfile
 
-test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip and tokenizers
+test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip, tokenizers and pycocoevalcap
 	$(BIN)/python -m pytest tests/parity
 
 test-remote: $(VENV)/remote ## against an S3 server and a GCS emulator on this machine

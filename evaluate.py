@@ -3,7 +3,8 @@
     python evaluate.py RUN                                      losses and graded captions
     python evaluate.py ENCODER probe knn vqa zeroshot images    the measures that are named
 
-Each measure is a file of evaluation/: captioning, probe (and knn), zeroshot, vqa, visualize.
+Each measure is a file of evaluation/: captioning, caption_metrics, probe (and knn), zeroshot, vqa,
+visualize.
 """
 import argparse
 import os
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evaluation import probe, visualize, vqa, zeroshot
-from evaluation.captioning import evaluate_captions
+from evaluation.captioning import compare_with_references, evaluate_captions
 from evaluation.context import EvalContext
 from inputs import images, sources
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.errors import CheckpointError, run_command
+from runtime.errors import CheckpointError, CommandParser, run_command
 from runtime.tables import format_table
 from train import openvision2_loss
 
@@ -31,6 +32,12 @@ OLD_MEASURES = {"pictures": "images"}
 def measure_captions(context: EvalContext) -> dict[str, Any]:
     args = context.args
     return evaluate_captions(args.encoder, context.changes, args.num_samples, openvision2_loss)
+
+
+def measure_metrics(context: EvalContext) -> dict[str, Any]:
+    args = context.args
+    return compare_with_references(args.encoder, context.changes, args.num_samples,
+                                   openvision2_loss)
 
 
 def measure_probes(context: EvalContext) -> dict[str, Any]:
@@ -75,6 +82,8 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "caption": Measure(measure_captions, "validation loss, blind loss, graded captions of a run"),
+    "metrics": Measure(measure_metrics, "CIDEr-D, BLEU-4 and ROUGE-L of generated captions against "
+                                        "the true ones; their length and repetition"),
     "probe": Measure(measure_probes, "linear and attention-pooled probes of the features, of "
                                      "random features and of raw pixels"),
     "knn": Measure(measure_neighbors, "nearest neighbors by the same features"),
@@ -98,8 +107,8 @@ def format_result(name: str, result: dict[str, Any]) -> str:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     lines = [f"  {name:10} {measure.help}" for name, measure in MEASURES.items()]
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", allow_abbrev=False,
+    parser = CommandParser(
+        prog="evaluate.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Evaluate a run, a checkpoint or an encoder.\n\nmeasures:\n" + "\n".join(lines))
     parser.add_argument("encoder", metavar="ENCODER", help="a run's folder, a checkpoint, an "
@@ -122,9 +131,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         "{} for its name (default: {})")
     parser.add_argument("--num-samples", type=int, default=0, help="validation images at most; "
                         "probes train on four times as many (default: probe and knn 1,000 scenes "
-                        "or 2,000 others, zeroshot 200, images 12, caption as in the run)")
+                        "or 2,000 others, zeroshot 200, images 12, caption and metrics as in the "
+                        "run)")
     parser.add_argument("--resolution", type=int, default=0, help="pixels per side, for all but "
-                        "caption (default: the last of training)")
+                        "caption and metrics (default: the last of training)")
     parser.add_argument("--steps", type=int, default=1500, help="vqa: training steps of a reader; "
                         "fewer are faster and read less (default: 1500)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")

@@ -16,6 +16,7 @@ import jax
 import data
 from caption import load_run_checkpoint
 from config import Config, validate
+from evaluation.caption_metrics import caption_scores
 from inputs import tokenizer
 from inputs.sources import SceneSource
 from objectives.registry import init_params, model_spec
@@ -38,14 +39,13 @@ def override_config(cfg: Config, changes: dict[str, Any], count: int) -> Config:
     return dataclasses.replace(new, val_samples=count)
 
 
-def evaluate_captions(path: str, changes: dict[str, Any], count: int,
-                      method_loss: Callable) -> dict[str, float]:
-    """Losses and caption metrics of a checkpoint, or of the last one in a run's folder.
+def open_validation(path: str, changes: dict[str, Any], count: int,
+                    method_loss: Callable) -> tuple[ValidationSet, Any, dict[str, Any]]:
+    """(validation set, parameters, meta) of a checkpoint, or of the last one in a run's folder.
 
     changes: settings that differ from the run's, such as other data. count: validation images at
-    most (0: as in the run). method_loss: train.openvision2_loss. For other images than the run's,
-    an unknown blind loss is their own shuffled loss. ConfigError if the run's validation data has
-    changed."""
+    most (0: as in the run). method_loss: train.openvision2_loss. ConfigError if the run's
+    validation data has changed."""
     run_cfg, arrays, meta = load_run_checkpoint(path)
     cfg = override_config(run_cfg, changes, count)
     validate(cfg)
@@ -70,12 +70,48 @@ def evaluate_captions(path: str, changes: dict[str, Any], count: int,
     sized = dataclasses.replace(cfg, val_samples=count or cfg.val_samples)
     val_set = ValidationSet(sized, loader, stage.resolution, stage.batch, model, parallel,
                             method_loss)
+    return val_set, params, meta
+
+
+def evaluate_captions(path: str, changes: dict[str, Any], count: int,
+                      method_loss: Callable) -> dict[str, float]:
+    """Losses and, for scenes, graded captions. Arguments as of `open_validation`. For other images
+    than the run's, an unknown blind loss is their own shuffled loss."""
+    val_set, params, meta = open_validation(path, changes, count, method_loss)
     metrics = val_set.losses(params)
     metrics["val_loss_blind"] = val_set.blind_loss()
     if metrics["val_loss_blind"] is None:
         same_images = not changes and not count
         shuffled = metrics["val_loss_shuffled"]
         metrics["val_loss_blind"] = meta["best_shuffled"] if same_images else shuffled
-    if isinstance(source, SceneSource) and val_set.can_caption:
+    if isinstance(val_set.loader.source, SceneSource) and val_set.can_caption:
         metrics |= caption_metrics(val_set, params)
     return metrics
+
+
+def compare_with_references(path: str, changes: dict[str, Any], count: int,
+                            method_loss: Callable) -> dict[str, float]:
+    """caption_metrics.caption_scores of greedy captions, with all captions of each image as its
+    references. Arguments as of `open_validation`. CheckpointError if the run writes no captions."""
+    val_set, params, _ = open_validation(path, changes, count, method_loss)
+    if not val_set.can_caption:
+        raise CheckpointError(f"{path} is a run of --objective {val_set.model.objective}, which "
+                              "writes no captions")
+    captions, references = [], []
+    for i, caption, _ in val_set.generate_captions(params):
+        captions.append(caption)
+        references.append(all_captions(val_set.loader.source, i))
+    return caption_scores(captions, references)
+
+
+def all_captions(source: Any, i: int) -> list[str]:
+    """Every caption of sample i in the source's field: one, or those of a list."""
+    counts = [1]
+
+    def first(count: int) -> int:
+        counts.append(count)
+        return 0
+    texts, _ = source.sample(i, ("",), first)
+    for n in range(1, counts[-1]):
+        texts += source.sample(i, ("",), lambda count: n)[0]
+    return texts
