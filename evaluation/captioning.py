@@ -6,9 +6,10 @@ it is the exact entropy of the captions. For other data it is the lowest loss th
 reached with captions shuffled among the images. A model uses the image if its loss is clearly below
 the blind loss.
 """
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,12 +19,13 @@ from caption import load_run_checkpoint
 from config import Config, validate
 from evaluation.caption_metrics import caption_scores
 from inputs import tokenizer
+from inputs.files import caption_weights
 from inputs.sources import SceneSource
 from objectives.registry import init_params, model_spec
 from runtime import checkpoint
 from runtime.curriculum import parse_stages
 from runtime.devices import DataParallel
-from runtime.errors import CheckpointError, ConfigError
+from runtime.errors import BadSample, CheckpointError, ConfigError
 from runtime.validation import ValidationSet, caption_metrics
 
 
@@ -40,8 +42,8 @@ def override_config(cfg: Config, changes: dict[str, Any], count: int) -> Config:
 
 
 def open_validation(path: str, changes: dict[str, Any], count: int,
-                    method_loss: Callable) -> tuple[ValidationSet, Any, dict[str, Any]]:
-    """(validation set, parameters, meta) of a checkpoint, or of the last one in a run's folder.
+                    method_loss: Callable) -> tuple[ValidationSet, Any, Config, dict[str, Any]]:
+    """(validation set, parameters, settings, meta) of a checkpoint, or of a run's last one.
 
     changes: settings that differ from the run's, such as other data. count: validation images at
     most (0: as in the run). method_loss: train.openvision2_loss. ConfigError if the run's
@@ -70,14 +72,14 @@ def open_validation(path: str, changes: dict[str, Any], count: int,
     sized = dataclasses.replace(cfg, val_samples=count or cfg.val_samples)
     val_set = ValidationSet(sized, loader, stage.resolution, stage.batch, model, parallel,
                             method_loss)
-    return val_set, params, meta
+    return val_set, params, cfg, meta
 
 
 def evaluate_captions(path: str, changes: dict[str, Any], count: int,
                       method_loss: Callable) -> dict[str, float]:
     """Losses and, for scenes, graded captions. Arguments as of `open_validation`. For other images
     than the run's, an unknown blind loss is their own shuffled loss."""
-    val_set, params, meta = open_validation(path, changes, count, method_loss)
+    val_set, params, _, meta = open_validation(path, changes, count, method_loss)
     metrics = val_set.losses(params)
     metrics["val_loss_blind"] = val_set.blind_loss()
     if metrics["val_loss_blind"] is None:
@@ -93,25 +95,29 @@ def compare_with_references(path: str, changes: dict[str, Any], count: int,
                             method_loss: Callable) -> dict[str, float]:
     """caption_metrics.caption_scores of greedy captions, with all captions of each image as its
     references. Arguments as of `open_validation`. CheckpointError if the run writes no captions."""
-    val_set, params, _ = open_validation(path, changes, count, method_loss)
+    val_set, params, cfg, _ = open_validation(path, changes, count, method_loss)
     if not val_set.can_caption:
         raise CheckpointError(f"{path} is a run of --objective {val_set.model.objective}, which "
                               "writes no captions")
+    source, fields = val_set.loader.source, list(caption_weights(cfg.caption_field))
     captions, references = [], []
     for i, caption, _ in val_set.generate_captions(params):
         captions.append(caption)
-        references.append(all_captions(val_set.loader.source, i))
+        references.append(all_captions(source, i, fields))
     return caption_scores(captions, references)
 
 
-def all_captions(source: Any, i: int) -> list[str]:
-    """Every caption of sample i in the source's field: one, or those of a list."""
-    counts = [1]
+def all_captions(source: Any, i: int, fields: Iterable[str]) -> list[str]:
+    """Every caption of sample i: those of each field that it has, and of a list all texts."""
+    texts: list[str] = []
+    for field in fields:
+        sizes = [1]
 
-    def first(count: int) -> int:
-        counts.append(count)
-        return 0
-    texts, _ = source.sample(i, ("",), first)
-    for n in range(1, counts[-1]):
-        texts += source.sample(i, ("",), lambda count: n)[0]
+        def first(size: int) -> int:
+            sizes.append(size)
+            return 0
+        with contextlib.suppress(BadSample):
+            texts += source.sample(i, (field,), first)[0]
+            for n in range(1, sizes[-1]):
+                texts += source.sample(i, (field,), lambda size: n)[0]
     return texts

@@ -62,10 +62,10 @@ def test_all_captions_of_a_list_are_references(run, tmp_path, capsys):
         captions = texts[:i] if i else "one text"
         (tmp_path / f"{i}.json").write_text(json.dumps({"caption": captions}))
     source = open_source(str(tmp_path), "caption")
-    assert all_captions(source, 0) == ["one text"]
-    assert all_captions(source, 3) == texts
+    assert all_captions(source, 0, ["caption"]) == ["one text"]
+    assert all_captions(source, 3, ["caption", "absent", "caption"]) == [*texts, *texts]
     part = subsample(source, 4)
-    assert sorted(len(all_captions(part, i)) for i in range(4)) == [1, 1, 2, 3]
+    assert sorted(len(all_captions(part, i, ["caption"])) for i in range(4)) == [1, 1, 2, 3]
     assert evaluate.main([str(run), "metrics", "--val", str(tmp_path), "--caption-field",
                           "caption"]) == 0
     figures = json.loads(capsys.readouterr().out)["metrics"]
