@@ -1,4 +1,5 @@
-"""What a run reports while it trains: metrics.jsonl, progress bar, plots, TensorBoard, profile.
+"""What a run reports while it trains: metrics.jsonl, environment.json, bar, plots, TensorBoard,
+profile.
 
 None of it changes what is computed. metrics.jsonl is the record. TensorBoard's event files are
 written anew from it whenever a run continues, so no point is in them twice.
@@ -8,8 +9,12 @@ written anew from it whenever a run continues, so no point is in them twice.
                                          runs/toy/profile/plugins/profile/*/perfetto_trace.json.gz
 """
 import glob
+import importlib.metadata
 import importlib.util
 import os
+import platform
+import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,6 +51,9 @@ class Monitor:
         self.run, cfg = run, run.cfg
         traced = cfg.profile and run.parallel.is_main
         self.profiler = StepProfiler(run.path("profile") if traced else "")
+        if run.parallel.is_main:
+            text = checkpoint.to_json(environment(), indent=1)
+            checkpoint.write_text(run.path("environment.json"), text)
         self.tensorboard = None
         if cfg.tensorboard and run.parallel.is_main:
             self.tensorboard = TensorBoardWriter(cfg.workdir, run.start_time)
@@ -169,6 +177,27 @@ class Monitor:
         self.profiler.close()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+# ---------------------------------------------------------------------------- environment
+def environment() -> dict[str, Any]:
+    """The machine and the versions of this start of a run, for the report."""
+    device = jax.local_devices()[0]
+    versions = {name: importlib.metadata.version(name)
+                for name in ("jax", "jaxlib", "numpy", "optax", "pillow")}
+    return {"started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "system": platform.platform(), "CPU cores": os.cpu_count(),
+            "device": f"{device.platform}: {device.device_kind}", "devices": jax.device_count(),
+            "processes": jax.process_count(), "python": platform.python_version()} | versions
+
+
+def peak_memory_gib() -> float:
+    """The most memory that was in use: of the first device, or of this process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # ---------------------------------------------------------------------------- TensorBoard

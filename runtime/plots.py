@@ -178,19 +178,30 @@ class CaptionedImage(NamedTuple):
     correct: bool
 
 
-def draw_samples(path: str, samples: list[CaptionedImage], columns: int = 2) -> None:
+SAMPLE_SIDE, SAMPLE_GAP, SAMPLE_COLUMNS = 160, 6, 2  # of samples.png; runtime/report.py cuts it up
+SAMPLE_WIDTH, SAMPLE_HEIGHT = 2 * SAMPLE_SIDE + 300, SAMPLE_SIDE + 16
+
+
+def sample_position(n: int) -> tuple[int, int]:
+    """The left and top pixel of sample n in samples.png."""
+    return n % SAMPLE_COLUMNS * SAMPLE_WIDTH + 8, n // SAMPLE_COLUMNS * SAMPLE_HEIGHT + 8
+
+
+def draw_samples(path: str, samples: list[CaptionedImage]) -> None:
     """samples.png: each image, the patches that the decoder read (the others dimmed), the true
     caption, and the generated one, green where it is right."""
-    side, text_width, width, height = 160, 270, 2 * 160 + 300, 176
+    side, text_width = SAMPLE_SIDE, 270
     font = ImageFont.load_default(13)
-    num_rows = math.ceil(len(samples) / columns)
-    sheet = Image.new("RGB", (columns * width + 8, num_rows * height + 8), "white")
+    num_rows = math.ceil(len(samples) / SAMPLE_COLUMNS)
+    size = SAMPLE_COLUMNS * SAMPLE_WIDTH + 8, num_rows * SAMPLE_HEIGHT + 8
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for n, sample in enumerate(samples):
-        x, y = n % columns * width + 8, n // columns * height + 8
+        x, y = sample_position(n)
         small = len(sample.pixels) < side
         resampling = Image.Resampling.NEAREST if small else Image.Resampling.BILINEAR
-        for pixels, offset in ((sample.pixels, 0), (dim_dropped_patches(sample), side + 6)):
+        for pixels, offset in ((sample.pixels, 0),
+                               (dim_dropped_patches(sample), side + SAMPLE_GAP)):
             resized = Image.fromarray(pixels).resize((side, side), resampling)
             sheet.paste(resized, (x + offset, y))
         text_x = x + 2 * side + 14

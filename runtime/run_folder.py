@@ -37,7 +37,7 @@ LOCK_NAME = "train.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # What checkpoint.atomic_write leaves of a save that was killed. The next start deletes it.
 LEFT_OVER = re.compile(r"(step-\d{8,}\.npz|encoder\.npz|metrics\.jsonl|bad-samples\.txt"
-                       r"|config\.json|summary\.json)\.part")
+                       r"|(config|summary|samples|environment)\.json|report\.html)\.part")
 
 
 # ---------------------------------------------------------------------------------- the lock

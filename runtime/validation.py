@@ -11,6 +11,7 @@ Letters: B images, N patches, K kept patches, R pixels per side, T text position
 """
 import dataclasses
 import functools
+import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from runtime import checkpoint, plots
 from runtime.curriculum import Stage
 from runtime.devices import DataParallel
 from runtime.errors import TrainingError
+from runtime.monitoring import peak_memory_gib
 from vit import vit
 
 NUM_SAMPLES = 12  # validation images in samples.png
@@ -220,7 +222,7 @@ class Evaluator:
         monitor.window_start += time.time() - start  # evaluation is not training time
 
     def finish(self, params: Any) -> None:
-        """What a finished run leaves: encoder.npz, samples.png and summary.json."""
+        """What a finished run leaves: encoder.npz, samples.png, summary.json and report.html."""
         run, last = self.run, self.run.stages[-1]
         params_on_host = run.parallel.unreplicate(params)
         if run.parallel.is_main:
@@ -235,6 +237,9 @@ class Evaluator:
         if not run.parallel.is_main:
             return
         plots.draw_samples(run.path("samples.png"), samples)
+        texts = [{"caption": sample.caption, "generated": sample.generated,
+                  "correct": sample.correct} for sample in samples]
+        checkpoint.write_text(run.path("samples.json"), checkpoint.to_json(texts, indent=1))
         self.monitor.add_image("samples.png")
         rate = run.state["train_images"] / max(run.state["train_seconds"], 1e-9)
         metrics |= {
@@ -242,15 +247,19 @@ class Evaluator:
             "images_seen": last.first_image + last.steps * last.batch,
             "seconds": round(run.elapsed(), 1), "images_per_second": round(rate, 1),
             "parameters": sum(x.size for x in jax.tree.leaves(params_on_host)),
+            "peak_memory_gib": round(peak_memory_gib(), 2),
             "num_val_images": self.validation_set.count, "bad_samples": run.state["bad_samples"]}
         text = checkpoint.to_json(metrics | caption_scores, indent=1)
         checkpoint.write_text(run.path("summary.json"), text)
+        # Imported when it is used: training does not depend on it.
+        report = importlib.import_module("runtime.report")
+        report.write_report([run.cfg.workdir], run.path("report.html"))
         run.lock.sync()
         print(text)
         print(f"validation loss {metrics['val_loss']:.3f}; without the image "
               f"{metrics['val_loss_blind']:.3f}")
-        print(f"images: {run.path('samples.png')} and {run.path('curve.png')}; the encoder: "
-              f"{run.path('encoder.npz')}")
+        print(f"the encoder: {run.path('encoder.npz')}; images: {run.path('samples.png')} and "
+              f"{run.path('curve.png')}; everything about the run: {run.path('report.html')}")
 
     def captioned_samples(self, params: Any, resolution: int) -> list[plots.CaptionedImage]:
         """The first validation images, with what the model says about them."""

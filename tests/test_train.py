@@ -45,6 +45,7 @@ def uninterrupted(tmp_path_factory, cache):
 def test_run_leaves_its_files_and_its_summary(uninterrupted):
     names = set(os.listdir(uninterrupted))
     assert {"config.json", "vocab.txt", "metrics.jsonl", "curve.png", "samples.png", "summary.json",
+            "report.html", "samples.json", "environment.json",
             "encoder.npz", "step-00000011.npz"} <= names
     assert not [name for name in names if name.endswith((".part", ".new"))]
     summary = json.load(open(uninterrupted / "summary.json"))

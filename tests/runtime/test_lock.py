@@ -83,7 +83,8 @@ def test_run_holds_the_lock_to_its_end_and_can_be_read_meanwhile(tmp_path, monke
 
 def test_start_deletes_its_own_unfinished_files_and_no_other(tmp_path):
     own = ["step-00000400.npz.part", "encoder.npz.part", "metrics.jsonl.part", "config.json.part",
-           "summary.json.part", "bad-samples.txt.part"]
+           "summary.json.part", "bad-samples.txt.part", "samples.json.part",
+           "environment.json.part", "report.html.part"]
     foreign = ["film.mp4.part", "encoder.safetensors.part", "step-notes.npz.part",
                "step-00000400.npz.part.gz", ".part", "probe"]
     for name in own + foreign:
