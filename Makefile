@@ -5,10 +5,10 @@ BIN     = $(VENV)/bin
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install run emoji test test-parity test-remote lint clean same-python
+.PHONY: install run emoji test test-parity test-remote test-browser lint clean same-python
 
 install: $(VENV)/core
-run: $(VENV)/core          ## train the toy, both stages, and say where its samples are
+run: $(VENV)/core          ## train the toy, both stages, and name its samples.png and report.html
 	$(BIN)/python train.py
 
 emoji: $(VENV)/core        ## a real data set: download with npm, train on one vendor's drawings, validate on another's
@@ -16,13 +16,16 @@ emoji: $(VENV)/core        ## a real data set: download with npm, train on one v
 	$(BIN)/python train.py emoji
 
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
-	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser -n 2 --dist loadfile
 
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip, tokenizers and pycocoevalcap
 	$(BIN)/python -m pytest tests/parity
 
 test-remote: $(VENV)/remote ## against an S3 server and a GCS emulator on this machine
 	$(BIN)/python -m pytest tests/remote
+
+test-browser: $(VENV)/browser ## demo.py and report.html in a headless Chromium, which it says how to install if there is none
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -52,6 +55,10 @@ $(VENV)/parity: $(VENV)/test
 
 $(VENV)/remote: $(VENV)/test
 	$(PIP) --editable '.[parquet,remote,test-remote]'
+	touch $@
+
+$(VENV)/browser: $(VENV)/test
+	$(PIP) --editable '.[browser]'
 	touch $@
 
 clean:

@@ -213,16 +213,16 @@ def sample_top_p(key: jax.Array, scores: jax.Array, top_p: float, temperature: f
 
 
 def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: int,
-             key: jax.Array | None = None, top_p: float = 0.9,
-             temperature: float = 1.0) -> jax.Array:
+             key: jax.Array | None = None, top_p: float = 0.9, temperature: float = 1.0,
+             mask: jax.Array | None = None) -> jax.Array:
     """Captions (B,length) int32 for image_tokens (B,K,E): bos, tokens, eos, pad. Greedy without a
-    key, otherwise top-p sampling.
+    key, otherwise top-p sampling. mask (K+length,K+length): in place of `attention_mask`.
 
     The keys and values of the tokens so far are cached, so that a step computes one new token only.
     Without a key the result equals taking the best token of `logits` again and again."""
     B, K, _ = image_tokens.shape
     S, Dh = K + length, cfg.width // cfg.num_heads
-    mask = attention_mask(K, S, cfg.prefix_attention)
+    mask = attention_mask(K, S, cfg.prefix_attention) if mask is None else mask
 
     def append(x: jax.Array, cache: tuple, position: Any) -> tuple:
         """x (B,Q,D) goes to `position`: scores (B,V) after its last token, and the new cache."""

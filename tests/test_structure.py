@@ -101,7 +101,7 @@ def test_training_loads_at_most_26_modules_and_no_evaluation():
 
 def test_nothing_imports_a_command_or_a_test():
     for module, imports in graph().items():
-        assert not imports & {"evaluate", "convert", "bench"}, module
+        assert not imports & {"evaluate", "convert", "bench", "demo"}, module
         packages = {name.partition(".")[0] for name in imported_names(modules()[module])}
         assert "tests" not in packages, module
 
