@@ -55,7 +55,7 @@ def measure_zeroshot(context: EvalContext) -> dict[str, Any]:
     sentences, truth = zeroshot.make_classes(val_images, rows, args.classnames, args.template)
     known = truth >= 0
     tokens = val_images.features(context.encoder).tokens[rows[known]]
-    return zeroshot.measure(captioner, tokens, sentences, truth[known], seed=args.seed)
+    return zeroshot.measure(captioner, tokens, sentences, truth[known])
 
 
 def measure_vqa(context: EvalContext) -> dict[str, Any]:

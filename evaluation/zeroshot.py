@@ -6,9 +6,9 @@ is the mean over the measured images.
 
 In training the decoder reads a random share of the patches; here it reads all of them. The toy
 ranks an image's own caption first among 200 for 99.5% of the images either way, and gives it -1.43
-nats with all patches, -1.72 with one draw. With `draws`, log-probabilities are averaged over draws.
+nats with all patches, -1.72 with one draw.
 
-Letters: P images, N patches, K kept patches, S sentences, T text positions, E encoder width,
+Letters: P images, N patches, S sentences, T text positions, E encoder width,
 H heads, Dh head width, L layers.
 """
 import functools
@@ -24,7 +24,6 @@ from evaluation.labels import LabeledImages
 from evaluation.tasks import progress
 from inputs import scene_captions, sources
 from layers import layer_norm, linear
-from masking import keep_random_tokens
 from runtime.errors import DataError
 from vit import transformer_block, transformer_stack
 
@@ -74,26 +73,26 @@ def read_classnames(path: str) -> list[str]:
 @functools.partial(jax.jit, static_argnames="cfg")
 def score(params: dict, image_tokens: jax.Array, text: jax.Array,
           cfg: decoder.DecoderConfig) -> jax.Array:
-    """log p(sentence | image), (P,S) fp32, for image_tokens (P,K,E) and text (S,T): minus
+    """log p(sentence | image), (P,S) fp32, for image_tokens (P,N,E) and text (S,T): minus
     decoder.caption_loss of each pair. The decoder reads an image once, and all sentences use its
     keys and values."""
-    K, (S, T) = image_tokens.shape[1], text.shape
+    N, (S, T) = image_tokens.shape[1], text.shape
     token_embeddings, targets = decoder.embed_tokens(params, text[:, :-1], cfg), text[:, 1:]
-    mask = decoder.attention_mask(K, K + T - 1, cfg.prefix_attention)
+    mask = decoder.attention_mask(N, N + T - 1, cfg.prefix_attention)
     prefix = linear(image_tokens.astype(cfg.dtype), params["project"])
     _, cache = transformer_stack(prefix, params["blocks"], cfg, wanted=("keys", "values"),
-                                 mask=mask[:K, :K], exact_gelu=False)              # (L,P,K,H,Dh)
+                                 mask=mask[:N, :N], exact_gelu=False)              # (L,P,N,H,Dh)
 
     def with_room(a: jax.Array) -> jax.Array:
-        """One layer's keys or values (K,H,Dh), for each sentence, with room for its tokens."""
+        """One layer's keys or values (N,H,Dh), for each sentence, with room for its tokens."""
         padded = jnp.pad(a, ((0, T - 1), (0, 0), (0, 0)))
         return jnp.broadcast_to(padded, (S, *padded.shape))
 
-    def score_image(keys_and_values: tuple) -> jax.Array:                          # (L,K,H,Dh) each
+    def score_image(keys_and_values: tuple) -> jax.Array:                          # (L,N,H,Dh) each
         def layer(x: jax.Array, inputs: tuple) -> tuple:
             w, keys, values = inputs
-            x, _ = transformer_block(x, w, cfg.num_heads, mask=mask[K:], exact_gelu=False,
-                                     cache=(with_room(keys), with_room(values), K))
+            x, _ = transformer_block(x, w, cfg.num_heads, mask=mask[N:], exact_gelu=False,
+                                     cache=(with_room(keys), with_room(values), N))
             return x, None
         x, _ = jax.lax.scan(layer, token_embeddings, (params["blocks"], *keys_and_values))
         logits = linear(layer_norm(x, params["norm"]), params["head"]).astype(jnp.float32)
@@ -116,36 +115,26 @@ def score_all(captioner: Captioner, tokens: jax.Array, text: np.ndarray) -> np.n
     return np.concatenate(chunks, 1)
 
 
-def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str], draws: int = 0,
-               seed: int = 0) -> np.ndarray:
-    """log p(sentence | image) (P,S) for the encoder's tokens (P,N,E), from all patches, or averaged
-    over `draws` of kept patches. Sentences of the same tokens get the same bits."""
-    cfg = captioner.settings
-    encoded = [captioner.tokenizer.encode(text, cfg.max_text_len) for text in sentences]
+def likelihood(captioner: Captioner, tokens: np.ndarray, sentences: list[str]) -> np.ndarray:
+    """log p(sentence | image) (P,S) for the encoder's tokens (P,N,E). Sentences of the same tokens
+    get the same bits."""
+    length = captioner.settings.max_text_len
+    encoded = [captioner.tokenizer.encode(text, length) for text in sentences]
     text, row_of_sentence = np.unique(encoded, axis=0, return_inverse=True)
     order = (text != decoder.PAD).sum(1).argsort(kind="stable")  # similar lengths share a chunk
     multiple = min(CHUNK, 1 << (len(text) - 1).bit_length())
     padding = order[-1:].repeat(-len(text) % multiple)
-    ordered = text[np.concatenate([order, padding])]
-    total = np.zeros((len(tokens), len(ordered)))
-    for draw in range(max(draws, 1)):
-        kept = tokens
-        if draws:
-            key = jax.random.fold_in(jax.random.key(seed), draw)
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(tokens)))
-            kept, _ = keep_random_tokens(keys, jnp.asarray(tokens), cfg.keep_ratio,
-                                         cfg.shuffle_kept)
-        total += score_all(captioner, kept, ordered) / max(draws, 1)
+    ordered = score_all(captioner, tokens, text[np.concatenate([order, padding])])
     scores = np.empty((len(tokens), len(text)))
-    scores[:, order] = total[:, :len(text)]
+    scores[:, order] = ordered[:, :len(text)]
     return scores[:, row_of_sentence.ravel()]
 
 
-def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str], truth: np.ndarray,
-            draws: int = 0, seed: int = 0) -> dict[str, Any]:
+def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str],
+            truth: np.ndarray) -> dict[str, Any]:
     """The shares of images whose own sentence, truth (P,), ranks first and among the first five.
     tokens (P,N,E) are those of the captioner's encoder."""
-    scores = likelihood(captioner, tokens, sentences, draws, seed)
+    scores = likelihood(captioner, tokens, sentences)
     prior = np.asarray(jax.nn.logsumexp(scores, axis=0) - np.log(len(scores)))
     figures: dict[str, Any] = {"images": len(scores), "names": len(sentences),
                                "chance": 1 / len(sentences)}
