@@ -15,10 +15,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "results", "ablations.json")
 TEXT = os.path.join(ROOT, "docs", "results.md")
 PLOT = os.path.join(ROOT, "docs", "ablations.png")
-FIGURE_NAMES = {  # of evaluation/vqa.py, and of older files: of this file
-    "all": "answers", "colour": "color", "probe colour": "probe color",
-    "probe tone": "probe background_color", "told": "object_accuracy",
-    "held-out loss": "val_loss", "floor": "val_loss_blind"}
 COSTS = ("seconds", "GFLOPs", "MiB")  # measured per cell, not per seed
 BASELINES = {"pixels": "raw pixels", "random": "encoder with random parameters"}
 
@@ -67,10 +63,6 @@ TABLES = {
 
 
 # ------------------------------------------------------------------------------- the figures
-def rename(figures: dict[str, float]) -> dict[str, float]:
-    return {FIGURE_NAMES.get(name, name): value for name, value in figures.items()}
-
-
 def load(path: str = "") -> dict:
     """What the file (RESULTS) holds; no cells if there is none. ConfigError if it is damaged."""
     path = path or RESULTS
@@ -86,9 +78,6 @@ def load(path: str = "") -> dict:
     except (OSError, ValueError) as problem:
         raise ConfigError(f"{path} cannot be read ({problem}): repair it, or move it away to start "
                           "again") from None
-    for seeds in results["cells"].values():
-        for seed, figures in seeds.items():
-            seeds[seed] = rename(figures)
     return results
 
 

@@ -100,7 +100,8 @@ def evaluate(encoder: Encoder, seed: int) -> dict[str, float]:
     val_set = labels.scene_images(seed, "val", 1000)
     probes = probe.measure(encoder, train_set, val_set, ("attended",), baselines=False,
                            seed=seed)["attended"]
-    figures = answers | {f"probe {label}": accuracy for label, accuracy in probes.items()}
+    figures = {"answers": answers.pop("all"), **answers}
+    figures |= {f"probe {label}": accuracy for label, accuracy in probes.items()}
     return figures | {"probe": statistics.mean(probes.values())}
 
 
@@ -163,6 +164,6 @@ def run_missing(names: list[str], seeds: int, folder: str, measure_costs: Callab
         for cell in tqdm(missing, desc=f"seed {seed}", unit="cells", dynamic_ncols=True):
             figures = train_and_evaluate(cell, seed, folder, results["costs"])
             results = load()
-            results["cells"].setdefault(cell, {})[str(seed)] = ablation_tables.rename(figures)
+            results["cells"].setdefault(cell, {})[str(seed)] = figures
             store(results)
             ablation_tables.write(results)

@@ -135,16 +135,12 @@ def pick_absent(present: set[tuple[str, str]], pick: Callable,
     return pick(absent)
 
 
-def make_questions(seed: int, split: str, count: int, rounds: int = 1) -> list[list[Question]]:
-    """The questions of the first `count` scenes of a split; `rounds` draws for each scene."""
+def make_questions(seed: int, split: str, count: int) -> list[list[Question]]:
+    """The questions of the first `count` scenes of a split."""
     split_index = ("train", "val").index(split)
-    per_scene = []
-    for i, scene in enumerate(question_scenes(seed, split, count)):
-        questions = []
-        for draw in range(rounds):
-            questions += scene_questions(scene, (seed, split_index, i, draw))
-        per_scene.append(questions)
-    return per_scene
+    scenes_of_split = question_scenes(seed, split, count)
+    return [scene_questions(scene, (seed, split_index, i, 0))
+            for i, scene in enumerate(scenes_of_split)]
 
 
 def question_scenes(seed: int, split: str, count: int) -> list[dict[str, Any]]:

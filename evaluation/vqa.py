@@ -47,15 +47,6 @@ def question_images(seed: int, split: str, count: int, resolution: int) -> np.nd
     return np.stack([images.decode_and_augment(image, resolution) for image in rendered])
 
 
-def encode_images(encoder: Encoder, pixels: np.ndarray, batch: int = 256) -> np.ndarray:
-    """Tokens (B,N,E) fp32 of pixels (B,R,R,3)."""
-    batches = []
-    for start in range(0, len(pixels), batch):
-        features = encoder.run(encoder.params, pixels[start:start + batch])
-        batches.append(np.asarray(features.tokens, np.float32))
-    return np.concatenate(batches)
-
-
 # ------------------------------------------------------------------------------ the reader
 def reader_specs(cfg: decoder.DecoderConfig, E: int) -> dict:
     """The connector's first layer reads a token and its position embedding. Its second layer is the
@@ -196,7 +187,7 @@ def measure(encoder: Encoder, seed: int = 0, steps: int = 1500, name: str = "") 
     tokens, questions = [], []
     for split, count in parts:
         pixels = question_images(seed, split, count, encoder.resolution)
-        tokens.append(encode_images(encoder, pixels))
+        tokens.append(encoder(pixels, batch=256).tokens)
         questions.append(make_questions(seed, split, count))
     return train_reader(tuple(tokens), tuple(questions), seed, steps, name=name)
 

@@ -100,11 +100,11 @@ def test_correct_means_that_greedy_generation_gives_the_answer():
 
 def test_baselines_have_tokens_on_the_same_grid(encoder):
     images = vqa.question_images(0, "val", 3, 16)
-    tokens = vqa.encode_images(encoder, images)
+    tokens = encoder(images).tokens
     width = encoder.cfg.width
     assert tokens.shape == (3, 4, width)
-    assert vqa.encode_images(random_encoder(encoder, 1), images).shape == (3, 4, width)
-    assert np.allclose(vqa.encode_images(encoder, images, batch=2), tokens, atol=1e-5)
-    pixels = vqa.encode_images(raw_pixel_encoder(encoder), images)
+    assert random_encoder(encoder, 1)(images).tokens.shape == (3, 4, width)
+    assert np.allclose(encoder(images, batch=2).tokens, tokens, atol=1e-5)
+    pixels = raw_pixel_encoder(encoder)(images).tokens
     expected = np.asarray(vit.normalize(images[1, 8:, 8:])).ravel()
     assert np.allclose(pixels[1, 3], expected, atol=1e-6)
