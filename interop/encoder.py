@@ -127,8 +127,8 @@ class Encoder:
         is_array = isinstance(images, np.ndarray) and images.dtype == np.uint8
         if is_array and images.shape[1:] == square:
             return images
-        load = functools.partial(load_pixels, resolution=self.resolution)
-        return np.stack(list(self.pool.map(load, as_list(images))))
+        to_square = functools.partial(load_pixels, resolution=self.resolution)
+        return np.stack(list(self.pool.map(to_square, as_list(images))))
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch: int = 32) -> Features:
         """Features of one image or several, `batch` at a time. The last batch is padded to a power
@@ -148,9 +148,9 @@ class Encoder:
     def encode_rectangles(self, images: Sequence[ImageLike], batch: int) -> Features:
         """Images of the same grid share a batch. Compiled are, at most, the grids of
         shapes.patch_grids with the powers of two up to `batch`."""
-        load = functools.partial(load_rectangle, patch_size=self.cfg.patch_size,
-                                 max_tokens=self.max_tokens)
-        pixels = list(self.pool.map(load, images))
+        to_rectangle = functools.partial(load_rectangle, patch_size=self.cfg.patch_size,
+                                         max_tokens=self.max_tokens)
+        pixels = list(self.pool.map(to_rectangle, images))
         by_shape: dict[tuple, list[int]] = {}
         for i, array in enumerate(pixels):
             by_shape.setdefault(array.shape, []).append(i)
