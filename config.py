@@ -276,10 +276,7 @@ def parse_args(argv: list[str]) -> tuple[Config, bool]:
     parser.add_argument("--dry-run", action="store_true",
                         help="print what the run would be, and end")
     refuse_old_flags(parser, argv)
-    parsed, unknown = parser.parse_known_args(argv)
-    if unknown:  # checked first, because argparse takes an unknown flag's value for the recipe
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    changes = vars(parsed)
+    changes = vars(parser.parse_args(argv))
     recipe, dry_run = changes.pop("recipe"), changes.pop("dry_run")
     if recipe in OLD_RECIPES:
         parser.error(f"the recipe {recipe} is now {OLD_RECIPES[recipe]}")

@@ -1,5 +1,6 @@
 """What a user can do wrong, and how a command says so: one sentence, and a non-zero exit status."""
 import argparse
+import difflib
 import errno
 import os
 import sys
@@ -59,6 +60,17 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses an unknown flag first, because argparse takes its value for a word of its own."""
+        flags = self._option_string_actions
+        for word in args or ():
+            name = word.partition("=")[0]
+            if not self._subparsers and name[:2] == "--" != name and name not in flags:
+                close = difflib.get_close_matches(name, flags, 1)
+                advice = f": is {close[0]} meant?" if close else ""
+                self.error(f"unknown flag {name}{advice}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} -h lists what can be given)\n")
