@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -75,9 +75,6 @@ class LocalStorage:
 
     def read_span(self, path: str, begin: int, end: int) -> bytes:
         return read_span(path, begin, end)
-
-    def open_file(self, path: str) -> BinaryIO:
-        return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
     def local_copy(self, path: str) -> str:
         """The path of the file on this machine."""

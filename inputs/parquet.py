@@ -167,7 +167,7 @@ class ParquetSource(TarSource):
                     why = self.read_bytes(ByteRange(self.paths[shard], text_offset, text_size),
                                           files.MAX_TEXT_BYTES)
                     break
-                return super().read_sample(i, with_run)
+                return super().read_sample(i, False)  # the cache is local: no need for long reads
             except BadSample:
                 if attempt == 2:
                     raise

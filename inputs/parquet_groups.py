@@ -25,7 +25,7 @@ MARK = b"OV2GROUP"
 MAGIC, ENCRYPTED = b"PAR1", b"PARE"
 FOOTER_GUESS = 1 << 16         # bytes of the end of a file that are read at once
 STREAM_BYTES = 1 << 18         # read at a time; without it pyarrow reads a complete column
-BATCH_BYTES = 2 << 20          # rows are decoded in batches of about this size
+BATCH_BYTES = 1 << 20          # rows are decoded in batches of about this size
 MIN_BATCH, MAX_BATCH = 1, 256  # rows
 DAMAGED_GROUP = "row cannot be read, because its row group is damaged"
 
@@ -39,7 +39,8 @@ class Footer(NamedTuple):
 
 
 def import_pyarrow() -> Any:
-    """pyarrow, or MissingExtra."""
+    """pyarrow, or MissingExtra. It reads the variable once: its own allocator keeps freed pages."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         importlib.import_module("pyarrow.parquet")
         return importlib.import_module("pyarrow")
@@ -104,13 +105,20 @@ def iter_rows(storage: Any, path: str, metadata: Any, group: int, columns: list[
     storage: files.LocalStorage or remote.RemoteStorage, in all functions here."""
     pa = import_pyarrow()
     leaves = list(dict.fromkeys(leaf for column in columns for leaf in column.leaves))
-    with storage.open_file(path) as file:
+    with open_for_pyarrow(storage, path) as file:
         reader = pa.parquet.ParquetFile(file, metadata=metadata, buffer_size=STREAM_BYTES,
                                         pre_buffer=False)
         for batch in reader.iter_batches(batch_size, [group], leaves, use_threads=False):
             tables = {top: to_values(batch.column(top)) for top in {c.top for c in columns}}
             for n in range(len(batch)):
                 yield [pick(tables[column.top][n], column.steps) for column in columns]
+
+
+def open_for_pyarrow(storage: Any, path: str) -> Any:
+    """A local file by pyarrow's own reader, which saves a copy of each page."""
+    if storage.is_remote:
+        return storage.open_file(path)
+    return import_pyarrow().OSFile(path)
 
 
 def to_values(array: Any) -> list[Any]:
