@@ -52,12 +52,17 @@ class Config:
     text_pos_embed: bool = model_arg(False, "give caption tokens sin-cos positions; as released "
                                      "only the causal mask orders them")
     cls_token: bool = model_arg(False, "give the encoder a CLS token, as the released weights have")
+    image_pool: str = model_arg("attention", "how --objective lit makes one vector of the patch "
+                                "tokens: learned queries, or their mean", ("attention", "mean"))
+    feature_copies: int = model_arg(0, "augmented copies of each image whose features --objective "
+                                    "lit computes once; 0 to encode anew in each step", low=0,
+                                    high=1 << 20)
     gated_attention: bool = model_arg(False, "gate the attention outputs in the encoder's blocks, "
                                       "as GenLIP does")
     learned_pos_grid: int = model_arg(0, "grid side of a learned position table; 0 for the sin-cos "
                                       "formula, which fits any grid", low=0, high=1 << 12)
     init_encoder: str = model_arg("", "start from this encoder: a run's folder, its encoder.npz, "
-                                  "or what convert.py imported; the decoder starts from scratch")
+                                  "or what convert.py imported; all else starts from scratch")
     init_scale: str = model_arg("xavier", "scale of the initial weights: Xavier's, or the released "
                                 "code's (docs/fidelity.md)", ("xavier", "released"))
 

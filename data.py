@@ -140,6 +140,11 @@ class Loader:
             fields[0] = ",".join([drawn, *(name for name in self.mix if name != drawn)])
         return fields
 
+    def decode(self, position: int, i: int, image: Image.Image, resolution: int) -> np.ndarray:
+        """The pixels (R,R,3) uint8 of sample i at a position of the run."""
+        rng = np.random.default_rng((self.seed, 2, position)) if self.is_random else None
+        return decode_and_augment(image, resolution, self.augment, rng)
+
     def load(self, position: int, i: int, resolution: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Image (R,R,3) uint8 and texts, each (T,) int32, of sample i, or BadSample."""
         choose = self.choose_caption(position, i)
@@ -148,8 +153,7 @@ class Loader:
         texts = [self.tokenizer.encode(caption, self.max_text_len) for caption in captions]
         if any(text[1] == EOS for text in texts):  # nothing but control characters
             raise BadSample("caption holds no word")
-        rng = np.random.default_rng((self.seed, 2, position)) if self.is_random else None
-        return decode_and_augment(image, resolution, self.augment, rng), texts
+        return self.decode(position, i, image, resolution), texts
 
     def load_or_replace(self, position: int, first: int, resolution: int) -> tuple:
         """`load` of sample `first`, or of the first usable one after it; and which one that is."""

@@ -2,9 +2,10 @@
 
     python evaluate.py RUN                                      losses and graded captions
     python evaluate.py ENCODER probe knn vqa zeroshot images    the measures that are named
+    python evaluate.py RUN search "a red bird" --data DIR       the nearest images, search.png
 
-Each measure is a file of evaluation/: captioning, caption_metrics, probe (and knn), zeroshot, vqa,
-visualize.
+Each measure is a file of evaluation/: captioning, caption_metrics, probe (and knn), zeroshot (by
+vectors: pair), retrieval, search, vqa, visualize.
 """
 import argparse
 import os
@@ -14,13 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation import probe, visualize, vqa, zeroshot
-from evaluation.captioning import compare_with_references, evaluate_captions
+import data
+from evaluation import pair, probe, retrieval, search, visualize, vqa, zeroshot
+from evaluation.captioning import (
+    compare_with_references,
+    evaluate_captions,
+    override_config,
+)
 from evaluation.context import EvalContext
+from evaluation.templates import read_templates
 from inputs import images, sources
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.errors import CheckpointError, CommandParser, run_command
+from runtime.errors import CheckpointError, CommandParser, ConfigError, run_command
 from runtime.tables import format_table
 from train import openvision2_loss
 
@@ -50,12 +57,61 @@ def measure_neighbors(context: EvalContext) -> dict[str, Any]:
 
 
 def measure_zeroshot(context: EvalContext) -> dict[str, Any]:
-    args, captioner, val_images = context.args, context.captioner, context.images[1]
+    """By vectors, if the run has a text encoder, else by caption likelihood."""
+    args, templates = context.args, read_templates(context.args.template)
+    if context.has_text_encoder:
+        return measure_zeroshot_vectors(context, templates)
+    if len(templates) > 1:
+        raise ConfigError(f"--template {args.template} has {len(templates)} sentences: caption "
+                          "likelihood takes one; a run of --objective lit averages them")
+    captioner, val_images = context.captioner, context.images[1]
     rows = np.sort(sources.draw_indices(len(val_images), args.num_samples or 200))
-    sentences, truth = zeroshot.make_classes(val_images, rows, args.classnames, args.template)
+    sentences, truth = zeroshot.make_classes(val_images, rows, args.classnames, templates[0])
     known = truth >= 0
     tokens = val_images.features(context.encoder).tokens[rows[known]]
     return zeroshot.measure(captioner, tokens, sentences, truth[known])
+
+
+def measure_zeroshot_vectors(context: EvalContext, templates: list[str]) -> dict[str, Any]:
+    args, val_images = context.args, context.images[1]
+    rows = np.sort(sources.draw_indices(len(val_images), args.num_samples or 200))
+    names, truth = zeroshot.make_classes(val_images, rows, args.classnames, "{}")
+    known = truth >= 0
+    pixels = val_images.pixels(context.pair.resolution)[rows[known]]
+    return pair.classify(pair.embed_images(context.pair, pixels),
+                         pair.embed_classes(context.pair, names, templates), truth[known],
+                         zeroshot.groups_of_classes(val_images, names))
+
+
+def measure_retrieval(context: EvalContext) -> dict[str, Any]:
+    count = context.args.num_samples or 1000
+    cfg = override_config(context.run_config, context.changes, count)
+    pool = retrieval.Pool(data.open_validation_data(cfg), count)
+    if context.has_text_encoder:
+        return retrieval.measure_vectors(context.pair, pool)
+    return retrieval.measure_likelihood(context.captioner, context.encoder, pool)
+
+
+def search_images(context: EvalContext) -> dict[str, Any]:
+    args, cfg = context.args, context.run_config
+    where = args.data or cfg.val or cfg.data
+    if context.has_text_encoder:
+        resolution, text = context.pair.resolution, pair.embed_texts(context.pair, [args.text])[0]
+
+        def score(pixels: np.ndarray) -> np.ndarray:
+            return pair.embed_images(context.pair, pixels) @ text
+    else:
+        resolution = context.encoder.resolution
+
+        def score(pixels: np.ndarray) -> np.ndarray:
+            tokens = context.encoder(pixels).tokens
+            return zeroshot.likelihood(context.captioner, tokens, [args.text])[:, 0]
+    found = search.readable_images(where, args.seed, args.num_samples or 1000, resolution)
+    best = search.nearest(found, score)
+    path = os.path.join(args.out or (args.encoder if os.path.isdir(args.encoder) else "."),
+                        "search.png")
+    search.draw(path, args.text, best)
+    return {"text": args.text, "image": path, "nearest": [name for _, name, _ in best]}
 
 
 def measure_vqa(context: EvalContext) -> dict[str, Any]:
@@ -87,7 +143,11 @@ MEASURES = {
     "probe": Measure(measure_probes, "linear and attention-pooled probes of the features, of "
                                      "random features and of raw pixels"),
     "knn": Measure(measure_neighbors, "nearest neighbors by the same features"),
-    "zeroshot": Measure(measure_zeroshot, "classification by caption likelihood; needs a run"),
+    "zeroshot": Measure(measure_zeroshot, "classification by the vectors of a run with a text "
+                                          "encoder (lit), or by caption likelihood"),
+    "retrieval": Measure(measure_retrieval, "the caption of an image among many, and the image of "
+                                            "a caption; by vectors or by likelihood"),
+    "search": Measure(search_images, "search TEXT: the images nearest to a text, search.png"),
     "vqa": Measure(measure_vqa, "questions about scenes, answered by a small language model that "
                                 "reads the features"),
     "images": Measure(draw_images, "pca.png, attention.png and, of a run, words.png"),
@@ -128,11 +188,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         "or all, for every label of the validation images (default: the labels of "
                         "the images that are measured)")
     parser.add_argument("--template", default="{}", help="zeroshot: the sentence of a class, with "
-                        "{} for its name (default: {})")
+                        "{} for its name; with a text encoder also a file with one per line, or "
+                        "photo for CLIP's 80 (default: {})")
     parser.add_argument("--num-samples", type=int, default=0, help="validation images at most; "
                         "probes train on four times as many (default: probe and knn 1,000 scenes "
-                        "or 2,000 others, zeroshot 200, images 12, caption and metrics as in the "
-                        "run)")
+                        "or 2,000 others, zeroshot 200, images 12, retrieval and search 1,000, "
+                        "caption and metrics as in the run)")
     parser.add_argument("--resolution", type=int, default=0, help="pixels per side, for all but "
                         "caption and metrics (default: the last of training)")
     parser.add_argument("--steps", type=int, default=1500, help="vqa: training steps of a reader; "
@@ -147,6 +208,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{flag} is now {OLD_FLAGS[flag]}")
     args = parser.parse_intermixed_args(argv)
     args.measures = args.measures or ["caption"]
+    if "search" in args.measures:
+        after = args.measures.index("search") + 1
+        if after == len(args.measures):
+            parser.error('search needs a text, as in: search "a red bird"')
+        args.text = args.measures.pop(after)
     for name in args.measures:
         if name in OLD_MEASURES:
             parser.error(f"measure {name} is now {OLD_MEASURES[name]}")
@@ -154,10 +220,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"unknown measure {name!r}: take any of {', '.join(MEASURES)}")
     if args.num_samples < 0 or args.num_samples == 1:
         parser.error("--num-samples must be 2 or more")
+    if "{}" not in args.template and args.template != "photo" and not os.path.isfile(args.template):
+        parser.error("--template needs {} where the name goes; or name a file of such sentences")
     if args.resolution < 0 or args.seed < 0 or args.steps < 1:
         parser.error("--resolution and --seed must not be negative, --steps must be 1 or more")
-    if "{}" not in args.template:
-        parser.error("--template needs {} where the name goes")
     return args
 
 

@@ -29,7 +29,7 @@ from objectives import registry
 from objectives.registry import ModelSpec
 from runtime import distributed
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.curriculum import Stage, learning_rate, lr_schedule, parse_stages
+from runtime.curriculum import Stage, learning_rate, make_optimizer, parse_stages
 from runtime.devices import DataParallel, all_gather, global_norm, local_shard, reduce_scatter
 from runtime.errors import ConfigError, run_command
 from runtime.monitoring import Monitor, PendingStep, check_tensorboard
@@ -127,15 +127,6 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     return jax.pmap(step, axis_name="devices", donate_argnums=(0, 1), devices=devices)
 
 
-def make_optimizer(cfg: Config, stage: Stage) -> optax.GradientTransformation:
-    """AdamW (b1 0.9, as released). Only matrices decay: not biases, norms, or the token
-    embedding."""
-    def is_matrix(params: dict) -> dict:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-    return optax.adamw(lr_schedule(stage), b1=0.9, b2=cfg.adam_b2, mu_dtype=cfg.mu_dtype,
-                       weight_decay=cfg.weight_decay, mask=is_matrix)
-
-
 # ------------------------------------------------------------------------------- the loop
 def train(cfg: Config) -> int:
     """Trains a run, or what is left of it. Returns the exit status: 0, or 128 + the signal that
@@ -171,6 +162,8 @@ def train_run(run: Run) -> int:
         params = run.restore(shapes, "params")
     else:
         params = registry.initial_params(run.cfg, run.model)
+    if run.cfg.objective == "lit":
+        run.loader = registry.rival("lit").training_loader(run, params)
     params = run.parallel.replicate(params)
     monitor = Monitor(run)
     evaluator = Evaluator(run, monitor, openvision2_loss)

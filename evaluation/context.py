@@ -7,10 +7,12 @@ from typing import Any
 
 import caption
 from config import Config, from_dict
+from evaluation import pair
 from evaluation.captioning import override_config
 from evaluation.labels import LabeledImages, open_labeled_images
 from interop import layouts, transfer
 from interop.encoder import Encoder
+from objectives.registry import CONTRASTIVE
 from runtime import checkpoint
 from runtime.errors import ConfigError
 
@@ -61,6 +63,15 @@ class EvalContext:
     @functools.cached_property
     def captioner(self) -> caption.Captioner:
         return caption.read_captioner(self.args.encoder)
+
+    @property
+    def has_text_encoder(self) -> bool:
+        return self.run_config.objective in CONTRASTIVE
+
+    @functools.cached_property
+    def pair(self) -> pair.Pair:
+        found = pair.read_pair(self.args.encoder)
+        return found._replace(resolution=self.args.resolution or found.resolution)
 
     @functools.cached_property
     def images(self) -> tuple[LabeledImages | None, LabeledImages]:

@@ -62,6 +62,19 @@ def make_classes(labeled: LabeledImages, rows: np.ndarray, classnames: str | Non
     return [template.replace("{}", name) for name in spelling.values()], truth
 
 
+def groups_of_classes(labeled: LabeledImages, names: list[str]) -> dict[str, np.ndarray]:
+    """{label: (C,)} for each label after the first: that of the first image of each class, "" where
+    there is none. Scenes have none, because their classes are captions."""
+    if isinstance(labeled.source, sources.SceneSource):
+        return {}
+    (_, classes), *others = labeled.labels.items()
+    groups = {}
+    for label, texts in others:
+        of_class = dict(zip(map(str.lower, classes[::-1, 0].tolist()), texts[::-1, 0].tolist()))
+        groups[label] = np.array([of_class.get(name.lower(), "") for name in names])
+    return groups
+
+
 def read_classnames(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8-sig") as file:  # some editors write a byte order mark

@@ -29,10 +29,20 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
     return {"encoder": vit.flops(enc, resolution), "text": text}
 
 
+def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
+    """images (B,R,R,3) to vectors (B,D) of length 1."""
+    pooled = vit.vit(params["encoder"], images, model.encoder)["pooled"]
+    return l2_normalize(linear(pooled, params["pair"]["image"]))
+
+
+def embed_texts(params: dict, text: jax.Array, model: Any) -> jax.Array:
+    """text (B,T) to vectors (B,D) of length 1."""
+    return l2_normalize(encode_text(params["text"], text, model.decoder)[1])
+
+
 def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
-    pooled = vit.vit(params["encoder"], batch["images"], model.encoder)["pooled"]
-    image = l2_normalize(linear(pooled, params["pair"]["image"]))
-    text = l2_normalize(encode_text(params["text"], batch["text"], model.decoder)[1])
+    image = embed_images(params, batch["images"], model)
+    text = embed_texts(params, batch["text"], model)
     real = decoder.count_targets(batch["text"]) > 0
     return contrastive_loss(image, text, real, logit_scale(params)).sum(), real.sum()
 

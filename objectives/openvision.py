@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import decoder
 import vit
 from layers import dense_specs, linear
+from objectives import clip
 from objectives.contrastive import (
     contrastive_loss,
     encode_text,
@@ -23,6 +24,7 @@ from objectives.contrastive import (
     text_encoder_specs,
 )
 
+embed_images, embed_texts = clip.embed_images, clip.embed_texts
 CAPTION_WEIGHT, CONTRASTIVE_WEIGHT = 2.0, 1.0  # released config
 
 

@@ -6,6 +6,8 @@
     python train.py --objective cappa          captioning by cross-attention, mostly in parallel
                                                (arXiv:2306.07915)
     python train.py --objective siglip         contrastive, each pair on its own (arXiv:2303.15343)
+    python train.py --objective lit --init-encoder RUN
+                                               contrastive, for a frozen encoder (arXiv:2111.07991)
     python train.py --objective genlip         captioning by the encoder itself, without a decoder
                                                (arXiv:2605.00809)
     python train.py --objective aimv2          the next patch and the next token (arXiv:2411.14402)
@@ -16,6 +18,8 @@ The method's loss is `openvision2_loss` in train.py. Each other system is a modu
                                                         divides one by the other across all devices
     validation_loss                                     the same, where it differs from `loss`
     generate(params, batch, model) -> (B,T) int32       greedy captions, where it makes any
+    embed_images, embed_texts(params, images or text, model) -> (B,D)
+                                                        vectors of length 1, where it contrasts them
     param_specs(model) -> {part: specs}                 what it trains beside the encoder
     flops(model, resolution, text_len) -> {part: FLOPs} forward, for one image
     blind_loss(facts) -> float or None                  the best possible loss without the image
@@ -49,8 +53,8 @@ METHOD = "openvision2"
 # Folded into the seed's key for initial parameters. Masks fold in sample indices, which are below
 # it. So no key serves both.
 INIT_DOMAIN = 1 << 31
-RIVALS = ("clip", "siglip", "openvision", "cappa", "aimv2", "genlip")
-CONTRASTIVE = ("clip", "siglip", "openvision")  # these compare the images of a batch
+RIVALS = ("clip", "siglip", "lit", "openvision", "cappa", "aimv2", "genlip")
+CONTRASTIVE = ("clip", "siglip", "lit", "openvision")  # these compare the images of a batch
 
 
 class BlindFacts(NamedTuple):
@@ -125,6 +129,7 @@ class ModelSpec(NamedTuple):
     objective: str = METHOD
     shuffle_kept: bool = False
     max_text_len: int = 0      # text positions, of which some objectives have a position table
+    image_pool: str = "attention"  # how LiT makes one vector of the patch tokens
 
 
 def model_spec(cfg: Any) -> ModelSpec:
@@ -138,7 +143,8 @@ def model_spec(cfg: Any) -> ModelSpec:
                                  prefix_attention=cfg.prefix_attention,
                                  text_pos_embed=cfg.text_pos_embed, loss_chunk=cfg.loss_chunk,
                                  **shared)
-    return ModelSpec(enc, dec, cfg.keep_ratio, cfg.objective, cfg.shuffle_kept, cfg.max_text_len)
+    return ModelSpec(enc, dec, cfg.keep_ratio, cfg.objective, cfg.shuffle_kept, cfg.max_text_len,
+                     cfg.image_pool)
 
 
 def check_settings(cfg: Any) -> None:
@@ -152,6 +158,9 @@ def check_settings(cfg: Any) -> None:
     if cfg.alt_field and cfg.objective != "openvision":
         raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
                           "leave it out, or take that objective")
+    if cfg.objective == "lit" and not cfg.init_encoder:
+        raise ConfigError("--objective lit trains a text encoder for a frozen encoder: name its "
+                          "run with --init-encoder (or random or pixels, to compare with)")
     least = 2 * vit.vit_config(cfg.encoder).patch_size
     for stage in parse_stages(cfg.stages):
         if cfg.objective == "aimv2" and stage.resolution < least:
@@ -184,6 +193,10 @@ def initial_params(cfg: Any, model: ModelSpec) -> dict:
     initialized decoder. ConfigError where that encoder does not fit."""
     params = init_params(cfg, model)
     if not cfg.init_encoder:
+        return params
+    if cfg.objective == "lit" and cfg.init_encoder in ("random", "pixels"):
+        if cfg.init_encoder == "pixels":
+            params["encoder"] = rival("lit").pixel_encoder(params["encoder"], model.encoder)
         return params
     params["encoder"], imported, _ = read_encoder(local_encoder(cfg))
     differences = []

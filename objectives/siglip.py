@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 
 import decoder
-import vit
-from layers import ParamSpec, linear
+from layers import ParamSpec
 from objectives import clip
-from objectives.contrastive import encode_text, l2_normalize
 
 INIT_SCALE, INIT_BIAS = 10.0, -10.0  # at first nearly all pairs count as wrong, as nearly all are
 
@@ -22,7 +20,7 @@ def param_specs(model: Any) -> dict:
     return specs | {"pair": specs["pair"] | {"bias": {"offset": ParamSpec((), 0.0)}}}
 
 
-flops = clip.flops
+flops, embed_images, embed_texts = clip.flops, clip.embed_images, clip.embed_texts
 
 
 def sigmoid_loss(image: jax.Array, text: jax.Array, real: jax.Array, scale: jax.Array,
@@ -40,9 +38,8 @@ def sigmoid_loss(image: jax.Array, text: jax.Array, real: jax.Array, scale: jax.
 
 def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
     pair = params["pair"]
-    pooled = vit.vit(params["encoder"], batch["images"], model.encoder)["pooled"]
-    image = l2_normalize(linear(pooled, pair["image"]))
-    text = l2_normalize(encode_text(params["text"], batch["text"], model.decoder)[1])
+    image = embed_images(params, batch["images"], model)
+    text = embed_texts(params, batch["text"], model)
     real = decoder.count_targets(batch["text"]) > 0
     scale = INIT_SCALE * jnp.exp(pair["temperature"]["log"])
     losses = sigmoid_loss(image, text, real, scale, INIT_BIAS + pair["bias"]["offset"])

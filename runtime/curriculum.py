@@ -1,4 +1,4 @@
-"""The CLIPA curriculum (paper section 2.1): stages of growing resolution, and their learning rates.
+"""The CLIPA curriculum (paper section 2.1): stages of growing resolution, and their optimizers.
 
 A stage starts from the parameters before it and a new optimizer state. The learning rate rises
 linearly from 0 during the warm-up and falls to 0 along a cosine.
@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import optax
 
 from runtime.errors import ConfigError
@@ -84,6 +85,20 @@ def parse_numbers(text: str) -> dict:
 def lr_schedule(stage: Stage) -> optax.Schedule:
     """Linear from 0 over the warm-up, then a cosine to 0."""
     return optax.warmup_cosine_decay_schedule(0.0, stage.lr, stage.warmup, stage.steps)
+
+
+def make_optimizer(cfg: Any, stage: Stage) -> optax.GradientTransformation:
+    """AdamW (b1 0.9, as released) with the settings of a Config. Only matrices decay: not biases,
+    norms, or the token embedding. With LiT the encoder is frozen, and has no state."""
+    def is_matrix(params: dict) -> dict:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    def is_trained(params: dict) -> dict:
+        return {part: part != "encoder" for part in params}
+    adamw = optax.adamw(lr_schedule(stage), b1=0.9, b2=cfg.adam_b2, mu_dtype=cfg.mu_dtype,
+                        weight_decay=cfg.weight_decay, mask=is_matrix)
+    # The updates of what is not trained are its gradients, which are 0.
+    return optax.masked(adamw, is_trained) if cfg.objective == "lit" else adamw
 
 
 def learning_rate(stage: Stage, step: int) -> float:

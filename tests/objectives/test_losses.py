@@ -10,7 +10,7 @@ import pytest
 import decoder
 import layers
 import vit
-from objectives import aimv2, cappa, contrastive, genlip, registry, siglip
+from objectives import aimv2, cappa, contrastive, genlip, lit, registry, siglip
 from tests.helpers import numpy_model
 from tests.helpers.models import perturbed
 from tests.objectives.small import (
@@ -134,6 +134,54 @@ def test_openvision_is_the_sum_of_its_terms():
     assert count == (targets != 0).sum()
     assert loss / count == pytest.approx(2 * caption_loss + pairs / 2, rel=1e-5)
     assert loss_and_count("openvision", batch, devices=2)[0] == pytest.approx(loss, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------- LiT
+@pytest.mark.parametrize("image_pool", ["attention", "mean"])
+def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
+    """The image's vector, by NumPy in float64; CLIP's loss on it; no gradient for the encoder; and
+    the same loss from tokens that were computed before."""
+    model, batch = make_model("lit")._replace(image_pool=image_pool), make_batch()
+    params = make_params(model)
+    w = numpy_model.to_double(params)
+    tokens = numpy_model.encode(w["encoder"], batch["images"], ENC)
+    if image_pool == "attention":
+        memory = numpy_model.linear(numpy_model.layer_norm(tokens, w["pool"]["norm"]),
+                                    **w["pool"]["memory"]).reshape(B, N, 2, 2, 16)  # k or v, head
+        query = w["pool"]["query"]["embedding"].reshape(1, 8, 2, 16).repeat(B, 0)
+        read, _ = numpy_model.attention(query, memory[:, :, 0], memory[:, :, 1], True)
+        pooled = numpy_model.linear(read.reshape(B, 256), **w["pool"]["out"])
+    else:
+        pooled = numpy_model.layer_norm(tokens.mean(1), w["encoder"]["norm"])
+    image = pooled @ w["pair"]["image"]["kernel"]
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    computed = lit.embed_images(params, batch["images"], model)
+    numpy_model.assert_close(computed, image)
+    text = lit.embed_texts(params, batch["text"], model)
+    expected = symmetric_cross_entropy(contrastive.logit_scale(params) * computed @ text.T)
+
+    def loss(params, images):
+        one_device = jax.tree.map(lambda x: x[None], (batch | {"images": images}, KEYS))
+        total, count = jax.vmap(lambda batch, keys: lit.loss(params, batch, keys, model),
+                                axis_name="devices")(*one_device)
+        return total[0] / count[0]
+    value, grads = jax.value_and_grad(loss)(params, batch["images"])
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads.pop("encoder")))
+    assert all(np.asarray(g).any() for g in jax.tree.leaves(grads))
+    frozen = vit.vit(params["encoder"], batch["images"], ENC)["tokens"]
+    assert float(loss(params, frozen)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pixel_encoders_tokens_are_the_means_of_pixels_in_squares():
+    """32 columns hold 2 x 2 squares of 4 x 4 pixels; positions are added."""
+    images = make_batch()["images"]
+    params = lit.pixel_encoder(vit.init(jax.random.key(0), ENC), ENC)
+    tokens = vit.vit(params, images, ENC)["tokens"] - vit.sincos_position_embedding(3, 32)
+    pixels = (images / 255 - vit.IMAGENET_MEAN) / vit.IMAGENET_STD
+    second_patch = pixels[:, :8, 8:16].reshape(B, 2, 4, 2, 4, 3).mean((2, 4)).reshape(B, 12)
+    np.testing.assert_allclose(tokens[:, 1, :12], second_patch, atol=1e-5)
+    assert np.abs(tokens[:, 1, 12:]).max() < 1e-6
 
 
 # ------------------------------------------------------------------------------------ AIMv2
@@ -276,4 +324,4 @@ def test_images_that_only_fill_up_a_batch_do_not_count(objective):
     loss, count = loss_and_count(objective, batch)
     assert loss_and_count(objective, other) == pytest.approx((loss, count), rel=1e-6)
     num_targets = (batch["text"][:, 1:] != 0).sum()
-    assert count == (3 if objective in ("clip", "siglip", "aimv2") else num_targets)
+    assert count == (3 if objective in ("clip", "siglip", "lit", "aimv2") else num_targets)

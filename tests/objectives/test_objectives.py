@@ -72,7 +72,7 @@ def test_generated_captions_are_greedy(objective):
     assert (text[:, 1:][~unfinished] == decoder.PAD).all()
 
 
-def test_every_objective_but_clip_and_siglip_can_caption():
+def test_the_objectives_with_a_decoder_can_caption():
     assert CAPTIONING == ("openvision", "cappa", "aimv2", "genlip")
     assert registry.can_caption(registry.METHOD)
 
@@ -87,7 +87,7 @@ def test_flops_are_those_of_the_traced_program(objective, gated):
     arguments = jax.tree.map(lambda x: x[None], (make_batch(), KEYS))
     counted = matmul_flops(mapped, make_params(model), *arguments)
     # The scores of a contrastive batch are left out of the formula.
-    scores = {"clip": 4, "siglip": 2, "openvision": 8}.get(objective, 0) * B * DEC.width
+    scores = {"clip": 4, "siglip": 2, "lit": 4, "openvision": 8}.get(objective, 0) * B * DEC.width
     formula = sum(registry.flops(model, RESOLUTION, T).values())
     assert counted / B == pytest.approx(formula + scores, rel=1e-6)
 
@@ -101,11 +101,13 @@ def test_only_the_method_drops_patch_tokens():
 
 @pytest.mark.parametrize("objective", registry.RIVALS)
 def test_dry_run_prints_the_cost_of_each_part(objective, capsys):
-    alt_field = ["--alt-field", "org_caption"] if objective in ALT_FIELD else []
-    assert train.main(["l14", "--objective", objective, *alt_field, "--dry-run"]) == 0
+    needs = {"openvision": ["--alt-field", "org_caption"], "lit": ["--init-encoder", "runs/l14"]}
+    flags = ["--objective", objective, *needs.get(objective, []), "--dry-run"]
+    assert train.main(["l14", *flags]) == 0
     text = capsys.readouterr().out
     assert "encoder 302.9 M" in text and "256 kept" in text
     assert ("text 110.3 M" in text) == (objective in registry.CONTRASTIVE)
+    assert ("pool 10.5 M" in text) == (objective == "lit")
 
 
 def test_the_method_draws_its_parameters_from_the_keys_of_their_domain():
@@ -145,7 +147,7 @@ def save_gradients(path: str) -> None:
     batch = {name: np.concatenate([x, x[::-1]]) for name, x in make_batch().items()}
     batch["images"][B:] = 255 - batch["images"][:B]
     batch["sample_index"] = np.arange(2 * B)
-    cases = {"clip": (8, False), "siglip": (8, False), "openvision": (2, True)}
+    cases = {"clip": (8, False), "siglip": (8, False), "lit": (8, False), "openvision": (2, True)}
     for objective, (num_devices, zero1) in cases.items():
         model, sgd = make_model(objective), optax.sgd(learning_rate)
         start = make_params(model)
@@ -184,6 +186,7 @@ def test_the_number_of_devices_changes_no_loss_and_no_gradient(tmp_path, cache):
     (["--objective", "openvision"], "name its field with --alt-field"),
     (["--objective", "clip", "--alt-field", "web"],
      "--alt-field web is read by --objective openvision alone"),
+    (["--objective", "lit"], "name its run with --init-encoder"),
     (["--objective", "aimv2", "--encoder", "micro/8",
       "--stages", "resolution=8 steps=2 batch=8 lr=1e-3"], "needs a resolution of 16 or more")])
 def test_impossible_settings_are_refused(argv, message, capsys):

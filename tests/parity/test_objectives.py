@@ -90,6 +90,30 @@ def clip(params, model):
     return contrastive_loss(params, linear(pooled, params["pair"]["image"]), text)
 
 
+def siglip(params, model):
+    pooled = torch_reference.encoder(params["encoder"], IMAGES, ENC)[2]
+    pair = params["pair"]
+    image = F.normalize(linear(pooled, pair["image"])[REAL], dim=-1)
+    text = F.normalize(encode_text(params["text"], TEXT)[1][REAL], dim=-1)
+    logits = image @ text.T * 10 * pair["temperature"]["log"].exp() - 10 + pair["bias"]["offset"]
+    return -F.logsigmoid(logits * (2 * torch.eye(B - 1) - 1)).sum() / (B - 1)
+
+
+def genlip(params, model):
+    w, D = params["encoder"], ENC.width
+    kernel = w["patch"]["kernel"].view(8, 8, 3, D).permute(3, 2, 0, 1)
+    mean, std = torch.tensor(vit.IMAGENET_MEAN), torch.tensor(vit.IMAGENET_STD)
+    pixels = ((IMAGES.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    patches = F.conv2d(pixels, kernel, stride=8).flatten(2).transpose(1, 2)
+    patches = patches + torch_reference.sincos_position_embedding(RESOLUTION // 8, D, "cpu")
+    tokens = F.embedding(TEXT[:, :-1], params["text"]["embed"]["embedding"])
+    x, N = torch.cat([patches, tokens], dim=1), patches.shape[1]
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    mask[:N, :N] = True
+    x = torch_reference.transformer(x, w["blocks"], ENC.num_heads, "none", attn_mask=mask)
+    return token_loss(linear(layer_norm(x, w["norm"])[:, N:], params["text"]["head"]))
+
+
 def openvision(params, model):
     _, tokens, pooled = torch_reference.encoder(params["encoder"], IMAGES, ENC)
     image = linear(pooled, params["pair"]["image"])
@@ -172,7 +196,8 @@ def aimv2(params, model):
 
 
 @pytest.mark.parametrize("objective, cls_token", [
-    (clip, False), (openvision, False), (cappa, False), (aimv2, False), (aimv2, True)])
+    (clip, False), (siglip, False), (genlip, False), (openvision, False), (cappa, False),
+    (aimv2, False), (aimv2, True)])
 def test_loss_and_gradient_of_every_parameter(objective, cls_token):
     model, params, loss, grads = jax_results(objective.__name__, cls_token)
     torch_params = torch_reference.from_jax(params)

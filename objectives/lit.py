@@ -1,0 +1,139 @@
+"""LiT (arXiv:2111.07991): the encoder of an earlier run stays frozen, and a text encoder learns to
+match it. So an encoder that was trained on captions alone can classify without training, and find
+images by text.
+
+The text encoder and the loss are CLIP's. The caption loss never trained a mean of patch tokens;
+here learned queries pool them by attention (--image-pool mean: their mean). No gradient reaches
+the encoder, and the optimizer leaves it alone. If training augments nothing and they fit in memory,
+its tokens are computed once per image (FeatureLoader). With --feature-copies K, so are those of K
+augmented copies of each image.
+
+Letters: B images, N patches, R pixels per side, P patch size, E encoder width, H heads, Dh = E/H,
+Q queries, D width of the text encoder.
+"""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+import data
+import vit
+from decoder import count_targets
+from layers import ParamSpec, dense_specs, dot_product_attention, layer_norm, linear, norm_specs
+from objectives import clip
+from objectives.contrastive import contrastive_loss, l2_normalize, logit_scale
+from runtime.errors import ConfigError
+
+NUM_QUERIES = 8        # Q: each can read another part of the image
+CACHE_BYTES = 4 << 30  # of the tokens of all training images, per process
+
+embed_texts, blind_loss = clip.embed_texts, clip.blind_loss
+
+
+# ------------------------------------------------------------------------------- parameters
+def param_specs(model: Any) -> dict:
+    """CLIP's text encoder, projection and temperature, and the attention pool."""
+    if model.image_pool == "mean":
+        return clip.param_specs(model)
+    E = model.encoder.width
+    pool = {"norm": norm_specs(E), "query": {"embedding": ParamSpec((NUM_QUERIES, E), 1.0)},
+            "memory": dense_specs(E, E, copies=2), "out": dense_specs(NUM_QUERIES * E, E)}
+    return clip.param_specs(model) | {"pool": pool}
+
+
+def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
+    enc, pool = model.encoder, 0.0
+    N, E = (resolution // enc.patch_size) ** 2, enc.width
+    if model.image_pool == "attention":
+        pool = 4 * N * E * E + NUM_QUERIES * (4 * N * E + 2 * E * E)
+    parts = clip.flops(model, resolution, text_len)
+    return parts | {"text": parts["text"] + pool}
+
+
+# ------------------------------------------------------------------------------------ model
+def attention_pool(tokens: jax.Array, w: dict, num_heads: int) -> jax.Array:
+    """tokens (B,N,E) to (B,E): what Q learned queries read from them, by multi-head attention."""
+    B, N, E = tokens.shape
+    memory = linear(layer_norm(tokens, w["norm"]), w["memory"])                    # (B,N,2E)
+    k, v = (a.reshape(B, N, num_heads, E // num_heads) for a in jnp.split(memory, 2, axis=-1))
+    q = w["query"]["embedding"].astype(k.dtype).reshape(1, NUM_QUERIES, num_heads, -1)
+    attended, _ = dot_product_attention(jnp.broadcast_to(q, (B, *q.shape[1:])), k, v, None)
+    return linear(attended.reshape(B, NUM_QUERIES * E), w["out"])
+
+
+def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
+    """images (B,R,R,3), or their tokens (B,N,E), to vectors (B,D) of length 1."""
+    encoder, tokens = jax.lax.stop_gradient(params["encoder"]), images
+    if images.ndim == 4:
+        tokens = vit.vit(encoder, images, model.encoder)["tokens"]
+    if model.image_pool == "attention":
+        pooled = attention_pool(tokens, params["pool"], model.encoder.num_heads)
+    else:
+        pooled = layer_norm(tokens.mean(1), encoder["norm"])
+    return l2_normalize(linear(pooled, params["pair"]["image"]))
+
+
+def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
+    image = embed_images(params, batch["images"], model)
+    text = embed_texts(params, batch["text"], model)
+    real = count_targets(batch["text"]) > 0
+    return contrastive_loss(image, text, real, logit_scale(params)).sum(), real.sum()
+
+
+# --------------------------------------------------------------------------- frozen features
+class FeatureLoader(data.Loader):
+    """A loader that gives the frozen encoder's tokens (N,E) in place of an image's pixels. Each
+    copy of an image is encoded alone and once, when a batch first needs it."""
+
+    def __init__(self, params: dict, model: Any, copies: int, *args: Any, **options: Any):
+        """params: the encoder's. copies: of each image; epoch e has number e mod copies. args,
+        options: those of data.Loader."""
+        super().__init__(*args, **options)
+        params = jax.device_put(params, jax.local_devices()[0])
+        encode = jax.jit(lambda params, images: vit.vit(params, images, model.encoder)["tokens"])
+        self.encode = lambda pixels: np.asarray(encode(params, pixels[None]))[0]
+        self.copies = copies
+        self.features: dict[tuple[int, int], np.ndarray] = {}
+
+    def decode(self, position: int, i: int, image: Image.Image, resolution: int) -> np.ndarray:
+        size = len(self.source)
+        copy = position // size % self.copies * size + i
+        if (resolution, copy) not in self.features:
+            pixels = super().decode(copy, i, image, resolution)  # as if at that position of the run
+            self.features[resolution, copy] = self.encode(pixels)
+        return self.features[resolution, copy]
+
+
+def training_loader(run: Any, params: dict) -> data.Loader:
+    """The run's loader, or one of features where they can be computed once. ConfigError if those of
+    --feature-copies do not fit."""
+    loader, enc, num_bytes = run.loader, run.model.encoder, 0
+    copies = run.cfg.feature_copies or int(not loader.is_random)
+    for stage in run.stages:
+        num_tokens = (stage.resolution // enc.patch_size) ** 2
+        num_bytes += copies * len(loader.source) * num_tokens * enc.width * 4
+    if run.cfg.feature_copies and num_bytes > CACHE_BYTES:
+        raise ConfigError(f"--feature-copies {copies} takes {num_bytes / 2**30:.1f} GiB, and "
+                          f"{CACHE_BYTES / 2**30:.0f} are the most: make it smaller, or 0")
+    if not copies or num_bytes > CACHE_BYTES:
+        return loader
+    return FeatureLoader(params["encoder"], run.model, copies, loader.source, loader.tokenizer,
+                         loader.max_text_len, loader.seed, loader.augment, run.cfg.workers,
+                         caption_field=run.cfg.caption_field)
+
+
+# -------------------------------------------------------------------------------- baseline
+def pixel_encoder(params: dict, cfg: vit.ViTConfig) -> dict:
+    """Encoder parameters (--init-encoder pixels) whose tokens are the pixels of the patches, plus
+    positions: the patch kernel copies, the blocks add nothing. Pixels are averaged in squares, the
+    smallest whose means fit in the width E."""
+    P, E = cfg.patch_size, cfg.width
+    side = next(side for side in range(1, P + 1) if P % side == 0 and 3 * (P // side)**2 <= E)
+    y, x, color = np.mgrid[:P, :P, :3].reshape(3, -1)
+    kernel = np.zeros((P * P * 3, E), np.float32)
+    column = (y // side * (P // side) + x // side) * 3 + color
+    kernel[np.arange(len(column)), column] = 1 / side**2
+    silent = {name: jax.tree.map(jnp.zeros_like, params["blocks"][name]) for name in ("out", "fc2")}
+    return params | {"patch": {"kernel": kernel}, "blocks": params["blocks"] | silent}
