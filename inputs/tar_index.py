@@ -75,7 +75,7 @@ def matching_paths(where: str, storage: Any = LOCAL) -> list[str]:
         if os.path.exists(pattern) or not glob.has_magic(pattern):  # a name may contain brackets
             paths.add(pattern)
         else:
-            paths.update(glob.glob(pattern))
+            paths.update(glob.glob(pattern, recursive=True))
     return sorted(path for path in paths if INDEX_SUFFIX not in path)
 
 
