@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 LAYER_NORM_EPS = 1e-6  # every layer norm of the released models
+CHUNKED_QUERIES = 512  # from so many on, attention is computed in chunks of queries
 
 
 # ---------------------------------------------------------------------------------- linear
@@ -129,12 +130,42 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array,
     attend. Returns the outputs (B,Q,H,Dh) and the attention weights (B,H,Q,S), fp32."""
     q = q * q.shape[-1] ** -0.5
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))                      # (B,H,Q or S,Dh)
+    C = query_chunk(q.shape[2])
+    if C == q.shape[2]:
+        outputs, attention_weights = attend(q, k, v, mask)
+        return outputs.swapaxes(1, 2), attention_weights
+
+    B, H, Q, Dh = q.shape
+    chunks = [q.reshape(B, H, Q // C, C, Dh)]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (1,) * (4 - mask.ndim) + (*mask.shape[:-2], Q, k.shape[2]))
+        chunks.append(mask.reshape(*mask.shape[:2], Q // C, C, -1))
+    chunks = [jnp.moveaxis(chunk, 2, 0) for chunk in chunks]             # (Q/C,B,H,C,...)
+
+    @jax.checkpoint
+    def attend_chunk(_: None, chunk: list) -> tuple:
+        return None, attend(chunk[0], k, v, *chunk[1:])
+    _, (outputs, attention_weights) = jax.lax.scan(attend_chunk, None, chunks)
+    outputs = jnp.moveaxis(outputs, 0, 2).reshape(B, H, Q, Dh)
+    return outputs.swapaxes(1, 2), jnp.moveaxis(attention_weights, 0, 2).reshape(B, H, Q, -1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array,
+           mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """q (B,H,Q,Dh), scaled, and k, v (B,H,S,Dh): outputs (B,H,Q,Dh) and weights (B,H,Q,S)."""
     scores = (q @ k.swapaxes(2, 3)).astype(jnp.float32)                  # (B,H,Q,S)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     attention_weights = jax.nn.softmax(scores, axis=-1)
-    outputs = attention_weights.astype(v.dtype) @ v                      # (B,H,Q,Dh)
-    return outputs.swapaxes(1, 2), attention_weights
+    return attention_weights.astype(v.dtype) @ v, attention_weights
+
+
+def query_chunk(Q: int) -> int:
+    """How many of Q queries attend at a time: all, or where their weights would take much memory
+    (448 px), a divisor of Q from 64 to 256. The result is the same; the backward pass computes the
+    weights of one chunk at a time."""
+    divisors = [C for C in range(64, 257) if Q % C == 0]
+    return divisors[-1] if Q >= CHUNKED_QUERIES and divisors else Q
 
 
 # ------------------------------------------------------------------------------ parameters

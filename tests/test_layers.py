@@ -48,7 +48,7 @@ def plain_attention(mask):
     return attend
 
 
-CAUSAL = np.tri(4, dtype=bool)
+CAUSAL, LONG_CAUSAL = np.tri(4, dtype=bool), np.tri(513, dtype=bool)
 CASES = {  # the layer, the same in plain JAX, and the shapes of its inputs
     "linear": (linear, plain_linear, [(2, 3, 4), (4, 5), (5,)]),
     "norm and linear": (norm_linear, plain_norm_linear, [(2, 3, 8), (8,), (8,), (8, 5), (5,)]),
@@ -57,6 +57,10 @@ CASES = {  # the layer, the same in plain JAX, and the shapes of its inputs
     "attention": (attention(None), plain_attention(None),
                   [(2, 3, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4)]),
     "causal attention": (attention(CAUSAL), plain_attention(CAUSAL), [(2, 4, 2, 8)] * 3),
+    "attention in chunks": (attention(None), plain_attention(None),
+                            [(1, 513, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4)]),
+    "causal attention in chunks": (attention(LONG_CAUSAL), plain_attention(LONG_CAUSAL),
+                                   [(1, 513, 1, 4)] * 3),
 }
 
 
@@ -79,6 +83,23 @@ def test_values_and_gradients_equal_plain_jax_in_double_precision(case):
         expected = values_and_grads(plain, [x.astype(np.float64) for x in inputs])
     for x, y in zip(computed, expected, strict=True):
         assert np.linalg.norm(x - y) < 1e-6 * np.linalg.norm(y)
+
+
+def test_attention_in_chunks_never_holds_all_weights():
+    B, Q, H = 2, 1024, 2
+
+    def compiled_bytes(first_chunked: int) -> int:
+        q = jax.ShapeDtypeStruct((B, Q, H, 8), jnp.float32)
+        original, layers.CHUNKED_QUERIES = layers.CHUNKED_QUERIES, first_chunked
+        try:
+            grad = jax.jit(jax.grad(lambda *args: attention(None)(*args)[0].sum(), (0, 1, 2)))
+            return grad.lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
+        finally:
+            layers.CHUNKED_QUERIES = original
+    weights_bytes = B * H * Q * Q * 4
+    assert layers.query_chunk(Q) == 256 and layers.query_chunk(729) == 243
+    assert layers.query_chunk(256) == 256 and layers.query_chunk(521) == 521  # small; a prime
+    assert compiled_bytes(Q) < weights_bytes < compiled_bytes(Q + 1)
 
 
 @pytest.mark.parametrize("case", CASES)
