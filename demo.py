@@ -34,7 +34,7 @@ from inputs import images, sources
 from interop.encoder import load_pixels
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.errors import BadSample, ConfigError, UserError, run_command
+from runtime.errors import BadSample, CommandParser, ConfigError, UserError, run_command
 from runtime.html_page import data_uri, source_hash
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "evaluation", "demo.html")
@@ -285,8 +285,8 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="demo.py", allow_abbrev=False,
-                                     description="Serve a page with the captions of trained runs.")
+    parser = CommandParser(prog="demo.py",
+                           description="Serve a page with the captions of trained runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     parser.add_argument("--port", type=int, default=8000,
                         help="0 for any that is free (default: 8000)")

@@ -19,7 +19,7 @@ from inputs import tokenizer
 from inputs.files import DEFAULT_OPTIONS, caption_weights, choose_first
 from inputs.images import decode_and_augment, silence_pillow
 from inputs.sources import draw_indices, open_source
-from runtime.errors import BadSample, ConfigError, DataError, run_command
+from runtime.errors import BadSample, CommandParser, ConfigError, DataError, run_command
 from runtime.plots import BLUE, GRAY, RED, Axes
 from runtime.tables import format_table
 
@@ -149,8 +149,8 @@ def report(source: Any, fields: list[str], options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m inputs.stats", allow_abbrev=False,
-                                     description="Figures of a data set, and stats.png.")
+    parser = CommandParser(prog="python -m inputs.stats",
+                           description="Figures of a data set, and stats.png.")
     parser.add_argument("data", help="as --data of train.py")
     parser.add_argument("--caption-field", default="txt", help="as of train.py; a,b for several")
     parser.add_argument("--image-field", default="image", help="as of train.py")
