@@ -131,7 +131,7 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array,
     q = q * q.shape[-1] ** -0.5
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))                      # (B,H,Q or S,Dh)
     C = query_chunk(q.shape[2])
-    if C == q.shape[2]:
+    if q.shape[2] == C:
         outputs, attention_weights = attend(q, k, v, mask)
         return outputs.swapaxes(1, 2), attention_weights
 
