@@ -189,9 +189,11 @@ class ParquetSource(TarSource):
         shard, row = self.locate(i)
         captions = self.captions_of(shard, field)
         text = self.read_sample(i, False)[1] if captions is None else captions[row]
+        if isinstance(text, str):
+            raise BadSample(text)
         return self.parse_caption(text, field)
 
-    def read_captions(self, shard: int, field: str) -> list[bytes] | None:
+    def read_captions(self, shard: int, field: str) -> list[bytes | str] | None:
         """The captions of a group, each as json. None if they are too large to be in memory."""
         group = self.group(shard)
         footer = self.footer(group.file)

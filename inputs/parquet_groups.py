@@ -92,10 +92,16 @@ def find_columns(metadata: Any, image: str, captions: list[str],
 
 
 def stored_bytes(metadata: Any, group: int, columns: list[Column]) -> int:
-    """Bytes that the columns of a row group take without compression."""
+    """Bytes that the columns of a row group take without compression; 0 if that is damaged."""
     leaves = {leaf for column in columns for leaf in column.leaves}
-    chunks = [metadata.row_group(group).column(n) for n in range(metadata.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in leaves)
+    total = 0
+    for n in range(metadata.num_columns):
+        try:
+            chunk = metadata.row_group(group).column(n)
+            total += chunk.total_uncompressed_size if chunk.path_in_schema in leaves else 0
+        except Exception:  # as in read_footer; to read the column gives the same error
+            return 0
+    return max(0, total)
 
 
 # ------------------------------------------------------------------------------------- rows
@@ -166,12 +172,12 @@ def caption_json(columns: list[Column], values: list[Any]) -> bytes:
 
 
 def read_captions(storage: Any, path: str, footer: Footer, group: int,
-                  columns: list[Column]) -> list[bytes]:
-    """The captions of each row as json, without images."""
+                  columns: list[Column]) -> list[bytes | str]:
+    """The captions of each row as json, without images; the reason for one that cannot be read."""
     captions = []
     count = int(footer.groups[group, 0])
     for row in salvaged_rows(storage, path, footer.metadata, group, columns, count):
-        captions.append(b"" if isinstance(row, str) else caption_json(columns, row))
+        captions.append(row if isinstance(row, str) else caption_json(columns, row))
     return captions
 
 

@@ -1,5 +1,7 @@
 """Parquet: the same samples as in tars, row groups of any size in bounded memory, a cache that can
 be deleted at any time, and broken files and rows that cost no good sample."""
+import contextlib
+import io
 import itertools
 import os
 import subprocess
@@ -9,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
 
 from data import Loader, vocab_captions
 from inputs import parquet, parquet_groups, tars
-from inputs.files import ReadOptions
+from inputs.files import ReadOptions, choose_first
 from inputs.sources import open_source, train_val_split
-from runtime.errors import DataError
+from runtime.errors import BadSample, DataError
 from tests.helpers.paths import ROOT, python
+from tests.helpers.properties import FEW, file, mutated
 from tests.helpers.samples import TOK, TRAINING, encoded, members, photo, put, reader, sample
 
 
@@ -306,6 +310,32 @@ def test_a_broken_file_is_counted_and_alone_refused(tmp_path, kind):
     with pytest.raises(DataError, match=reason) as problem:
         open_source(str(tmp_path / "1.parquet"), "caption")
     assert "\n" not in str(problem.value)
+
+
+def small_file():
+    file = io.BytesIO()
+    rows = [{"image": sample(i)["jpg"], "caption": [f"a cat {i}"]} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
+    return file.getvalue()
+
+
+SMALL = small_file()
+FOOTER = len(SMALL) - 8 - int.from_bytes(SMALL[-8:-4], "little")
+
+
+@FEW
+@given(mutated(SMALL) | mutated(SMALL, FOOTER))
+def test_any_bytes_as_a_parquet_file(content):
+    """Only documented errors, of one line."""
+    with file(content, ".parquet") as path:
+        options = ReadOptions(cache_dir=os.path.join(os.path.dirname(path), "cache"))
+        try:
+            source = open_source(path, "caption", options=options)
+            for i in range(min(len(source), 99)):
+                with contextlib.suppress(BadSample):
+                    source.sample(i, [""], choose_first)
+        except DataError as problem:
+            assert "\n" not in str(problem)
 
 
 REFUSED = [
