@@ -7,6 +7,7 @@ is a DataError, which ends the run: no sample is lost in silence, and the run ca
 What was read is kept in the disk cache. Its key includes the file's version. An object that is
 replaced during a run is noticed, because its version is compared after each request.
 """
+import contextlib
 import functools
 import glob
 import importlib
@@ -20,12 +21,13 @@ from typing import Any, BinaryIO
 
 from inputs import http_ranges
 from inputs.disk_cache import DiskCache
-from inputs.files import ReadOptions
+from inputs.files import ReadOptions, read_span
 from inputs.http_ranges import Info, Passing, Refused
 from runtime.errors import DataError, MissingExtra
 
 WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds before each repetition: seven attempts in all
 REQUEST_SECONDS = 60           # of one attempt
+COPY_BYTES = 2 << 30           # of a small set, whose runs would be short
 PIECE_BYTES = 8 << 20          # of a request, when a complete file is copied
 NUM_THREADS = 16               # requests at once
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
@@ -162,6 +164,11 @@ class RemoteStorage:
         self.disk = DiskCache(options.cache_dir, int(options.cache_gb * 1e9))
         self.info = functools.cache(file_info)  # of the start: a change is an error
         self.pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="remote")
+        self.copies_all = False  # of a small set, complete files are copied
+
+    def expect(self, total_bytes: int) -> None:
+        """How large all files are together, before they are read."""
+        self.copies_all = total_bytes <= min(COPY_BYTES, self.disk.limit // 2)
 
     def matching_paths(self, patterns: list[str]) -> list[str]:
         return matching_urls(patterns)
@@ -177,15 +184,12 @@ class RemoteStorage:
     def read_span(self, url: str, begin: int, end: int) -> bytes:
         """As files.read_span: from a local copy, from the cache, or from the server."""
         end = min(end, self.info(url).size)
-        complete = self.disk.find(self.key(url))
-        if complete:
-            try:
-                with open(complete, "rb") as file:
-                    data = os.pread(file.fileno(), end - begin, begin)
+        path = self.local_copy(url) if self.copies_all else self.disk.find(self.key(url))
+        if path:
+            with contextlib.suppress(FileNotFoundError):  # deleted to make room
+                data = read_span(path, begin, end)
                 if len(data) == end - begin:
                     return data
-            except OSError:
-                pass  # deleted to make room
         return self.cached_span(url, begin, end)
 
     def cached_span(self, url: str, begin: int, end: int) -> bytes:

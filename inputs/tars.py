@@ -68,7 +68,10 @@ class TarSource(FileSource):
         self.starts = np.cumsum([0, *pairs[:, 0]])
         self.crcs = np.array([index.meta["crc"] for index in indexes], np.uint32)
         self.crc = zlib.crc32(self.crcs)
-        self.plan_reads(sum(index.meta["size"] for index in indexes))
+        total_bytes = sum(index.meta["size"] for index in indexes)
+        if self.storage.is_remote:
+            self.storage.expect(total_bytes)
+        self.plan_reads(total_bytes)
         self.validate(pairs.sum(0).tolist())
 
     def index_tars(self, paths: list[str]) -> list[TarIndex | OSError | ValueError]:

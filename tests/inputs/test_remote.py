@@ -82,6 +82,13 @@ def test_local_files_web_servers_and_buckets_give_the_same_batches(server, kind)
         assert_same(batches(source), expected)
 
 
+def test_the_tars_of_a_small_set_are_copied(server):
+    tar_index.index_tars([f"{server.folder}/{n:05}.tar" for n in range(4)])
+    batches(open_source(f"{server.url}/{TARS}"))
+    sizes = [end - begin for path, begin, end in server.requests if path.endswith(".tar")]
+    assert len(sizes) == 8  # what it is, and one piece
+
+
 def test_a_second_start_reads_from_the_cache_alone(server):
     where = f"{server.url}/{TARS}?token=1"
     first = batches(open_source(where))
@@ -103,6 +110,7 @@ def test_indexes_beside_the_tars_are_used(server, beside):
 
 
 def test_a_large_set_is_fetched_in_runs_and_each_byte_once(server, monkeypatch):
+    monkeypatch.setattr(remote, "COPY_BYTES", 0)
     monkeypatch.setattr(tars, "MAX_SHUFFLE_BYTES", 1 << 16)
     monkeypatch.setattr(tars, "NUM_LANES", 1)
     tar_index.index_tars([f"{server.folder}/{n:05}.tar" for n in range(4)])
@@ -128,8 +136,10 @@ def test_damaged_and_vanishing_cache_files_are_made_again(server):
     where = f"{server.url}/{TARS}"
     tar_index.index_tars([f"{server.folder}/{n:05}.tar" for n in range(4)])
     expected = batches(open_source(where))
-    for damage in (lambda path: os.truncate(path, 60), os.remove,
-                   lambda path: open(path, "r+b").write(b"noise" * 9)):
+    def overwrite(path):
+        with open(path, "r+b") as file:
+            file.write(b"noise" * 9)
+    for damage in (lambda path: os.truncate(path, 60), os.remove, overwrite):
         source = open_source(where)
         for _, _, path in source.storage.disk.entries():
             damage(path)
