@@ -63,7 +63,7 @@ class DiskCache:
                 try:
                     size = self.write(path, make)
                 except OSError as problem:
-                    self.explain(problem, path)
+                    self.explain(problem)
                     raise
                 self.delete_oldest(size, path)
         with self.lock:
@@ -93,14 +93,14 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 os.remove(part)
 
-    def explain(self, problem: OSError, path: str) -> None:
+    def explain(self, problem: OSError) -> None:
         """DataError if the problem is one of the cache, and not of what is read."""
         name = os.fspath(problem.filename or "")
         if problem.errno in DISK_FULL:
             raise DataError(f"the disk of the cache {self.folder} is full: make room, or name "
                             "another folder with --cache-dir or a limit below "
                             f"{self.limit / 1e9:g} with --cache-gb") from None
-        if name and path.startswith(name.partition(".part")[0][:len(self.folder)]):
+        if name.startswith(self.folder):
             raise DataError(f"the cache {self.folder} cannot be written to ({problem.strerror}): "
                             "name another folder with --cache-dir") from None
 

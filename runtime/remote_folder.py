@@ -64,9 +64,11 @@ class RemoteFolder(FolderLock):
         return remote.with_retries(self.url, attempt, "used as --workdir")
 
     def names(self) -> list[str]:
-        """The objects in the folder."""
+        """The objects in the folder, without those in folders below it."""
         found = self.call("find", self.url)
-        return sorted(os.path.basename(path) for path in found)
+        top = self.url.partition("://")[2]
+        return sorted(os.path.basename(path) for path in found
+                      if os.path.dirname(path).endswith(top))
 
     def upload(self, name: str) -> None:
         path, target = os.path.join(self.folder, name), f"{self.url}/{name}"

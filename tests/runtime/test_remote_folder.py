@@ -98,6 +98,8 @@ def test_deleted_checkpoints_go_and_milestones_of_before_stay(bucket):
     assert not os.path.exists(bucket / LOCK_NAME)
     (bucket / "step-00000001.npz").write_bytes((bucket / "step-00000004.npz").read_bytes())
     (bucket / "step-00000009.npz.part").write_text("half")
+    (bucket / "other").mkdir()
+    (bucket / "other" / "step-00000099.npz").write_text("of another run")
     again = open_folder(bucket, "b")
     again.acquire()
     assert [step for step, _ in checkpoint.steps(again.folder)] == [4, 6]  # 1 is not copied
