@@ -8,6 +8,7 @@
                                                   GiB per TPU chip, without a TPU (Table 4)
     python bench.py data                          images per second that one core decodes
     python bench.py ablate                        the paper's ablations on the toy (Tables 5 to 7)
+    python bench.py gpu-report --json FILE        all measurements of a GPU, by one command
 
 The first four take the name of a recipe (python train.py -h) and flags that change it. Each command
 prints a table; --json FILE also stores it.
@@ -15,12 +16,13 @@ prints a table; --json FILE also stores it.
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
 import config
 import decoder
-from benchmarks import ablations, loader, step_time, tpu_memory
+from benchmarks import ablations, gpu_report, loader, step_time, tpu_memory
 from config import RECIPES, Config
 from objectives import registry
 from runtime import checkpoint
@@ -129,6 +131,10 @@ def ablate(args: argparse.Namespace) -> list[dict]:
                           step_time.measure_costs)
 
 
+def gpu_report_rows(args: argparse.Namespace) -> list[dict]:
+    return gpu_report.rows(args.cells, args.dtype, args.compare, args.repeats, args.toy_flags)
+
+
 # ----------------------------------------------------------------------------- command line
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -149,10 +155,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="bench.py", description=__doc__.split("\n\n")[0],
                            epilog="Each command has its own -h.")
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="{step,clipa,flops,memory,data,ablate}")
+                                     metavar="{step,clipa,flops,memory,data,ablate,gpu-report}")
 
-    def command(function: Callable, text: str) -> CommandParser:
-        sub = commands.add_parser(function.__name__, help=text,
+    def command(function: Callable, text: str, name: str = "") -> CommandParser:
+        sub = commands.add_parser(name or function.__name__, help=text,
                                   description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(function=function)
         sub.add_argument("--json", metavar="FILE", help="also write the table to this file, with "
@@ -220,6 +226,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
                      help="where the runs are kept (default: runs/ablate)")
     sub.add_argument("--show", action="store_true",
                      help="print the tables of results/ablations.json, without a run")
+    sub = command(gpu_report_rows, "all measurements of a GPU: steps in bf16 against "
+                  "torch.compile, and the toy; each in a process of its own", "gpu-report")
+    sub.add_argument("--cells", nargs="+", default=list(gpu_report.CELLS),
+                     metavar="RECIPE:RESOLUTION:BATCH",
+                     help=f"steps to time (default: {' '.join(gpu_report.CELLS)})")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    sub.add_argument("--compare", choices=("torch", "torch-compile"), default="torch-compile")
+    sub.add_argument("--repeats", type=positive, default=20, help="timed steps (default: 20)")
+    sub.add_argument("--toy-flags", type=shlex.split, default=[], metavar="FLAGS",
+                     help="flags of the toy's training, in one word: --toy-flags='--seed 1'")
     config.refuse_old_flags(parser, argv, OLD_FLAGS)
     args = parser.parse_args(argv)
     unknown = set(vars(args).get("tables", ())) - set(ablations.TABLES)
