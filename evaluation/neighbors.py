@@ -8,16 +8,16 @@ import numpy as np
 from evaluation.tasks import Tasks, import_module, progress
 
 NUM_NEIGHBORS = (1, 3, 5, 10, 20)  # k to choose from
-TEMPERATURE = 0.07                 # a vote counts exp(cosine / TEMPERATURE)
+TEMPERATURE = 0.07                 # the weight of a vote is exp(cosine / TEMPERATURE)
 
 
 def nearest_neighbors(train: np.ndarray, test: np.ndarray, tasks: Tasks,
                       seed: int = 0) -> np.ndarray:
-    """Predictions (m,T) from features (n,D) and (m,D). A task's k is the one that classifies
-    500 training images best by the other training images. One-shot tasks have k = 1."""
+    """Predictions (m,T) from features (n,D) and (m,D). Each task has its own k: the one with the
+    best leave-one-out accuracy on 500 training images. One-shot tasks have k = 1."""
     train, test = l2_normalize(train), l2_normalize(test)
-    count = min(500, len(train))
-    drawn = np.random.default_rng((seed, 7)).choice(len(train), count, replace=False)
+    num_queries = min(500, len(train))
+    drawn = np.random.default_rng((seed, 7)).choice(len(train), num_queries, replace=False)
     predictions = np.zeros(tasks.test.shape, np.int32)
     for t in progress(range(len(tasks.names)), "nearest neighbors"):
         classes, num_classes = tasks.train[:, t], tasks.num_classes[t]
@@ -26,7 +26,7 @@ def nearest_neighbors(train: np.ndarray, test: np.ndarray, tasks: Tasks,
         k = 1
         if not tasks.one_shot[t] and len(queries):
             cosines, rows = search(train[labeled], train[queries])
-            cosines, rows = cosines[:, 1:], rows[:, 1:]  # the first is the image itself
+            cosines, rows = cosines[:, 1:], rows[:, 1:]  # without the query itself, the nearest
             neighbor_classes = classes[labeled][rows]
             accuracies = []
             for candidate in NUM_NEIGHBORS:
@@ -40,10 +40,11 @@ def nearest_neighbors(train: np.ndarray, test: np.ndarray, tasks: Tasks,
 
 def search(train: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(cosines, rows of train) of each query's K neighbors, nearest first: (q,K) each. All vectors
-    have length 1. K is the largest k plus 1, for a query that finds itself, and at most n."""
+    have length 1. K is the largest k plus 1, because a training image finds itself, and at most
+    n."""
     module = import_module("sklearn.neighbors")
-    count = min(max(NUM_NEIGHBORS) + 1, len(train))
-    index = module.NearestNeighbors(n_neighbors=count, algorithm="brute").fit(train)
+    num_searched = min(max(NUM_NEIGHBORS) + 1, len(train))
+    index = module.NearestNeighbors(n_neighbors=num_searched, algorithm="brute").fit(train)
     distances, rows = index.kneighbors(queries)
     return 1 - np.square(distances) / 2, rows  # the cosines of vectors of length 1
 
@@ -62,6 +63,6 @@ def l2_normalize(x: np.ndarray) -> np.ndarray:
 
 def nearest_image(train: np.ndarray, test: np.ndarray, tasks: Tasks) -> np.ndarray:
     """The classes (m,T) of the one nearest training image by Euclidean distance."""
-    # Squared distances without the squared length of the test vector, which changes no argmin.
+    # Without the squared length of the test vector, which is the same for all training images.
     distances = np.square(train).sum(1) - 2 * test @ train.T
     return tasks.train[distances.argmin(1)]

@@ -35,7 +35,7 @@ from runtime.errors import CheckpointError, ConfigError
 
 LOCK_NAME = "train.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-# What checkpoint.atomic_write leaves of a save that was killed. The next start deletes it.
+# What a killed checkpoint.atomic_write leaves. The next start deletes it.
 LEFT_OVER = re.compile(r"(step-\d{8,}\.npz|encoder\.npz|metrics\.jsonl|bad-samples\.txt"
                        r"|(config|summary|samples|environment)\.json|report\.html)\.part")
 
@@ -54,7 +54,7 @@ class FolderLock:
         self.made_folder = False
 
     def acquire(self) -> None:
-        """Makes the folder if it is missing, and locks it. Raises Locked if another process holds
+        """Creates the folder if it is missing, and locks it. Raises Locked if another process holds
         the lock, OSError if nothing can be written."""
         self.made_folder = not os.path.exists(self.folder)
         os.makedirs(self.folder, exist_ok=True)
@@ -86,7 +86,7 @@ class FolderLock:
                   file=sys.stderr)
 
     def has_name(self, file: TextIO) -> bool:
-        """Whether the path still names this file: the former holder may have deleted it."""
+        """Whether the file is still at the lock's path: its former holder may have deleted it."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         except FileNotFoundError:
@@ -96,7 +96,7 @@ class FolderLock:
         """Nothing to do on this machine; see remote_folder.RemoteFolder."""
 
     def close(self) -> None:
-        """Unlocks. Deletes the file, and the folder if acquire() made it and it is empty."""
+        """Unlocks. Deletes the file, and the folder if acquire() created it and it is empty."""
         if self.file is None:
             return
         try:
@@ -140,7 +140,7 @@ class Run:
             if fingerprint != self.fingerprints[name]:
                 raise ConfigError(f"the {name} here is {self.fingerprints[name]}, and in process 0 "
                                   f"{fingerprint}: all processes must read the same files")
-        self.arrays: dict[str, np.ndarray] = {}   # the checkpoint's, until on the devices
+        self.arrays: dict[str, np.ndarray] = {}   # of the checkpoint, until on the devices
         self.state = new_state() | parallel.broadcast_from_main(self.load_checkpoint)
         self.start_time = time.time() - self.state["seconds"]  # as if the run had never paused
         self.tokenizer = self.open_tokenizer()
@@ -163,7 +163,7 @@ class Run:
     def path(self, name: str) -> str:
         return os.path.join(self.cfg.workdir, name)
 
-    def elapsed(self) -> float:  # seconds of the run, pauses left out
+    def elapsed(self) -> float:  # seconds of the run, without pauses
         return time.time() - self.start_time
 
     def prepare_folder(self) -> None:
@@ -180,7 +180,7 @@ class Run:
                 file.write(b"x")
         except OSError as problem:
             raise ConfigError(f"--workdir {folder} cannot be written to ({problem.strerror}): name "
-                              "a folder of yours") from None
+                              "a folder that you can write to") from None
 
     # ---- data
     def report_skipped_samples(self) -> None:
@@ -212,7 +212,7 @@ class Run:
         def requests() -> Iterator[tuple[range, int]]:
             for step in range(self.step, stage.end):
                 first = stage.first_image + (step - stage.start) * stage.batch
-                # Every n-th position: so each process has lanes of its own (LaneShuffle).
+                # Every n-th position, so that each process has its own lanes (LaneShuffle).
                 positions = range(first + jax.process_index(), first + stage.batch,
                                   self.parallel.num_processes)
                 yield positions, stage.resolution
@@ -221,7 +221,7 @@ class Run:
     # ---- checkpoints
     def load_checkpoint(self) -> dict[str, Any]:
         """The state in the newest checkpoint, whose arrays are then in `self.arrays`; {} for a new
-        run. ConfigError where settings or data differ, CheckpointError where shapes do."""
+        run. ConfigError if settings or data differ, CheckpointError if shapes differ."""
         newest = checkpoint.latest(self.cfg.workdir, self.check_resumable)
         if newest is None:
             return {}
@@ -252,7 +252,7 @@ class Run:
         checkpoint.check_shapes(shapes, target, path, "params")
 
     def restore(self, target: Any, prefix: str) -> Any:
-        """The checkpoint's parameters or optimizer state, in every process: the first one reads."""
+        """The checkpoint's parameters or optimizer state, in every process; the first one reads."""
         if self.parallel.is_main:
             tree = checkpoint.restore(self.arrays, target, self.cfg.workdir, prefix)
         else:
