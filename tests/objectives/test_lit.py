@@ -1,0 +1,67 @@
+"""LiT: the features of an image are computed once, and the optimizer leaves the encoder alone."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit
+from config import RECIPES
+from inputs import sources
+from inputs.images import Augment
+from objectives import lit
+from runtime.curriculum import make_optimizer, parse_stages
+from tests.helpers.samples import TOK, members, reader, spill
+from tests.objectives.small import ENC, make_model, make_params
+
+MODEL = make_model("lit")
+CROP = Augment(min_crop_area=0.5)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return sources.open_source(spill(tmp_path_factory.mktemp("images"), members(6)))
+
+
+def feature_loader(source, copies: int, augment: Augment | None) -> lit.FeatureLoader:
+    params = make_params(MODEL)["encoder"]
+    return lit.FeatureLoader(params, MODEL, copies, source, TOK, 12, 0, augment, 1)
+
+
+def test_a_batch_holds_the_encoders_tokens_and_each_image_is_encoded_once(source):
+    loader, plain = feature_loader(source, 1, None), reader(source, augment=None)
+    encode, calls = loader.encode, []
+    loader.encode = lambda pixels: (calls.append(1), encode(pixels))[1]
+    first, second = loader.batch(range(6), 16), loader.batch(range(6, 12), 16)
+    pixels = plain.batch(range(6), 16)
+    tokens = vit.vit(make_params(MODEL)["encoder"], pixels["images"], ENC)["tokens"]
+    np.testing.assert_allclose(first["images"], tokens, atol=1e-4)
+    assert (first["images"] == second["images"]).all() and len(calls) == 6
+    assert (first["text"] == pixels["text"]).all()
+
+
+def test_copies_of_an_image_come_in_turn(source):
+    """With two augmented copies, the third epoch is the first one again."""
+    loader = feature_loader(source, 2, CROP)
+    of_epoch = []
+    for epoch in range(3):
+        batch = loader.batch(range(6 * epoch, 6 * epoch + 6), 16)
+        of_epoch.append(batch["images"][np.argsort(batch["source_index"])])
+    assert (of_epoch[0] == of_epoch[2]).all() and len(loader.features) == 12
+    assert np.abs(of_epoch[0] - of_epoch[1]).max(axis=(1, 2)).min() > 1e-3
+
+
+def test_the_optimizer_has_no_state_for_the_encoder_and_does_not_change_it():
+    cfg = dataclasses.replace(RECIPES["toy"], objective="lit")
+    optimizer = make_optimizer(cfg, parse_stages("resolution=16 steps=9 batch=8 lr=1")[0])
+    params = make_params(MODEL)
+    state = optimizer.init(params)
+    sizes = sum(x.size for x in jax.tree.leaves(state)) / 2
+    trained = {part: tree for part, tree in params.items() if part != "encoder"}
+    assert abs(sizes - sum(x.size for x in jax.tree.leaves(trained))) <= 2  # and step counters
+    grads = jax.tree.map(jnp.ones_like, trained)
+    grads["encoder"] = jax.tree.map(jnp.zeros_like, params["encoder"])
+    updates, _ = optimizer.update(grads, state, params)
+    assert not any(np.asarray(u).any() for u in jax.tree.leaves(updates["encoder"]))
+    assert all(np.asarray(u).any() for u in jax.tree.leaves(updates["text"]))
