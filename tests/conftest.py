@@ -1,8 +1,31 @@
-"""One folder of compiled programs for all tests, workers of pytest-xdist, and subprocesses."""
+"""How the tests compile: each program once for all tests, xdist workers and subprocesses of a
+session. Nothing is kept for the next one.
+
+With QUICK_COMPILE=1 in the environment, XLA's optimizations are off, and most programs compile in a
+fifth of the time. Tests that are about the compiler's results ask for what users get: with
+`optimized` (helpers/compiling.py), and all of tests/parity."""
 import os
 
 import jax
 import pytest
+
+from tests.helpers.compiling import QUICK_FLAGS
+
+OPTIMIZED = ("parity",)  # folders of tests that compile as users do
+SLOWEST = ("test_survive.py", "test_train.py", "test_hosts.py", "test_loop.py", "test_vqa.py",
+           "test_objectives.py", "test_command.py", "test_numerics.py", "test_losses.py")
+
+
+def pytest_configure(config):
+    """Before JAX starts, in every worker too."""
+    quick = os.environ.get("QUICK_COMPILE") == "1"
+    if quick and not any(folder in arg for arg in config.args for folder in OPTIMIZED):
+        os.environ["XLA_FLAGS"] = QUICK_FLAGS
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that no worker has one left at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,6 +37,7 @@ def cache(tmp_path_factory) -> dict[str, str]:
     folder = base / "compiled"
     folder.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder),
-                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return dict(os.environ)

@@ -14,6 +14,7 @@ import train
 from config import RECIPES
 from runtime import checkpoint
 from runtime.errors import run_command
+from tests.helpers.compiling import several_devices
 from tests.helpers.samples import members, photo, put, spill
 
 TINY = "resolution=16 steps=1 batch=8 lr=1e-3"
@@ -201,18 +202,17 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     spill(tmp_path / "broken", files)
     photo().save(tmp_path / "photo.png")
     twelve = TINY.replace("batch=8", "batch=12")
-    eight_devices = "--xla_force_host_platform_device_count=8"
-    commands = [  # arguments, XLA_FLAGS, status, message
-        (["--stages", twelve], eight_devices, 1, "batch 12 of stage 1 cannot be shared by 8"),
-        (["--stages", TINY, "--data", "broken"], "", 1, "not one usable sample in the data"),
-        (["--data", "photo.png"], "", 1, "photo.png is no data"),
-        (["--flavor", "sweet"], "", 2, "unknown flag --flavor"),
+    commands = [  # arguments, CPU devices, status, message
+        (["--stages", twelve], 8, 1, "batch 12 of stage 1 cannot be shared by 8"),
+        (["--stages", TINY, "--data", "broken"], 1, 1, "not one usable sample in the data"),
+        (["--data", "photo.png"], 1, 1, "photo.png is no data"),
+        (["--flavor", "sweet"], 1, 2, "unknown flag --flavor"),
     ]
 
     def run(command):
-        argv, xla_flags, _, _ = command
+        argv, num_devices, _, _ = command
         argv = [*argv, "--workdir", f"run-{commands.index(command)}"]  # one process per folder
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+        env = several_devices(num_devices) | {"JAX_PLATFORMS": "cpu"}
         script = os.path.abspath(train.__file__)
         return subprocess.run([sys.executable, script, *argv], cwd=tmp_path, env=env,
                               capture_output=True, text=True, timeout=120)

@@ -20,6 +20,7 @@ from config import RECIPES, Config
 from inputs import images, tokenizer
 from objectives import registry
 from runtime import checkpoint, curriculum
+from tests.helpers.runs import SMALL_RUN, STAGE
 
 PAPER = ("ti16", "s16", "b16", "l14", "so400m14", "h14", "g14")
 EPOCH = 1_281_167
@@ -90,10 +91,14 @@ def test_only_kernels_decay():
     cfg = small()
     stage = curriculum.parse_stages(cfg.stages)[0]
     at_peak = dataclasses.replace(stage, warmup=0)
-    params = jax.tree.map(jnp.ones_like, registry.init_params(cfg, registry.model_spec(cfg)))
+    shapes = jax.eval_shape(lambda: registry.init_params(cfg, registry.model_spec(cfg)))
     optimizer = train.make_optimizer(cfg, at_peak)
-    no_gradient = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+
+    @jax.jit
+    def update(params):
+        no_gradient = jax.tree.map(jnp.zeros_like, params)
+        return optimizer.update(no_gradient, optimizer.init(params), params)[0]
+    updates = update(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes))
     decayed = {name for name, u in checkpoint.flatten(updates).items() if np.asarray(u).any()}
     expected = {"encoder/patch/kernel", "decoder/project/kernel", "decoder/head/kernel"}
     for layer in ("qkv", "out", "fc1", "fc2"):
@@ -201,8 +206,7 @@ def test_other_objectives_start_with_the_released_scales_too(objective):
 def test_a_checkpoint_without_init_scale_has_xavier(tmp_path, capsys):
     """It is older than that setting. Such a run cannot continue with another one."""
     folder = str(tmp_path / "run")
-    argv = ["--encoder", "micro/8", "--stages", "resolution=16 steps=1 batch=8 lr=1e-3",
-            "--val-samples", "4", "--workdir", folder]
+    argv = [*SMALL_RUN, "--stages", STAGE, "--workdir", folder]
     assert train.main(argv) == 0
     [(_, path)] = checkpoint.steps(folder)
     arrays, meta = checkpoint.load(path)

@@ -22,18 +22,17 @@ from runtime import checkpoint, curriculum
 from runtime.devices import DataParallel
 from runtime.run_folder import Run
 from runtime.validation import ValidationSet
+from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import arrays, assert_equal_runs, rows, start_training
+from tests.helpers.runs import SMALL_RUN, arrays, assert_equal_runs, rows, start_training
 
-STAGES = ("resolution=16 steps=6 batch=8 lr=1e-3 warmup=1, "
-          "resolution=24 steps=5 batch=8 lr=1e-3 warmup=1")
-FLAGS = ["--encoder", "micro/8", "--stages", STAGES, "--val-samples", "20", "--log-every", "2",
-         "--eval-every", "4", "--save-every", "3", "--workers", "2"]
+FLAGS = [*SMALL_RUN, "--log-every", "4", "--eval-every", "8", "--save-every", "6",
+         "--workers", "2"]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache):
-    """A run of 11 steps, in a process of its own: in this one JAX has started, with other devices
+    """A run of 24 steps, in a process of its own: in this one JAX has started, with other devices
     than a run would have."""
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
     process = start_training(cache, *FLAGS, "--workdir", str(folder))
@@ -46,13 +45,13 @@ def test_run_leaves_its_files_and_its_summary(uninterrupted):
     names = set(os.listdir(uninterrupted))
     assert {"config.json", "vocab.txt", "metrics.jsonl", "curve.png", "samples.png", "summary.json",
             "report.html", "samples.json", "environment.json",
-            "encoder.npz", "step-00000011.npz"} <= names
+            "encoder.npz", "step-00000024.npz"} <= names
     assert not [name for name in names if name.endswith((".part", ".new"))]
     summary = json.load(open(uninterrupted / "summary.json"))
     assert {"val_loss", "val_loss_blind", "seconds", "images_per_second", "object_accuracy",
             "exact_match", "word_accuracy", "shape_accuracy", "size_accuracy",
             "place_accuracy"} <= summary.keys()
-    assert summary["images_seen"] == 11 * 8 and summary["num_val_images"] == 20
+    assert summary["images_seen"] == 24 * 8 and summary["num_val_images"] == 16
     assert 0 < summary["val_loss_blind"] < 2 and summary["parameters"] > 500_000
     for name in ("curve.png", "samples.png"):
         assert min(Image.open(uninterrupted / name).size) > 300
@@ -62,8 +61,8 @@ def test_metrics_have_rows_of_both_stages(uninterrupted):
     metrics = rows(uninterrupted)
     steps = [row for row in metrics if "loss" in row]
     assert [(row["step"], row["stage"], row["images"]) for row in steps] == [
-        (2, 1, 16), (4, 1, 32), (6, 1, 48), (8, 2, 64), (10, 2, 80), (11, 2, 88)]
-    assert [row["step"] for row in metrics if "val_loss" in row] == [4, 6, 8, 11]
+        (4, 1, 32), (8, 1, 64), (12, 1, 96), (16, 2, 128), (20, 2, 160), (24, 2, 192)]
+    assert [row["step"] for row in metrics if "val_loss" in row] == [8, 12, 16, 24]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in steps)
 
 
@@ -71,7 +70,7 @@ def test_new_stage_keeps_parameters_and_starts_a_new_optimizer(uninterrupted):
     saved = arrays(uninterrupted)
     counts = [int(value) for name, value in saved.items()
               if name.startswith("opt/") and name.endswith("count")]
-    assert counts and set(counts) == {5}  # steps of the second stage only
+    assert counts and set(counts) == {12}  # steps of the second stage only
     assert any(name.startswith("params/decoder/") for name in saved)
 
 
@@ -89,7 +88,7 @@ def test_checkpoint_says_its_encoder_and_resolution(uninterrupted):
     encoder = checkpoint.read_header(str(uninterrupted / "encoder.npz"))[1]["encoder"]
     for step, path in checkpoint.steps(str(uninterrupted)):
         _, meta = checkpoint.read_header(path)
-        assert meta["encoder"] == encoder and meta["resolution"] == (16 if step <= 6 else 24)
+        assert meta["encoder"] == encoder and meta["resolution"] == (16 if step <= 12 else 24)
 
 
 def test_finished_run_is_left_alone(uninterrupted, capsys):
@@ -147,7 +146,7 @@ from inputs import images, sources
 from objectives import registry
 from runtime.devices import DataParallel
 
-cfg = dataclasses.replace(config.RECIPES["toy"], encoder="micro/8")
+cfg = dataclasses.replace(config.RECIPES["toy"], encoder="micro/8", scan_unroll=1)
 source = sources.SceneSource(0, "train")
 loader = data.Loader(source, data.open_tokenizer(cfg, source), 28, 0, images.Augment(1.0), 2)
 model = registry.model_spec(cfg)
@@ -173,10 +172,9 @@ np.savez(sys.argv[1], **results)
 def test_devices_and_gradient_accumulation_change_no_number(tmp_path, cache):
     """1 device, 8 simulated devices, 4 pieces, 2 devices x 4 pieces: one loss curve, and the same
     gradient in every leaf."""
-    flags = "--xla_force_host_platform_device_count=8"
     path = str(tmp_path / "results.npz")
     result = subprocess.run([sys.executable, "-c", DEVICES, path], cwd=ROOT, capture_output=True,
-                            env=cache | {"XLA_FLAGS": flags, "PYTHONPATH": ROOT}, text=True)
+                            env=several_devices(8, cache) | {"PYTHONPATH": ROOT}, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     results = np.load(path)
     keys = [key.removeprefix("one ") for key in results.files if key.startswith("one ")]
@@ -211,7 +209,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     command = [*FLAGS, "--stages", "resolution=16 steps=40 batch=8 lr=1e30 warmup=0", "--grad-clip",
-               "0", "--val-samples", "8", "--workdir", str(tmp_path / "run")]
+               "0", "--workdir", str(tmp_path / "run")]
     assert train.main(command) == 1
     errors = capsys.readouterr().err
     assert "no longer finite" in errors and "lower lr" in errors and "Traceback" not in errors
@@ -229,7 +227,8 @@ def test_dry_run_describes_every_recipe(recipe, capsys):
 
 
 def test_shuffled_loss_gives_every_image_the_caption_of_another(tmp_path, monkeypatch):
-    cfg = config.parse_args([*FLAGS, "--workdir", str(tmp_path / "run")])[0]
+    flags = [*FLAGS, "--val-samples", "20", "--workdir", str(tmp_path / "run")]
+    cfg = config.parse_args(flags)[0]
     run = Run(cfg, DataParallel())
     validation_set = ValidationSet(cfg, run.val_loader, 16, 8, run.model, run.parallel,
                                    train.openvision2_loss)

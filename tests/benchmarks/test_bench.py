@@ -15,6 +15,7 @@ from config import Config
 from objectives import registry
 from runtime import devices
 from runtime.tables import format_table
+from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT
 
 SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=512, max_text_len=24, keep_ratio=0.5,
@@ -103,7 +104,7 @@ def test_step_table(tmp_path, capsys):
 
 def test_zero1_divides_the_optimizer_state(cache, tmp_path):
     """On two simulated devices: the same loss, and one copy of AdamW's moments less."""
-    env = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = several_devices(2, cache)
     steps = {}
     for name, flags in (("replicated", []), ("zero1", ["--zero1"])):
         file = tmp_path / f"{name}.json"

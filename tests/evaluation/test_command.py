@@ -19,6 +19,7 @@ from objectives import aimv2
 from objectives.registry import model_spec
 from runtime import checkpoint, devices, validation
 from tests.evaluation.conftest import scene_vocabulary
+from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT
 from train import openvision2_loss
 
@@ -174,9 +175,8 @@ def report(count):
 captioning.DataParallel = report
 sys.exit(evaluate.main(sys.argv[1:]))
 """
-    env = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=6"}
-    ended = subprocess.run([sys.executable, "-c", code, str(run)], env=env, capture_output=True,
-                           text=True, cwd=ROOT)
+    ended = subprocess.run([sys.executable, "-c", code, str(run)], env=several_devices(6, cache),
+                           capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     first, _, rest = ended.stdout.partition("\n")
     assert first == "devices 2"

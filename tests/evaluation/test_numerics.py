@@ -11,6 +11,7 @@ import layers
 import vit
 from evaluation import attention_probe, vqa, zeroshot
 from tests.helpers import numpy_model
+from tests.helpers.compiling import optimized
 from tests.helpers.models import perturbed
 from tests.helpers.numpy_model import assert_close, normal, random_text, to_double, to_single
 
@@ -43,8 +44,10 @@ def test_question_reader(B, cfg):
     p = numpy_model.softmax(scores).reshape(B, Q, T - 1, V)
     losses = -np.log(np.take_along_axis(p, text[..., 1:, None], -1)[..., 0])
     expected = np.array((losses * answer[..., 1:]).sum() / answer.sum())
-    loss = jax.jit(vqa.answer_loss, static_argnums=4)
-    assert_close(loss(to_single(params), to_single(image), text, answer, cfg), expected)
+
+    def loss(params, image):
+        return vqa.answer_loss(params, image, text, answer, cfg)
+    assert_close(optimized(loss, to_single(params), to_single(image)), expected)
 
 
 @pytest.mark.parametrize(("B", "S", "cfg"), [(8, 6000, decoder_config(1, 8, 4, 8, 7)),
@@ -56,8 +59,10 @@ def test_likelihood_of_sentences(B, S, cfg):
     for image in tokens:
         same_image = np.broadcast_to(image, (S, *image.shape))
         expected.append(-numpy_model.caption_loss(params, same_image, text, cfg))
-    computed = zeroshot.score(to_single(params), to_single(tokens), text, cfg)
-    assert_close(computed, np.stack(expected))
+
+    def score(params, tokens):
+        return zeroshot.score(params, tokens, text, cfg)
+    assert_close(optimized(score, to_single(params), to_single(tokens)), np.stack(expected))
 
 
 # ---------------------------------------------------------------------------------- probes
@@ -75,7 +80,7 @@ def test_probe_cross_entropy(sizes):
     for a, b in attention_probe.class_columns(sizes):
         log_p = np.log(numpy_model.softmax(scores[:, a:b]))
         expected.append(-(targets[:, a:b] * log_p).sum())
-    computed = attention_probe.cross_entropy(to_single(scores), targets, class_to_task)
+    computed = optimized(attention_probe.cross_entropy, to_single(scores), targets, class_to_task)
     assert_close(computed, np.array(expected))
 
 
@@ -90,5 +95,5 @@ def test_attended_probe(n, N, D, sizes):
     by_token = x @ params["kernel"]
     expected = (weights @ class_to_task.T * by_token).sum(1) + params["bias"]
     args = to_single(params), to_single(x), class_to_task
-    assert_close(jax.jit(attention_probe.attention_logits)(*args), expected)
+    assert_close(optimized(attention_probe.attention_logits, *args), expected)
     assert_close(attention_probe.batched_logits(*args), expected)

@@ -9,6 +9,11 @@ import numpy as np
 from runtime import checkpoint, plots
 from tests.helpers.paths import ROOT
 
+# Settings that the runs of many tests share, so that their programs are compiled once.
+STAGE = "resolution=16 steps=12 batch=8 lr=1e-3 warmup=1"
+STAGES = f"{STAGE}, resolution=24 steps=12 batch=8 lr=1e-3 warmup=1"
+SMALL_RUN = ("--encoder", "micro/8", "--scan-unroll", "1", "--val-samples", "16",
+             "--stages", STAGES)
 TIMED = ("images_per_second", "data_wait_fraction", "seconds")
 
 

@@ -19,8 +19,10 @@ import vit
 from interop.encoder import load_encoder
 from objectives import aimv2, cappa, contrastive, genlip, openvision, registry
 from runtime import devices
+from tests.helpers.compiling import several_devices
 from tests.helpers.models import matmul_flops
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import SMALL_RUN
 from tests.objectives.small import (
     DEC,
     ENC,
@@ -36,8 +38,8 @@ from tests.objectives.small import (
 ALL = (registry.METHOD, *registry.RIVALS)
 CAPTIONING = tuple(name for name in registry.RIVALS if registry.can_caption(name))
 ALT_FIELD = {"openvision": ["--alt-field", "web"]}
-TINY = ["--encoder", "micro/8", "--stages", "resolution=16 steps=2 batch=8 lr=1e-3 warmup=1",
-        "--val-samples", "12", "--log-every", "1"]
+TINY = [*SMALL_RUN, "--stages", "resolution=16 steps=2 batch=8 lr=1e-3 warmup=1",
+        "--log-every", "1"]
 
 
 # --------------------------------------------------------------------------------- captions
@@ -164,10 +166,9 @@ def save_gradients(path: str) -> None:
 
 
 def test_the_number_of_devices_changes_no_loss_and_no_gradient(tmp_path, cache):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     code = f"from {__name__} import save_gradients; import sys; save_gradients(sys.argv[1])"
     process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out.npz")], cwd=ROOT,
-                             env=cache | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+                             env=several_devices(8, cache), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     arrays = np.load(tmp_path / "out.npz")
     names = [name.removesuffix(" one") for name in arrays.files if name.endswith(" one")]

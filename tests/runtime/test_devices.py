@@ -14,6 +14,7 @@ import layers
 import vit
 from objectives import registry
 from runtime import checkpoint, cpu_tuning
+from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT, python
 
 # ----------------------------------------------------------------------------------- memory
@@ -142,8 +143,7 @@ def test_num_devices_splits_the_cpu(encoder):
     flags = ("--encoder", encoder, "--num-devices")
     assert python(TRAIN, *flags, cores) == f"{cores}\n"
     assert python(TRAIN, *flags, 1) == "1\n"
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    assert python(TRAIN, "--num-devices", 3, env=env) == "3\n"
+    assert python(TRAIN, "--num-devices", 3, env=several_devices(8)) == "3\n"
     ended = subprocess.run([sys.executable, "-c", TRAIN, *flags, str(cores + 1)], cwd=ROOT,
                            capture_output=True, text=True)
     message = f"{cores + 1} devices requested, but there are {cores}"
