@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install run emoji test test-parity test-remote test-browser lint clean same-python
+.PHONY: install run emoji tutorial test test-parity test-remote test-browser lint clean same-python
 
 install: $(VENV)/core
 run: $(VENV)/core          ## train the toy, both stages, and name its samples.png and report.html
@@ -14,6 +14,9 @@ run: $(VENV)/core          ## train the toy, both stages, and name its samples.p
 emoji: $(VENV)/core        ## a real data set: download with npm, train on one vendor's drawings, validate on another's
 	$(BIN)/python -m inputs.emoji
 	$(BIN)/python train.py emoji
+
+tutorial: $(VENV)/tutorial ## run every cell of tutorial/openvision2.py, and write tutorial/openvision2.ipynb
+	$(BIN)/python tutorial/build.py
 
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
 	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser -n 2 --dist loadfile
@@ -47,6 +50,10 @@ $(VENV)/core: pyproject.toml constraints.txt | same-python
 
 $(VENV)/test: $(VENV)/core
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/tutorial: $(VENV)/core
+	$(PIP) --editable '.[tutorial]'
 	touch $@
 
 $(VENV)/parity: $(VENV)/test

@@ -102,7 +102,7 @@ def attention_tile(pixels: np.ndarray, weights: np.ndarray, covered: float) -> I
     return Image.composite(image_tile(pixels), dark, light)
 
 
-def save_sheet(rows: Sequence[Sequence[Tile]], path: str) -> None:
+def draw_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
     """Rows of tiles, each with its line of text below it."""
     font, width, height = ImageFont.load_default(13), SIDE + GAP, SIDE + LINE + GAP
     size = max(map(len, rows)) * width + GAP, len(rows) * height + GAP
@@ -113,7 +113,7 @@ def save_sheet(rows: Sequence[Sequence[Tile]], path: str) -> None:
             x, y = GAP + j * width, GAP + i * height
             sheet.paste(tile, (x, y))
             pen.text((x + SIDE / 2, y + SIDE + 2), text, fill="black", font=font, anchor="ma")
-    sheet.save(path)
+    return sheet
 
 
 # ----------------------------------------------------------------------------------- sheets
@@ -121,7 +121,7 @@ def draw_pca(images: np.ndarray, tokens: np.ndarray, covered: float, path: str) 
     tiles: list[Tile] = []
     for pixels, colors in zip(images, pca_colors(tokens)):
         tiles += [(image_tile(pixels), ""), (patch_tile(colors, covered), "")]
-    save_sheet([tiles[n:n + 8] for n in range(0, len(tiles), 8)], path)
+    draw_sheet([tiles[n:n + 8] for n in range(0, len(tiles), 8)]).save(path)
 
 
 def draw_attention(encoder: Encoder, images: np.ndarray, covered: float, path: str) -> None:
@@ -138,7 +138,7 @@ def draw_attention(encoder: Encoder, images: np.ndarray, covered: float, path: s
             frame = (x, y, x + side - 1, y + side - 1)
             ImageDraw.Draw(tile).rectangle(frame, outline=FRAME, width=3)
         rows.append([row[0], *row[1:][-7:]])  # of a deep encoder the last layers
-    save_sheet(rows, path)
+    draw_sheet(rows).save(path)
 
 
 def draw_words(captioner: Captioner, images: np.ndarray, tokens: np.ndarray, covered: float,
@@ -151,7 +151,7 @@ def draw_words(captioner: Captioner, images: np.ndarray, tokens: np.ndarray, cov
             tile = attention_tile(pixels, maps[t], covered)
             tiles.append((tile, f"{word} ({shares[t]:.0%})"))
         rows += [tiles[n:n + 9] for n in range(0, len(tiles), 9)]
-    save_sheet(rows, path)
+    draw_sheet(rows).save(path)
 
 
 def draw_all(encoder: Encoder, images: np.ndarray, folder: str,

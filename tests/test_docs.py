@@ -60,7 +60,8 @@ PYTHON = sorted({command.removeprefix("python ") for _, command in COMMANDS
                  if command.startswith("python ")})
 TRAINING = [c for c in PYTHON if c.startswith("train.py") and c != "train.py -h"]
 SHOWN = [c for c in PYTHON if DEMOS.match(c)]
-OTHER = [c for c in PYTHON if c not in (*TRAINING, *SHOWN) and not c.startswith("-m pytest")]
+ELSEWHERE = ("-m pytest", "tutorial/")  # tests/tutorial runs those of the tutorial
+OTHER = [c for c in PYTHON if c not in (*TRAINING, *SHOWN) and not c.startswith(ELSEWHERE)]
 
 
 def test_pages_have_commands_of_each_kind_that_this_file_checks():

@@ -17,7 +17,7 @@ with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
     PROJECT = tomllib.load(file)["project"]
 with open(os.path.join(ROOT, "constraints.txt"), encoding="utf-8") as file:
     PINS = [Requirement(line.strip()) for line in file if line.strip() and not line.startswith("#")]
-EXTRAS = ("gpu", "tpu", "eval", "test")
+EXTRAS = ("gpu", "tpu", "eval", "test", "tutorial")
 
 
 def for_python(requirements: list[Requirement], python: str) -> dict[str, Requirement]:

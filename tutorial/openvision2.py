@@ -1,0 +1,772 @@
+# %% [markdown]
+# # OpenVision 2, from an image to a trained encoder
+#
+# This tutorial trains a small vision encoder from captions alone, and shows every step of the
+# method in pictures. It calls the functions of this project: what you see is what `train.py` does.
+# It takes about five minutes on two CPU cores and downloads nothing.
+#
+# The paper is *OpenVision 2: A Family of Generative Pretrained Visual Encoders for Multimodal
+# Learning* ([arXiv:2509.01644](https://arxiv.org/abs/2509.01644)). Its method in one line:
+#
+# ```text
+# image -> ViT -> N patch tokens -> keep a random 35% -> causal decoder -> caption loss
+# ```
+#
+# The encoder is the product. A multimodal model such as LLaVA can read its patch tokens. The
+# decoder exists only to train the encoder, and is not needed afterwards. There is no text encoder
+# and no contrastive loss, as CLIP and the first OpenVision have. So one image needs one pass
+# through two networks, and no image is compared with the other images of its batch.
+#
+# Each section says what to expect, and ends with an exercise. Its answer is hidden: click on it.
+#
+# Letters: B images, R pixels per side, P patch size, N patches, K kept patches, T text positions,
+# D width, V vocabulary size.
+
+# %%
+import dataclasses
+import os
+import sys
+
+sys.path[:0] = [".", ".."]  # the clone: this file runs in it, or in its folder tutorial/
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pictures
+from pictures import show
+
+import data
+import decoder
+import vit
+from caption import Captioner
+from config import RECIPES
+from evaluation import visualize
+from evaluation.neighbors import l2_normalize
+from inputs.images import Augment
+from inputs.sources import SceneSource
+from interop.encoder import Encoder, random_encoder, raw_pixel_encoder
+from masking import keep_random_tokens, num_kept_tokens, sample_keep_indices
+from objectives.registry import flops, init_params, model_spec, param_counts
+from runtime import plots
+from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
+from runtime.curriculum import parse_stages
+from runtime.devices import DataParallel
+from runtime.validation import ValidationSet, caption_metrics
+from train import make_optimizer, make_step, openvision2_loss
+
+# %% [markdown]
+# ## 0. The model and its data
+#
+# The settings are those of the recipe `toy`, with a shorter training on simpler images: synthetic
+# scenes with one object. The program that draws a scene also writes its caption. So each caption is
+# correct and complete, and a generated caption can be graded. The environment variable
+# `TUTORIAL_LENGTH` scales the length of the training: 1 is what is shown here.
+#
+# **What to expect.** The sizes of a tiny model, and three images with their captions.
+
+# %%
+LENGTH = float(os.environ.get("TUTORIAL_LENGTH", "1"))
+STEPS = [max(4, round(LENGTH * steps)) for steps in (400, 150)]
+cfg = dataclasses.replace(
+    RECIPES["toy"], max_text_len=14, val_samples=max(64, round(min(LENGTH, 1) * 256)),
+    stages=f"resolution=24 steps={STEPS[0]} batch=32 lr=2e-3 warmup={STEPS[0] // 10}, "
+           f"resolution=32 steps={STEPS[1]} batch=32 lr=2e-3 warmup={STEPS[1] // 10}")
+stages = parse_stages(cfg.stages)
+resolution = stages[0].resolution
+
+
+class SimpleScenes(SceneSource):
+    """The scenes with one object and no written word: a sixth of all."""
+
+    def scene(self, i):
+        for attempt in range(1000):
+            scene = super().scene(1000 * i + attempt)
+            if len(scene["objects"]) == 1 and not scene["word"]:
+                return scene
+
+    def caption_nats(self, i):
+        return super().caption_nats(i) - np.log(6)  # given that it is one of these
+
+
+enable_compilation_cache()
+tune_cpu(sum(param_counts(cfg).values()), [stage.batch for stage in stages])
+parallel = DataParallel()  # two CPU devices share a batch, where there are two cores
+
+train_source = SimpleScenes(cfg.seed, "train")
+val_source = SimpleScenes(cfg.seed, "val", cfg.val_samples)
+tokenizer = data.open_tokenizer(cfg, train_source)
+loader = data.Loader(train_source, tokenizer, cfg.max_text_len, cfg.seed,
+                     Augment(min_crop_area=cfg.min_crop_area), cfg.workers)
+val_loader = data.Loader(val_source, tokenizer, cfg.max_text_len, cfg.seed, None, cfg.workers)
+model = model_spec(cfg)
+params = init_params(cfg, model)
+untrained = params
+
+P = model.encoder.patch_size
+N = (resolution // P) ** 2
+K = num_kept_tokens(N, model.keep_ratio)
+print(f"encoder: {model.encoder.depth} blocks, width {model.encoder.width}, "
+      f"{model.encoder.num_heads} heads")
+print(f"decoder: {model.decoder.depth} blocks, width {model.decoder.width}")
+print(f"parameters: {param_counts(cfg)}")
+print(f"tokenizer: {len(tokenizer)} pieces")
+for stage in stages:
+    num_patches = (stage.resolution // P) ** 2
+    print(f"stage {stage.number}: {stage.steps} steps at {stage.resolution} px: {num_patches} "
+          f"patches, {num_kept_tokens(num_patches, model.keep_ratio)} kept")
+
+# %%
+batch = val_loader.batch(range(64), resolution)
+for name in ("images", "text", "sample_index"):
+    print(f"{name}: {batch[name].shape} {batch[name].dtype}")
+SHOWN = (13, 5, 23)  # three validation images
+MAIN = SHOWN[-1]     # the one that most pictures show
+for i in SHOWN:
+    print(f"caption {i}: {val_source.caption(i)}")
+tiles = [(visualize.image_tile(np.asarray(val_source.image(i))), f"image {i}, as drawn")
+         for i in SHOWN]
+tiles += [(pictures.pixel_tile(batch["images"][i]), f"image {i}, {resolution} px")
+          for i in SHOWN]
+_ = show("00-scenes", visualize.draw_sheet([tiles]))
+
+# %% [markdown]
+# **Exercise.** `val_source.caption_nats(MAIN)` is the information in a caption, in nats: minus the
+# logarithm of its probability under the program that draws scenes. Why is it useful to know it?
+#
+# <details><summary>Answer</summary>
+#
+# A model that never sees the image cannot predict captions better than their true probabilities.
+# So the mean of `caption_nats`, per token, is the best possible loss without the image: the *blind
+# loss*. A model whose loss is below it uses the image. For real captions this number is unknown.
+# Then the loss with the captions of other images stands in for it.
+# </details>
+
+# %% [markdown]
+# ## 1. An image as patches
+#
+# A vision transformer (ViT) reads an image as a sequence. `vit.patchify` cuts it into squares of
+# P x P pixels, row by row. Each patch is a vector of P * P * 3 numbers. One matrix, the same for
+# all patches, projects each vector to the width D. This is a convolution with kernel and stride P.
+#
+# **What to expect.** A grid of patches. Each one is too small to show an object: the encoder has
+# to combine them.
+
+# %%
+grid = resolution // P
+pixels = batch["images"][MAIN:MAIN + 1]
+normalized = vit.normalize(pixels)
+patches = vit.patchify(normalized, P)
+projected = patches @ params["encoder"]["patch"]["kernel"]
+print(f"pixels {pixels.shape} -> patches {patches.shape} -> vectors {projected.shape}")
+
+raw_patches = np.asarray(vit.patchify(pixels, P))[0].reshape(N, P, P, 3)
+tiles = [(pictures.pixel_tile(pixels[0], P), f"{N} patches")]
+tiles += [(pictures.pixel_tile(raw_patches[n]), f"patch {n}") for n in (0, grid, grid + 1, N - 1)]
+_ = show("01-patches", visualize.draw_sheet([tiles]))
+
+# %% [markdown]
+# **Exercise.** The encoder L/14 has patches of 14 pixels. How many patch tokens does an image of
+# 224 pixels have? And one of 84 pixels, the resolution of the paper's first stage?
+#
+# <details><summary>Answer</summary>
+#
+# (224 / 14)² = 256, and (84 / 14)² = 36, a seventh. This is why training at low resolution is
+# cheap. `python train.py l14 --dry-run` prints both numbers.
+# </details>
+
+# %% [markdown]
+# ## 2. Positions
+#
+# Attention treats its inputs as a set. So each patch vector gets a vector added that depends on
+# its row and column alone: `vit.position_embedding`, sines and cosines of several wavelengths. It
+# is a formula and not a learned table, so it exists for any grid. Section 10 relies on that.
+#
+# **What to expect.** First the table: one row per patch, one column per number; orange is above 0
+# and blue below. Then how similar the vector of one patch (framed) is to that of each other patch:
+# brighter is more similar. Neighbors are most similar.
+
+# %%
+table = vit.position_embedding(params["encoder"], grid, model.encoder)
+print(f"table {table.shape}: added to the {projected.shape} vectors of the patches")
+similarity = l2_normalize(table) @ l2_normalize(table).T
+_ = show("02-table", pictures.heatmap(table, 4))
+tiles = []
+for patch in (0, grid // 2 * grid + grid // 2, N - 1):
+    lowest = similarity[patch].min()
+    tile = visualize.patch_tile((similarity[patch] - lowest) / (1 - lowest))
+    tiles.append((pictures.framed(tile, patch, grid), f"like patch {patch}"))
+_ = show("02-similarity", visualize.draw_sheet([tiles]))
+
+# %% [markdown]
+# **Exercise.** What would the encoder lose without positions? Shuffle the patches, pass them
+# through the blocks without the table, and compare with the unshuffled patches.
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# def blocks(vectors):
+#     return vit.transformer_stack(vectors, params["encoder"]["blocks"], model.encoder)[0]
+# order = np.random.default_rng(0).permutation(N)
+# print(abs(blocks(projected)[:, order] - blocks(projected[:, order])).max())
+# ```
+#
+# The difference is only rounding. Without positions, each token is the same wherever its patch
+# lies. The encoder could tell which shapes an image has, but not where they are: "top left" and
+# "bottom right" would be the same to it.
+# </details>
+
+# %% [markdown]
+# ## 3. Attention before training
+#
+# A block of the transformer does two things: attention mixes the tokens of an image, then an MLP
+# changes each token on its own. In attention, each token gives every token a weight. The weights
+# sum to 1, and the token receives the weighted mean of the others' values. In the encoder, every
+# patch may attend to every patch.
+#
+# **What to expect.** The weights of random parameters hardly depend on the image. The *effective
+# number of patches* says over how many patches a token spreads its attention: all N if the weights
+# are equal, 1 if one patch has all of the weight. We keep this picture and compare in section 11.
+
+
+# %%
+def effective_patches(weights):
+    """Attention weights (..., N) to exp(entropy), the number of patches that share the weight."""
+    return np.exp(-(weights * np.log(weights + 1e-9)).sum(-1))
+
+
+def attention_row(params, pixels, resolution):
+    """One image, and the attention of its patch with the most contrast in each layer."""
+    encoder = Encoder(params["encoder"], model.encoder, resolution)
+    weights = visualize.patch_attention(encoder, pixels[None])[0]                  # (L,N,N)
+    patch = int(np.asarray(vit.patchify(pixels[None].astype(np.float32), P))[0].std(1).argmax())
+    grid, row = resolution // P, [(pictures.pixel_tile(pixels), "the framed patch")]
+    for n, layer in enumerate(weights):
+        number = effective_patches(layer).mean()
+        row.append((visualize.attention_tile(pixels, layer[patch], 1.0),
+                    f"layer {n + 1}: {number:.0f} of {grid * grid}"))
+    return [(pictures.framed(tile, patch, grid), text) for tile, text in row]
+
+
+attention_before = [attention_row(untrained, batch["images"][i], resolution) for i in SHOWN[1:]]
+_ = show("03-attention", visualize.draw_sheet(attention_before))
+
+# %% [markdown]
+# **Exercise.** Attention compares each token with each token. By how much does its cost grow if
+# the resolution doubles? And the cost of the MLP?
+#
+# <details><summary>Answer</summary>
+#
+# Twice the pixels per side are 4 times the patches. The MLP works on each token on its own: 4 times
+# the cost. Attention has a weight for each pair of tokens: 16 times. `vit.block_flops` has both
+# terms. At these sizes the matrix multiplications with the parameters dominate.
+# </details>
+
+# %% [markdown]
+# ## 4. Random keep
+#
+# The encoder reads all N patches. Then `masking.keep_random_tokens` draws K of its N tokens, and
+# only these go to the decoder. The draw is new for each image in each step. The paper keeps 35%.
+#
+# Two reasons. The decoder's sequence is shorter, so a step costs less. And the encoder cannot know
+# which tokens will be kept. So each token has to say something about its surroundings, not only
+# about its own patch. In the paper's Table 7, keeping 25% to 35% is better than keeping all.
+#
+# **What to expect.** Four draws for one image; what the decoder does not receive is dimmed. Over
+# many draws each patch is kept equally often.
+
+# %%
+keys = jax.random.split(jax.random.key(0), 2000)
+keep_indices = np.asarray(sample_keep_indices(keys, N, K))
+print(f"K = int({model.keep_ratio} * {N}) = {K} of {N} patches")
+print(f"first draw: {keep_indices[0].tolist()}")
+counts = np.bincount(keep_indices.reshape(-1), minlength=N) / len(keys)
+print(f"a patch is kept in {counts.min():.2f} to {counts.max():.2f} of the draws; "
+      f"K / N = {K / N:.2f}")
+
+
+def kept_tile(pixels, keep_indices):
+    sample = plots.CaptionedImage(pixels, keep_indices, P, "", None, False)
+    return pictures.pixel_tile(plots.dim_dropped_patches(sample), P)
+
+
+tiles = [(pictures.pixel_tile(pixels[0]), "all patches")]
+tiles += [(kept_tile(pixels[0], keep_indices[n]), f"draw {n + 1}") for n in range(4)]
+_ = show("04-keep", visualize.draw_sheet([tiles]))
+
+# %% [markdown]
+# **Exercise.** Many objects lie in dropped patches only. How can the decoder name them?
+#
+# <details><summary>Answer</summary>
+#
+# The drop comes *after* the encoder. There, every token has attended to every patch, so the kept
+# tokens can carry what the dropped patches show. This differs from a masked autoencoder (MAE),
+# which drops patches before its encoder. Section 7 shows that the gradient reaches every pixel.
+# </details>
+
+# %% [markdown]
+# ## 5. The sequence and its mask
+#
+# The decoder is a transformer over one sequence: the kept image tokens, projected to the decoder's
+# width, then the caption tokens. There is no cross-attention, unlike in CapPa. The mask is causal:
+# a token attends to itself and to what comes before it. So each caption token attends to all kept
+# image tokens and to the caption so far, and predicts the next token.
+#
+# **What to expect.** A triangle. Each row is a token of the sequence, each column a token that it
+# may attend to.
+
+# %%
+text = batch["text"][MAIN]
+text = text[text != decoder.PAD]
+names = ["[bos]", *(tokenizer.decode(text[t:t + 1]) for t in range(1, len(text) - 1)), "[eos]"]
+inputs, targets = names[:-1], names[1:]
+print(f"caption: {tokenizer.decode(text)}")
+print(f"inputs:  {' '.join(inputs)}")
+print(f"targets: {' '.join(targets)}")
+tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]
+kept, _ = keep_random_tokens(keys[:64], tokens, model.keep_ratio)
+sequence = decoder.embed_sequence(params["decoder"], kept, batch["text"][:, :-1], model.decoder)
+print(f"tokens {tokens.shape} -> kept {kept.shape} -> sequence {sequence.shape}")
+S = K + len(inputs)
+mask = decoder.attention_mask(K, S, model.decoder.prefix_attention)
+row_names = [f"patch {i}" for i in keep_indices[0]] + inputs
+_ = show("05-mask", pictures.draw_mask(np.asarray(mask), row_names, K))
+
+# %% [markdown]
+# **Exercise.** What would happen if caption tokens could attend to later caption tokens?
+#
+# <details><summary>Answer</summary>
+#
+# The target of a position is the next token. If the position could see it, the decoder would copy
+# it. The loss would fall to 0 without any use of the image, and the encoder would learn nothing.
+#
+# Image tokens have no target, so they could attend to each other in both directions without
+# harm: `--prefix-attention bidirectional`, as the first OpenVision does.
+# </details>
+
+# %% [markdown]
+# ## 6. The loss of one caption
+#
+# The loss of a token is minus the logarithm of the probability that the decoder gave it, in nats.
+# The loss of a batch is the mean over all caption tokens, the end token included. Image tokens and
+# padding have no loss. There is no other loss: no contrastive one as in CLIP, and no prediction of
+# pixels as in AIMv2.
+#
+# To see what the image contributes, we compute each token's loss twice: with the tokens of its own
+# image, and with the tokens of another image.
+#
+# **What to expect.** Without training the loss of a token is around ln V, that of a uniform guess,
+# with the own image or another one.
+
+
+# %%
+@jax.jit
+def token_losses(params, images, text, keys):
+    """(B,T-1): the loss of each token of the captions, in nats."""
+    tokens = vit.vit(params["encoder"], images, model.encoder)["tokens"]
+    kept, _ = keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)
+    logits = decoder.logits(params["decoder"], kept, text[:, :-1], model.decoder)
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_probs, text[:, 1:, None], axis=-1)[..., 0]
+
+
+def two_losses(params, images, row):
+    """The losses of one caption's tokens: with its image, and with the other images."""
+    length = int((batch["text"][row] != decoder.PAD).sum()) - 1
+    text = np.broadcast_to(batch["text"][row], batch["text"].shape)
+    losses = np.asarray(token_losses(params, images, text, keys[:len(images)]))[:, :length]
+    others = np.arange(len(images)) != row
+    return {"its own image": losses[row], "another image (mean of 63)": losses[others].mean(0)}
+
+
+losses = two_losses(params, batch["images"], MAIN)
+print(f"ln V = {np.log(model.decoder.vocab_size):.2f} nats")
+for name, values in losses.items():
+    print(f"{name}: {values.mean():.2f} nats per token")
+_ = show("06-losses", pictures.draw_token_losses(targets, losses))
+
+# %% [markdown]
+# **Exercise.** Which tokens of the caption can a trained decoder predict without the image? Guess
+# now, and check in section 9.
+#
+# <details><summary>Answer</summary>
+#
+# Those that grammar fixes: articles, commas, "background", the second half of a place such as
+# "left" after "top" only in part. Colors, shapes and sizes need the image. These
+# tokens teach the encoder. So captions should say much about the image: the paper trains on
+# dense synthetic captions, and its Table 6 shows that the alt text of web pages is worse.
+# </details>
+
+# %% [markdown]
+# ## 7. One training step
+#
+# A step computes the loss of a batch and its gradient for all parameters of encoder and decoder,
+# and updates them with AdamW (weight decay on matrices only). `train.make_step` makes this step for
+# any number of devices. Here we do it by hand, and compare.
+#
+# **What to expect.** The same loss and the same gradient norm. Then two pictures of the gradient's
+# size for one image: for the encoder's *tokens* it is zero where the token was dropped. For the
+# *pixels* it is not zero anywhere: through the encoder's attention, the kept tokens depend on all
+# patches.
+
+# %%
+step_stage = parse_stages(f"resolution={resolution} steps=10 batch=64 lr=1e-3")[0]  # no warm-up
+optimizer = make_optimizer(cfg, step_stage)
+root_key = jax.random.key(cfg.seed)
+step_keys = jax.vmap(lambda i: jax.random.fold_in(root_key, i))(batch["sample_index"])
+
+
+@jax.jit
+def step_by_hand(params, batch):
+    def mean_loss(params):
+        total, num_tokens = openvision2_loss(params, batch, step_keys, model)
+        return total / num_tokens
+    loss, grads = jax.value_and_grad(mean_loss)(params)
+    norm = optax.tree.norm(grads)
+    grads = jax.tree.map(lambda g: g * jnp.minimum(1, cfg.grad_clip / norm), grads)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    return optax.apply_updates(params, updates), loss, norm
+
+
+arrays = {name: batch[name] for name in ("images", "text", "sample_index")}
+stepped, loss, norm = step_by_hand(params, arrays)
+print(f"by hand:   loss {loss:.3f}, gradient norm {norm:.3f}")
+
+train_step = make_step(model, optimizer, cfg.seed, devices=parallel.pmap_devices,
+                       grad_clip=cfg.grad_clip)
+copies = parallel.replicate(params)
+copies, _, metrics = train_step(copies, parallel.pmap(optimizer.init)(copies),
+                                parallel.shard_batch(batch))
+metrics = parallel.unreplicate(metrics)
+print(f"make_step: loss {metrics['loss']:.3f}, gradient norm {metrics['grad_norm']:.3f}")
+pairs = zip(jax.tree.leaves(stepped), jax.tree.leaves(parallel.unreplicate(copies)))
+equal = [np.isclose(a, b, rtol=0, atol=1e-6).mean() * a.size for a, b in pairs]
+share = sum(equal) / sum(leaf.size for leaf in jax.tree.leaves(stepped))
+print(f"parameters that agree: more than 99%: {share > 0.99}")
+
+
+# %%
+main_key = step_keys[MAIN:MAIN + 1]
+
+
+def loss_of_tokens(tokens):
+    kept, _ = keep_random_tokens(main_key, tokens, model.keep_ratio)
+    return decoder.caption_loss(params["decoder"], kept, text[None], model.decoder).sum()
+
+
+def loss_of_pixels(normalized):
+    return loss_of_tokens(vit.vit(params["encoder"], normalized, model.encoder)["tokens"])
+
+
+token_grads = jax.jit(jax.grad(loss_of_tokens))(tokens[MAIN:MAIN + 1])[0]          # (N,D)
+pixel_grads = jax.jit(jax.grad(loss_of_pixels))(normalized)                        # (1,R,R,3)
+size_of_token = np.asarray(jnp.linalg.norm(token_grads, axis=-1))
+size_of_patch = np.asarray(jnp.linalg.norm(vit.patchify(pixel_grads, P)[0], axis=-1))
+print(f"tokens with a gradient: {(size_of_token > 0).sum()} of {N}")
+print(f"patches whose pixels have a gradient: {(size_of_patch > 0).sum()} of {N}")
+kept_here = np.flatnonzero(size_of_token)
+tiles = [(kept_tile(pixels[0], kept_here), "kept"),
+         (visualize.patch_tile(size_of_token / size_of_token.max()), "gradient of tokens"),
+         (visualize.patch_tile(size_of_patch / size_of_patch.max()), "gradient of pixels")]
+_ = show("07-gradients", visualize.draw_sheet([tiles]))
+
+# %% [markdown]
+# **Exercise.** By how much does a single step change a parameter? Compare `stepped` with `params`.
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# change = jax.tree.map(lambda a, b: float(jnp.median(jnp.abs(a - b))), stepped, params)
+# print(change)
+# ```
+#
+# Nearly every matrix entry moves by about the learning rate, 0.001: in its first step, Adam divides
+# each gradient by its own absolute value. Gradient clipping does not change that. Rows of the token
+# embedding whose token is in no caption of the batch do not move at all.
+# </details>
+
+# %% [markdown]
+# ## 8. Training
+#
+# The loop makes a batch, calls the step, and measures the validation loss now and then. `train.py`
+# has the same loop, and around it what long runs need: checkpoints, resuming, several hosts,
+# graceful shutdown. The learning rate rises during a warm-up and falls to 0 along a cosine.
+#
+# **What to expect.** One to two minutes. First the decoder learns the grammar: the loss falls fast,
+# toward the dashed line, which is the best possible loss without the image. Then it crosses the
+# line, because the encoder has begun to see. It learns colors and places first, and shapes later.
+
+# %% tags=["trained"]
+validation = {stage.resolution: ValidationSet(cfg, val_loader, stage.resolution, 64, model,
+                                              parallel, openvision2_loss)
+              for stage in stages}
+blind_loss = validation[resolution].blind_loss()
+training, validated, history = plots.Line([], [], False), plots.Line([], [], True), []
+EVERY = max(2, STEPS[0] // 10)
+SNAPSHOTS = [0, 2 * EVERY, 4 * EVERY, STEPS[0], sum(STEPS)]
+
+
+def snapshot(params, step, resolution):
+    """Adds the captions of three validation images, graded, to the history."""
+    row = []
+    for i, caption, _ in validation[resolution].generate_captions(params, max(SHOWN) + 1):
+        row.append((caption, val_source.grade(caption, i)["exact"][0] == 1))
+    history.append((f"step {step}", [row[i] for i in SHOWN]))
+
+
+def train(params, stage):
+    """The parameters after a stage. params: one copy per device."""
+    optimizer = make_optimizer(cfg, stage)
+    train_step = make_step(model, optimizer, cfg.seed, devices=parallel.pmap_devices,
+                           grad_clip=cfg.grad_clip)
+    opt_state = parallel.pmap(optimizer.init)(params)
+    positions = range(stage.first_image, stage.first_image + stage.steps * stage.batch, stage.batch)
+    requests = [(range(first, first + stage.batch), stage.resolution) for first in positions]
+    batches = loader.prefetch(requests, parallel.shard_batch)  # a thread works ahead
+    curve = None
+    for step, (batch, _) in enumerate(batches, stage.start + 1):
+        params, opt_state, metrics = train_step(params, opt_state, batch)
+        training.x.append(step)
+        training.y.append(float(parallel.unreplicate(metrics["loss"])))
+        if step % EVERY == 0 or step == stage.end:
+            validated.x.append(step)
+            validated.y.append(validation[stage.resolution].losses(params)["val_loss"])
+            chart = plots.line_chart({"training": training, "validation": validated},
+                                     {"without the image": blind_loss},
+                                     {s.start: f"{s.resolution} px" for s in stages[:stage.number]})
+            if curve is None:
+                curve = show(f"08-curve-{stage.number}", chart)
+            curve.update(chart)
+        if step in SNAPSHOTS:
+            snapshot(params, step, stage.resolution)
+    return params
+
+
+on_devices = parallel.replicate(params)
+snapshot(on_devices, 0, resolution)
+on_devices = train(on_devices, stages[0])
+params = parallel.unreplicate(on_devices)
+print(f"validation loss {validated.y[-1]:.2f}; without the image {blind_loss:.2f} nats per token")
+
+# %% [markdown]
+# **Exercise.** Print the learning rate of each step of the first stage:
+# `runtime.curriculum.learning_rate(stage, step)`. Why does it begin at 0, and why does it end at 0?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# from runtime.curriculum import learning_rate
+# print([learning_rate(stages[0], step) for step in range(0, stages[0].steps, EVERY)])
+# ```
+#
+# In the first steps, Adam's averages of the gradient rest on few batches, and each entry moves by
+# about the learning rate, whatever its gradient. A warm-up keeps these steps small. At the end,
+# small steps average out the noise of the batches. Each stage has its own schedule, so the second
+# stage starts with a warm-up, too. Its optimizer state is new.
+# </details>
+
+# %% [markdown]
+# ## 9. Captions that become right
+#
+# The decoder generates a caption token by token, each the most probable one: `decoder.generate`.
+# It reads K of the N tokens, as in training.
+#
+# **What to expect.** First nothing sensible, then correct grammar about an average scene, then the
+# scene itself. Green captions are right in every detail, in any wording. Below, the loss of each
+# token as in section 6: grammar is cheap with any image, and the tokens that describe the scene
+# are cheap only with its own image.
+
+# %% tags=["trained"]
+captions = [tokenizer.decode(batch["text"][i]) for i in SHOWN]
+shown_images = batch["images"][list(SHOWN)]
+_ = show("09-history", pictures.draw_history(shown_images, captions, history))
+losses = two_losses(params, batch["images"], MAIN)
+_ = show("09-losses", pictures.draw_token_losses(targets, losses))
+
+# %% [markdown]
+# **Exercise.** With another image, tokens such as the color can cost *more* than they did before
+# training. Why is that no contradiction?
+#
+# <details><summary>Answer</summary>
+#
+# The decoder now believes the image. Given an image with a red circle, it is sure of "red", and a
+# caption that says "blue" is very improbable. Before training, all tokens were equally probable. So
+# the loss with the captions of other images (`val_loss_shuffled`) is a measure of how much a model
+# relies on the image. It first falls toward the blind loss, then rises above it.
+# </details>
+
+# %% [markdown]
+# ## 10. The switch of resolution
+#
+# The paper trains long at a low resolution, then shortly at a high one (the CLIPA curriculum). The
+# parameters fit both: the patch projection and the blocks do not depend on the number of patches,
+# and the position formula gives a table for any grid. So the second stage simply continues.
+#
+# **What to expect.** At the new resolution the loss is higher at first: patches show other parts of
+# the objects, and there are positions that the encoder has never seen. A short training adapts it.
+
+# %% tags=["trained"]
+high = stages[1].resolution
+before = {r: validation[r].losses(on_devices)["val_loss"] for r in (resolution, high)}
+for r, value in before.items():
+    print(f"after the stage at {resolution} px: validation loss {value:.2f} at {r} px")
+on_devices = train(on_devices, stages[1])
+params = parallel.unreplicate(on_devices)
+after = validation[high].losses(on_devices)
+print(f"after the stage at {high} px: validation loss {after['val_loss']:.2f} at {high} px; with "
+      f"the captions of other images {after['val_loss_shuffled']:.2f}")
+scores = caption_metrics(validation[high], on_devices)
+for name in ("exact_match", "object_accuracy", "color_accuracy", "shape_accuracy",
+             "place_accuracy"):
+    print(f"{name}: {scores[name]:.2f}")
+_ = show("10-history", pictures.draw_history(shown_images, captions, history[-2:]))
+
+# %%
+for stage in stages:
+    parts = flops(model, stage.resolution, cfg.max_text_len)
+    everything = flops(model._replace(keep_ratio=1.0), stage.resolution, cfg.max_text_len)
+    print(f"{stage.resolution} px: " + ", ".join(f"{name} {value / 1e6:.1f} MFLOPs"
+                                                 for name, value in parts.items())
+          + f" per image; decoder without the drop: {everything['decoder'] / 1e6:.1f} MFLOPs")
+
+# %% [markdown]
+# **Exercise.** Compute the same for the paper's L/14 at its two resolutions. How much does the
+# curriculum save, if 12.8 of 13.8 billion images are seen at 84 pixels?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# large = model_spec(RECIPES["l14"])
+# cost = {r: sum(flops(large, r, RECIPES["l14"].max_text_len).values()) for r in (84, 224)}
+# print(cost, 13.8 * cost[224] / (12.8 * cost[84] + 1.0 * cost[224]))
+# ```
+#
+# It is a factor of about three. The paper's Table 5 measures 217 hours without and 67 hours with
+# the curriculum, and 55 hours when tokens are dropped as well.
+# </details>
+
+# %% [markdown]
+# ## 11. Attention after training
+#
+# **What to expect.** The attention is no longer uniform: the effective number of patches is
+# smaller than in section 3. The last row shows the decoder: where it attends in the image while it
+# predicts each token. The number is the share of its attention that goes to the image; the rest
+# goes to the caption so far.
+
+# %% tags=["trained"]
+batch_high = val_loader.batch(range(64), high)
+rows = [attention_row(params, batch_high["images"][i], high) for i in SHOWN[1:]]
+_ = show("11-attention", visualize.draw_sheet(rows))
+
+captioner = Captioner(params, model.encoder, model.decoder, tokenizer, cfg, high)
+encoder = Encoder(params["encoder"], model.encoder, high)
+tokens_high = encoder(batch_high["images"][MAIN:MAIN + 1]).tokens
+text, maps, shares = visualize.caption_attention(captioner, tokens_high)
+tiles = []
+for t in range(min(12, int((text[0] != decoder.PAD).sum()) - 1)):
+    token = tokenizer.decode(text[0, t + 1:t + 2]) or "(end)"
+    tile = visualize.attention_tile(batch_high["images"][MAIN], maps[0, t], 1.0)
+    tiles.append((tile, f"{token} ({shares[0, t]:.0%})"))
+_ = show("11-words", visualize.draw_sheet([tiles[:6], tiles[6:]]))
+
+# %% [markdown]
+# **Exercise.** In training, the decoder names objects whose patches it did not receive. So what
+# does its attention to a patch mean?
+#
+# <details><summary>Answer</summary>
+#
+# It attends to a *token*, which stands at the place of a patch, but contains what the encoder put
+# there. After four blocks of attention among patches, the token can describe any part of the
+# image. So a bright square need not lie on the object that the token names. Attention maps are a
+# picture of the computation, not a proof of where the information is from.
+# </details>
+
+# %% [markdown]
+# ## 12. What the features know
+#
+# The decoder has done its work. What remains is the encoder, and the question what its features are
+# good for. First nearest neighbors: for each image the one whose pooled feature has the largest
+# cosine. How often do both show the same? The same features of an encoder with random parameters,
+# and the plain pixels, are the comparison.
+#
+# **What to expect.** The trained features find images with the same content much more often than
+# chance. Pixels find the same background. In the second picture each patch is colored by the three
+# strongest principal components of the tokens: similar colors, similar tokens.
+
+# %% tags=["trained"]
+gallery = validation[high].batches
+images = np.concatenate([b["images"] for b, _ in gallery])
+scenes = [val_source.scene(i) for i in range(len(images))]
+
+
+def content(scene):
+    """What two scenes can have in common."""
+    return {**scene["objects"][0], "background": scene["background_color"],
+            "pattern": scene["pattern"]}
+
+
+def nearest(encoder):
+    """(number of images,) the nearest other image of each."""
+    features = l2_normalize(encoder(images, batch=64).pooled)
+    cosines = features @ features.T
+    np.fill_diagonal(cosines, -2)
+    return cosines.argmax(1)
+
+
+encoders = {"trained": encoder, "random": random_encoder(encoder, 0),
+            "pixels": raw_pixel_encoder(encoder)}
+contents = [content(scene) for scene in scenes]
+chosen = {name: nearest(e) for name, e in encoders.items()}
+chosen["chance"] = np.random.default_rng(0).permutation(len(images))
+print(f"share of {len(images)} images whose nearest neighbor has the same ...")
+for what in contents[0]:
+    row = []
+    for name, neighbors in chosen.items():
+        same = [contents[i][what] == contents[j][what] for i, j in enumerate(neighbors)]
+        row.append(f"{name} {np.mean(same):.2f}")
+    print(f"{what}: " + ", ".join(row))
+
+tiles = []
+for i in range(4):
+    tiles += [(pictures.pixel_tile(images[i]), f"image {i}"),
+              (pictures.pixel_tile(images[chosen["trained"][i]]), "its neighbor")]
+_ = show("12-neighbors", visualize.draw_sheet([tiles]))
+
+# %% tags=["trained"]
+rows = []
+for name in ("trained", "random"):
+    colors = visualize.pca_colors(encoders[name](images[:64]).tokens)
+    tiles = []
+    for i in range(4):
+        tiles += [(pictures.pixel_tile(images[i]), ""), (visualize.patch_tile(colors[i]), name)]
+    rows.append(tiles)
+_ = show("12-pca", visualize.draw_sheet(rows))
+
+# %% [markdown]
+# **Exercise.** The decoder reads the tokens before the final norm, not the pooled feature. Which
+# of the two should a multimodal model read, and why?
+#
+# <details><summary>Answer</summary>
+#
+# The tokens: they are what the loss trained, and they keep places apart. The pooled feature is
+# their mean with a norm that the caption loss never trains. It is handy for nearest neighbors and
+# linear probes. `python evaluate.py RUN probe knn vqa` measures both kinds on a frozen encoder.
+# </details>
+
+# %% [markdown]
+# ## 13. Where to go from here
+#
+# - **Train the toy in full**: `make run`. Its scenes have up to three objects and a written word,
+#   and nearly all of its captions are right in every detail.
+# - **Your own images**, as `cat.jpg` and `cat.txt` side by side:
+#   `python train.py images --data photos/ --workdir runs/photos`
+#   ([data](../docs/data.md)).
+# - **Change the method**: `--keep-ratio 1`, `--prefix-attention bidirectional`,
+#   `--objective clip`. [results](../docs/results.md) shows what such changes did on the toy.
+# - **A larger model, a GPU, a TPU pod**: the same `train.py` with a recipe such as `l14`
+#   ([training](../docs/training.md), [scaling](../docs/scaling.md)).
+#   `python train.py l14 --dry-run` prints its cost first.
+# - **Use an encoder** in your code, or export it for transformers, timm or open_clip
+#   ([encoder](../docs/encoder.md)).
+# - **Read the code** in the order of the [reading guide](../docs/reading_guide.md), which maps the
+#   sections of the paper to functions.
