@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.paths import ROOT
+from tests.test_structure import imported_names, modules
 from tutorial import build, pictures
 
 
@@ -120,6 +121,12 @@ def test_differences_between_notebooks_are_found():
     assert found("loss 1.500 at 24 px", 200) == ["cell 0", "cell 1"]
     old["cells"][0]["source"] = ["other()"]
     assert len(build.differences(old, build.to_notebook(cells))) == 1
+
+
+def test_nothing_imports_the_tutorial_or_its_extra():
+    for module, path in modules().items():
+        packages = {name.partition(".")[0] for name in imported_names(path)}
+        assert not packages & {"tutorial", "nbclient", "nbformat", "IPython"}, module
 
 
 def test_a_missing_extra_is_named(tmp_path):
