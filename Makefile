@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install run emoji tutorial test test-parity test-remote test-browser lint clean same-python
+.PHONY: install run emoji tutorial test test-long test-parity test-remote test-browser lint clean same-python
 
 install: $(VENV)/core
 run: $(VENV)/core          ## train the toy, both stages, and name its samples.png and report.html
@@ -19,7 +19,10 @@ tutorial: $(VENV)/tutorial ## run every cell of tutorial/openvision2.py, and wri
 	$(BIN)/python tutorial/build.py
 
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
-	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser -n 2 --dist loadfile
+	QUICK_COMPILE=1 $(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser --ignore=tests/long -n 2 --dist loadfile --no-loadscope-reorder
+
+test-long: $(VENV)/test    ## twenty kills, every division over hosts, a long run
+	$(BIN)/python -m pytest tests/long -n 2 --dist loadfile
 
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip, tokenizers and pycocoevalcap
 	$(BIN)/python -m pytest tests/parity
@@ -69,4 +72,4 @@ $(VENV)/browser: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-parity .venv-newer parity.log runs .compiled .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-parity .venv-newer beside.log runs .compiled .pytest_cache .ruff_cache *.egg-info

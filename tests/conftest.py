@@ -3,7 +3,7 @@ session. Nothing is kept for the next one.
 
 With QUICK_COMPILE=1 in the environment, XLA's optimizations are off, and most programs compile in a
 fifth of the time. Tests that are about the compiler's results ask for what users get: with
-`optimized` (helpers/compiling.py), and all of tests/parity."""
+`optimized` (helpers/compiling.py), and all of tests/parity and tests/long."""
 import os
 
 import jax
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.compiling import QUICK_FLAGS
 
-OPTIMIZED = ("parity",)  # folders of tests that compile as users do
+OPTIMIZED = ("parity", "long")  # folders of tests that compile as users do
 SLOWEST = ("test_survive.py", "test_train.py", "test_hosts.py", "test_loop.py", "test_vqa.py",
            "test_objectives.py", "test_command.py", "test_numerics.py", "test_losses.py")
 

@@ -17,12 +17,11 @@ from runtime import checkpoint, curriculum, validation
 from runtime.devices import DataParallel
 from runtime.distributed import PreemptionHandler
 from runtime.run_folder import Run
-from tests.helpers.runs import assert_equal_runs, rows
+from tests.helpers.runs import SMALL_RUN, STAGE, STAGES, assert_equal_runs, rows
 
-STAGES = ("resolution=16 steps=3 batch=8 lr=1e-3 warmup=1, resolution=24 steps=3 batch=8 lr=1e-3, "
-          "resolution=32 steps=3 batch=8 lr=1e-3")
-FLAGS = ["--encoder", "micro/8", "--stages", STAGES, "--val-samples", "16", "--log-every", "1",
-         "--eval-every", "100", "--save-every", "100"]
+# The third stage needs no programs of its own.
+FLAGS = [*SMALL_RUN, "--stages", f"{STAGES}, {STAGE}", "--log-every", "1", "--eval-every", "100",
+         "--save-every", "100"]
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (7, 0), (7, 1), (7, 6), (350, 100),
@@ -95,16 +94,15 @@ def test_loop_computes_nothing_else_and_reads_only_the_step_before(tmp_path, mon
     monkeypatch.setattr(DataParallel, "unreplicate", staticmethod(spied_unreplicate))
     monkeypatch.setattr(ArrayImpl, "_value", property(spied_value))
     monkeypatch.setattr(Run, "batches", spied_batches)
-    stages = "resolution=16 steps=9 batch=8 lr=1e-3 warmup=1"
     try:
-        assert train.main([*FLAGS, "--stages", stages, "--workdir", str(tmp_path / "run")]) == 0
+        assert train.main([*FLAGS, "--stages", STAGE, "--workdir", str(tmp_path / "run")]) == 0
     finally:
         leave()
-    assert len(dispatched) >= 9 and len(reads) >= 5 * 4
+    assert len(dispatched) >= 12 and len(reads) >= 8 * 4
     assert not early and not other
     logged = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
-    [stage] = curriculum.parse_stages(config.parse_args(["--stages", stages])[0].stages)
-    assert logged == [curriculum.learning_rate(stage, n) for n in range(9)]
+    [stage] = curriculum.parse_stages(config.parse_args(["--stages", STAGE])[0].stages)
+    assert logged == [curriculum.learning_rate(stage, n) for n in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +152,7 @@ def test_run_interrupted_at_every_stage_boundary_ends_the_same(uninterrupted, tm
     boundary comes during the evaluation that is made again."""
     folder = tmp_path / "run"
     command = [*FLAGS, "--workdir", str(folder)]
-    for step in (3, 6, 9):
+    for step in (12, 24, 36):
         for second in (moment, "evaluation"):
             with sigterm(second, step) as sent:
                 assert train.main(command) == 143 and sent
@@ -164,7 +162,7 @@ def test_run_interrupted_at_every_stage_boundary_ends_the_same(uninterrupted, tm
     assert_equal_runs(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [12, 13])
 def test_resumed_run_frees_the_arrays_of_its_checkpoint(tmp_path, monkeypatch, step):
     """At a stage boundary, where an evaluation is pending, and inside a stage."""
     command = [*FLAGS, "--workdir", str(tmp_path / "run")]
@@ -185,7 +183,7 @@ def test_resumed_run_frees_the_arrays_of_its_checkpoint(tmp_path, monkeypatch, s
     monkeypatch.setattr(checkpoint, "latest", spied_latest)
     monkeypatch.setattr(Run, "batches", spied_batches)
     assert train.main(command) == 0
-    assert len(loaded) > 50 and len(num_alive) == (6 if step == 3 else 4)
+    assert len(loaded) > 50 and len(num_alive) == (24 if step == 12 else 22)
     assert max(num_alive) == 0
 
 

@@ -16,9 +16,9 @@ from runtime import checkpoint, run_folder
 from runtime.devices import DataParallel
 from runtime.run_folder import FolderLock, Locked, Run
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import SMALL_RUN, STAGE
 
-FLAGS = ["--encoder", "micro/8", "--stages", "resolution=16 steps=4 batch=8 lr=1e-3",
-         "--val-samples", "16", "--log-every", "1"]
+FLAGS = [*SMALL_RUN, "--stages", STAGE, "--log-every", "1"]
 HOLD = """
 import sys, time
 from runtime import run_folder
@@ -73,9 +73,9 @@ def test_run_holds_the_lock_to_its_end_and_can_be_read_meanwhile(tmp_path, monke
         refused.append(run.step)
         read.append(caption.load_run_checkpoint(str(folder))[2]["step"])
     monkeypatch.setattr(Run, "save", spied_save)
-    command = [*FLAGS, "--save-every", "2", "--workdir", str(folder)]
+    command = [*FLAGS, "--save-every", "6", "--workdir", str(folder)]
     assert train.main(command) == 0
-    assert refused == read == [2, 4]
+    assert refused == read == [6, 12]
     assert not (folder / "train.lock").exists()
     assert train.main(command) == 0  # it is finished, and says so
     assert not (folder / "train.lock").exists()
@@ -105,7 +105,7 @@ def test_every_name_that_a_run_saves_under_is_known_as_its_own(tmp_path, monkeyp
         atomic_write(path, fill)
     monkeypatch.setattr(checkpoint, "atomic_write", spied_write)
     assert train.main([*FLAGS, "--workdir", str(tmp_path / "run")]) == 0
-    assert {"encoder.npz", "step-00000004.npz", "summary.json", "config.json"} <= written
+    assert {"encoder.npz", "step-00000012.npz", "summary.json", "config.json"} <= written
     (tmp_path / "again").mkdir()
     for name in {*written, "bad-samples.txt"}:
         (tmp_path / "again" / f"{name}.part").write_text("half")

@@ -15,10 +15,9 @@ from PIL import Image
 import train
 from runtime import monitoring, plots
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import arrays, rows, same
+from tests.helpers.runs import SMALL_RUN, arrays, rows, same
 
-FLAGS = ["--encoder", "micro/8", "--stages", "resolution=16 steps=16 batch=4 lr=1e-3",
-         "--val-samples", "4", "--log-every", "4", "--eval-every", "8", "--save-every", "8"]
+FLAGS = [*SMALL_RUN, "--log-every", "4", "--eval-every", "12", "--save-every", "12"]
 
 
 class FakeWriter:
@@ -71,10 +70,10 @@ def runs(tmp_path_factory):
         watched = [*FLAGS, "--workdir", str(folder / "watched"), "--tensorboard", "--profile"]
         assert train.main(watched) == 0
         (folder / "cut").mkdir()
-        for name in ("step-00000008.npz", "metrics.jsonl", "vocab.txt"):
+        for name in ("step-00000012.npz", "metrics.jsonl", "vocab.txt"):
             (folder / "cut" / name).write_bytes((folder / "bare" / name).read_bytes())
         (folder / "cut" / "events.out.tfevents.9").write_text(
-            '["loss", 8, 1.0]\n["loss", 12, 1.0]\n["loss", 15, 1.0]\n')
+            '["loss", 12, 1.0]\n["loss", 16, 1.0]\n["loss", 19, 1.0]\n')
         assert train.main([*FLAGS, "--workdir", str(folder / "cut"), "--tensorboard"]) == 0
     return folder
 
@@ -94,7 +93,7 @@ def test_event_files_hold_the_metrics_and_the_images(runs):
             metrics |= {(tag, row["step"]): value for tag, value in row.items()
                         if tag not in ("step", "seconds")}
         assert metrics.items() <= points.items()
-        assert {("samples", 16), ("curve", 16)} <= points.keys()
+        assert {("samples", 24), ("curve", 24)} <= points.keys()
         assert {tag for tag, _ in points} == {tag for tag, _ in metrics} | {"samples", "curve"}
 
 

@@ -1,15 +1,12 @@
 """A run loses nothing. Killed at any moment, interrupted as it evaluates or captions, out of disk
 space, or given bad samples, it continues and ends as the uninterrupted one does, bit for bit.
-KILLS=20 kills more often."""
+tests/long kills more often."""
 import io
 import json
 import os
-import random
 import signal
-import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -19,109 +16,52 @@ import train
 from runtime import checkpoint
 from runtime.devices import DataParallel
 from runtime.distributed import Preempted, PreemptionHandler
-from tests.helpers.runs import assert_equal_runs, rows, start_training
+from tests.helpers.kills import (
+    FLAGS,
+    check_kills,
+    complete_run,
+    last_step,
+    start,
+    unfinished_files,
+    wait_until,
+)
+from tests.helpers.runs import STAGE, assert_equal_runs, rows
 
-KILLS = int(os.environ.get("KILLS", "6"))
-STEPS = 60
-STAGES = (f"resolution=16 steps={STEPS // 2} batch=8 lr=1e-3 warmup=1, "
-          f"resolution=24 steps={STEPS // 2} batch=8 lr=1e-3 warmup=1")
-FLAGS = ["--encoder", "micro/8", "--stages", STAGES, "--val-samples", "20", "--log-every", "1",
-         "--eval-every", "10", "--save-every", "2"]
-
-
-def last_step(folder) -> int:
-    """That of the last line in metrics.jsonl, 0 if there is none."""
-    if not (folder / "metrics.jsonl").exists():
-        return 0
-    return max((row["step"] for row in rows(folder)), default=0)
-
-
-def start(env: dict, folder, *flags: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
-    return start_training(env, *FLAGS, "--workdir", str(folder), *flags, before=before)
-
-
-def wait_until(process: subprocess.Popen, condition) -> None:
-    while process.poll() is None and not condition():
-        time.sleep(0.001)
-
-
-def unfinished_files(folder) -> list[str]:
-    return [name for name in os.listdir(folder) if name.endswith(".part")]
+NUM_STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    process = start(cache, folder)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    complete_run(cache, folder)
     return folder
 
 
-def kill_moments(rng: random.Random) -> list[tuple[str, float]]:
-    """("step" or "save", step), in order. One is at the switch of stages."""
-    num_saves = KILLS // 3
-    steps = [rng.uniform(0, STEPS - 4) for _ in range(KILLS - num_saves - 1)] + [STEPS // 2 - 0.5]
-    moments = [("step", step) for step in sorted(steps)]
-    moments += [("save", n * STEPS / num_saves) for n in range(num_saves)]
-    return sorted(moments, key=lambda moment: moment[1])
-
-
 def test_killed_at_random_moments(cache, uninterrupted, tmp_path):
-    """SIGKILL while starting, between steps, across the switch of stages, and while a checkpoint is
-    being written. No checkpoint is ever lost."""
-    rng, folder = random.Random(0), tmp_path / "run"
-    num_unfinished = newest = 0
-    for n, (kind, moment) in enumerate(kill_moments(rng)):
-        process = start(cache, folder)
-        if n == 0:
-            time.sleep(rng.uniform(0.2, 3))  # most likely before anything is written
-        elif kind == "step":
-            wait_until(process, lambda: last_step(folder) >= moment)
-            time.sleep(rng.uniform(0, 0.1))
-        else:
-            wait_until(process, lambda: last_step(folder) >= moment and any(
-                name.endswith(".npz.part") for name in os.listdir(folder)))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -9, "it ended before it was killed"
-        if folder.exists():
-            num_unfinished += bool(unfinished_files(folder))
-            steps = checkpoint.steps(str(folder))
-            for _, path in steps:
-                checkpoint.load(path)  # each file that has its name is complete
-            last = steps[-1][0] if steps else 0
-            assert last >= newest
-            newest = last
-    process = start(cache, folder)
-    assert "continuing" in process.communicate()[0] and process.returncode == 0
-    assert num_unfinished > 0 and not unfinished_files(folder)
-    assert_equal_runs(folder, uninterrupted)
-    summary, expected = (json.load(open(f / "summary.json")) for f in (folder, uninterrupted))
-    assert summary["val_loss"] == expected["val_loss"]
+    check_kills(cache, tmp_path / "run", uninterrupted, 4, NUM_STEPS)
 
 
 def test_interrupted_during_an_evaluation_and_during_the_last_captions(cache, tmp_path):
     """SIGTERM right after the step before an evaluation, then SIGINT while the last captions are
     generated: it ends without finishing either."""
-    flags = ["--stages", "resolution=16 steps=6 batch=8 lr=1e-3 warmup=1", "--val-samples", "600",
-             "--eval-every", "4"]
-    assert start(cache, tmp_path / "uninterrupted", *flags).wait() == 0
+    flags = ["--stages", STAGE, "--val-samples", "600"]
+    complete_run(cache, tmp_path / "uninterrupted", *flags)
     folder = tmp_path / "run"
     process = start(cache, folder, *flags)
-    wait_until(process, lambda: last_step(folder) >= 4)
+    wait_until(process, lambda: last_step(folder) >= 8)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
-    assert "SIGTERM: saved at step 4;" in output and process.returncode == 143
+    assert "SIGTERM: saved at step 8;" in output and process.returncode == 143
     assert not [row for row in rows(folder) if "val_loss" in row]
-    assert checkpoint.steps(str(folder))[-1][0] == 4
+    assert checkpoint.steps(str(folder))[-1][0] == 8
     process = start(cache, folder, *flags)
     wait_until(process, lambda: (folder / "encoder.npz").exists())
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
-    assert "SIGINT: saved at step 6;" in output and process.returncode == 130
+    assert "SIGINT: saved at step 12;" in output and process.returncode == 130
     assert not (folder / "summary.json").exists()
-    assert start(cache, folder, *flags).wait() == 0 and (folder / "summary.json").exists()
+    complete_run(cache, folder, *flags)
+    assert (folder / "summary.json").exists()
     assert_equal_runs(folder, tmp_path / "uninterrupted")
 
 
@@ -134,7 +74,7 @@ def test_second_signal_ends_a_run_at_once_and_harms_nothing(cache, uninterrupted
     process.communicate()
     # One of them killed it, unless both came as one or a step apart.
     assert process.returncode in (-2, -15, 143, 130)
-    assert start(cache, folder).wait() == 0
+    complete_run(cache, folder)
     assert_equal_runs(folder, uninterrupted)
 
 
@@ -172,7 +112,7 @@ def test_full_disk_costs_no_checkpoint(cache, uninterrupted, tmp_path):
     for _, path in before:
         checkpoint.load(path)
     assert not unfinished_files(folder)
-    assert start(cache, folder).wait() == 0
+    complete_run(cache, folder)
     assert_equal_runs(folder, uninterrupted)
 
 
@@ -181,13 +121,12 @@ def test_folder_that_cannot_be_written_to_is_refused(capsys):
     assert "--workdir /proc/self/run cannot be written to" in capsys.readouterr().err
 
 
-def test_last_checkpoints_and_milestones_are_kept(uninterrupted, cache, tmp_path):
-    assert [step for step, _ in checkpoint.steps(str(uninterrupted))] == [STEPS - 2, STEPS]
-    flags = ["--stages", "resolution=16 steps=20 batch=8 lr=1e-3", "--keep-checkpoints", "3",
-             "--keep-every", "6"]
-    assert start(cache, tmp_path / "run", *flags).wait() == 0
+def test_last_checkpoints_and_milestones_are_kept(uninterrupted, tmp_path):
+    assert [step for step, _ in checkpoint.steps(str(uninterrupted))] == [NUM_STEPS - 2, NUM_STEPS]
+    flags = ["--stages", STAGE, "--save-every", "1", "--keep-checkpoints", "3", "--keep-every", "4"]
+    assert train.main([*FLAGS, *flags, "--workdir", str(tmp_path / "run")]) == 0
     steps = [step for step, _ in checkpoint.steps(str(tmp_path / "run"))]
-    assert steps == [6, 12, 16, 18, 20]
+    assert steps == [4, 8, 10, 11, 12]
 
 
 def write_tar(path, count: int, broken: set[int]) -> None:
@@ -210,9 +149,8 @@ def test_bad_samples_are_replaced_counted_and_listed_once(cache, tmp_path):
     write_tar(tmp_path / "a.tar", 100, {3, 40, 41, 77})
     write_tar(tmp_path / "val.tar", 20, set())
     flags = ["images", "--data", str(tmp_path / "a.tar"), "--val", str(tmp_path / "val.tar"),
-             "--val-samples", "16", "--vocab-size", "200",
-             "--stages", "resolution=16 steps=20 batch=8 lr=1e-3"]
-    assert start(cache, tmp_path / "uninterrupted", *flags).wait() == 0
+             "--vocab-size", "192", "--stages", "resolution=16 steps=16 batch=8 lr=1e-3"]
+    complete_run(cache, tmp_path / "uninterrupted", *flags)
     listed = (tmp_path / "uninterrupted" / "bad-samples.txt").read_text()
     assert len(listed.splitlines()) == 4
     for line in listed.splitlines():
@@ -220,22 +158,21 @@ def test_bad_samples_are_replaced_counted_and_listed_once(cache, tmp_path):
     summary = json.load(open(tmp_path / "uninterrupted" / "summary.json"))
     assert summary["bad_samples"] == 4
     folder = tmp_path / "run"
-    for step in (3, 9):
-        process = start(cache, folder, *flags)
-        wait_until(process, lambda: last_step(folder) >= step)
-        process.kill()
-        process.communicate()
-    assert start(cache, folder, *flags).wait() == 0
+    process = start(cache, folder, *flags)
+    wait_until(process, lambda: last_step(folder) >= 7)
+    process.kill()
+    process.communicate()
+    complete_run(cache, folder, *flags)
     assert (folder / "bad-samples.txt").read_text() == listed
     assert_equal_runs(folder, tmp_path / "uninterrupted")
 
 
-def test_too_many_bad_samples_stop_a_run(cache, tmp_path):
+def test_too_many_bad_samples_stop_a_run(tmp_path, capsys):
     write_tar(tmp_path / "a.tar", 60, set(range(0, 60, 3)))
     flags = ["images", "--data", str(tmp_path / "a.tar"), "--val-samples", "4",
-             "--max-bad-fraction", "0.2"]
-    process = start(cache, tmp_path / "run", *flags)
-    _, errors = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in errors
+             "--max-bad-fraction", "0.2", "--workdir", str(tmp_path / "run")]
+    assert train.main([*flags, "--encoder", "micro/8", "--stages", STAGE]) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
     assert "--max-bad-fraction 0.2" in errors and "bad-samples.txt" in errors
     assert len((tmp_path / "run" / "bad-samples.txt").read_text().splitlines()) > 10

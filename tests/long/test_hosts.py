@@ -1,0 +1,46 @@
+"""Several processes in 50 steps and two stages: every division, each process lost."""
+import signal
+
+import pytest
+
+from tests.helpers.hosts import close, complete_run, interrupt, read_losses, start, wait
+from tests.runtime.test_hosts import check_zero1
+
+STAGES = ("resolution=16 steps=25 batch=8 lr=1e-3 warmup=5, "
+          "resolution=24 steps=25 batch=8 lr=1e-3 warmup=5")
+FLAGS = ("--stages", STAGES, "--eval-every", "25", "--save-every", "10")
+
+
+@pytest.fixture(scope="module")
+def causal(cache, tmp_path_factory) -> dict:
+    """One process, one device, each batch in four pieces."""
+    folder = tmp_path_factory.mktemp("runs") / "pieces"
+    return complete_run(cache, folder, 1, 1, *FLAGS, "--grad-accum", "4")
+
+
+@pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
+def test_processes_devices_and_pieces_are_one_run(cache, causal, tmp_path, prefix):
+    """2 processes x 2 devices (also with --zero1) = 4 devices = 1 device in 4 pieces."""
+    flags = [*FLAGS, "--prefix-attention", prefix]
+    pieces = causal
+    if prefix != "causal":
+        pieces = complete_run(cache, tmp_path / "pieces", 1, 1, "--grad-accum", "4", *flags)
+    assert len({step for step, _ in pieces}) == 50 and pieces[50, "loss"] < pieces[1, "loss"]
+    assert close(complete_run(cache, tmp_path / "devices", 1, 4, *flags), pieces)
+    if prefix == "causal":
+        flags.append("--zero1")
+    assert close(complete_run(cache, tmp_path / "hosts", 2, 2, *flags), pieces)
+
+
+def test_each_process_is_lost_and_any_number_continues(cache, causal, tmp_path):
+    folder = tmp_path / "run"
+    for victim, number, step in ((1, signal.SIGKILL, 11), (0, signal.SIGKILL, 21),
+                                 (1, signal.SIGTERM, 32)):
+        interrupt(cache, folder, victim, number, step, *FLAGS)
+    [(status, out, errors)] = wait(start(cache, folder, 1, 1, *FLAGS))
+    assert status == 0 and "continuing" in out, errors
+    assert close(read_losses(folder), causal)
+
+
+def test_zero1_makes_the_same_updates_in_50_steps(cache, tmp_path):
+    check_zero1(cache, tmp_path, 50)
