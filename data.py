@@ -115,7 +115,7 @@ class Loader:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.is_random = augment not in (None, Augment(min_crop_area=1.0))  # else it draws nothing
         self.is_remote = "://" in getattr(source, "where", "")
-        self.announced = 0  # positions whose samples a remote source has been told
+        self.announced = 0  # positions whose samples were requested from a remote source
         self.ahead: ThreadPoolExecutor | None = None  # fetches them
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
         self.order: Callable[[int], int] = lambda position: position % len(source)

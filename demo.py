@@ -126,15 +126,15 @@ class Demo:
                 source, pixels, truth = None, load_pixels(read_upload(body), resolution), ""
             else:
                 pixels, truth = self.read_sample(source, index, resolution)
-            found = explainer.explain(pixels, (values["keep"] or 0) / 100, values["draw"] or 0)
-        found["name"], found["image"] = self.names[number], png(pixels)
+            answer = explainer.explain(pixels, (values["keep"] or 0) / 100, values["draw"] or 0)
+        answer["name"], answer["image"] = self.names[number], png(pixels)
         patch = explainer.captioner.encoder.patch_size
-        found["covered"] = resolution // patch * patch / resolution  # share of a side with patches
+        answer["covered"] = resolution // patch * patch / resolution  # share of a side with patches
         if truth:
-            found["truth"] = truth
+            answer["truth"] = truth
         if isinstance(source, sources.SceneSource) and settings.data == "scenes":
-            found["score"] = source.grade(found["caption"], index)
-        return found
+            answer["score"] = source.grade(answer["caption"], index)
+        return answer
 
 
 def run_names(paths: list[str]) -> list[str]:

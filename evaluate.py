@@ -106,8 +106,8 @@ def search_images(context: EvalContext) -> dict[str, Any]:
         def score(pixels: np.ndarray) -> np.ndarray:
             tokens = context.encoder(pixels).tokens
             return zeroshot.likelihood(context.captioner, tokens, [args.text])[:, 0]
-    found = search.readable_images(where, args.seed, args.num_samples or 1000, resolution)
-    best = search.nearest(found, score)
+    candidates = search.readable_images(where, args.seed, args.num_samples or 1000, resolution)
+    best = search.nearest(candidates, score)
     path = os.path.join(args.out or (args.encoder if os.path.isdir(args.encoder) else "."),
                         "search.png")
     search.draw(path, args.text, best)

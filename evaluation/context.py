@@ -70,8 +70,8 @@ class EvalContext:
 
     @functools.cached_property
     def pair(self) -> pair.Pair:
-        found = pair.read_pair(self.args.encoder)
-        return found._replace(resolution=self.args.resolution or found.resolution)
+        trained = pair.read_pair(self.args.encoder)
+        return trained._replace(resolution=self.args.resolution or trained.resolution)
 
     @functools.cached_property
     def images(self) -> tuple[LabeledImages | None, LabeledImages]:

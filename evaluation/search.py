@@ -5,6 +5,7 @@ are those of a folder, with or without captions, or of any other data.
 """
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,8 +24,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def readable_images(where: str, seed: int, count: int,
                     resolution: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, pixels (R,R,3) uint8) of at most `count` images; those that cannot be read are left
-    out."""
+    """(name, pixels (R,R,3) uint8) of at most `count` images. One that cannot be read is reported
+    on stderr and left out."""
     names = []
     if os.path.isdir(where):
         for folder, _, files in sorted(os.walk(where)):
@@ -42,11 +43,11 @@ def readable_images(where: str, seed: int, count: int,
     for i, name in enumerate(names[:count]):
         try:
             yield name, load(i)
-        except BadSample:
-            continue
+        except BadSample as problem:
+            print(f"skipped: {name}: {problem}", file=sys.stderr)
 
 
-def nearest(found: Iterator[tuple[str, np.ndarray]],
+def nearest(images: Iterator[tuple[str, np.ndarray]],
             score: Callable[[np.ndarray], np.ndarray]) -> list[tuple[float, str, np.ndarray]]:
     """The NUM_SHOWN (score, name, pixels) with the highest score, block by block. score: a function
     of pixels (b,R,R,3) to (b,). DataError without images."""
@@ -59,7 +60,7 @@ def nearest(found: Iterator[tuple[str, np.ndarray]],
         best.sort(key=lambda item: -item[0])
         del best[NUM_SHOWN:]
         block.clear()
-    for item in found:
+    for item in images:
         block.append(item)
         if len(block) == BLOCK:
             add()

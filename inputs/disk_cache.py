@@ -124,7 +124,7 @@ class DiskCache:
 
     def entries(self) -> list[tuple[float, int, str]]:
         """(time of last use, bytes, path) of each entry. What killed processes left is deleted."""
-        found = []
+        entries = []
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(folder, name)
@@ -133,7 +133,7 @@ class DiskCache:
                 with contextlib.suppress(OSError):
                     stat = os.stat(path)
                     if not name.endswith(".part"):
-                        found.append((stat.st_mtime, stat.st_size, path))
+                        entries.append((stat.st_mtime, stat.st_size, path))
                     elif time.time() - stat.st_mtime > STALE_SECONDS:
                         os.remove(path)
-        return found
+        return entries

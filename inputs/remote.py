@@ -108,11 +108,11 @@ def file_info(url: str) -> Info:
     def attempt() -> Info:
         if is_http(url):
             return http_ranges.fetch(url, 0, 1, time.monotonic() + REQUEST_SECONDS)[1]
-        found = call(scheme(url), "info", url)
-        if found.get("type") == "directory":
+        details = call(scheme(url), "info", url)
+        if details.get("type") == "directory":
             raise Refused("it is a folder: name files, as 'FOLDER/*.tar' or 'FOLDER/*.parquet'")
-        known = [str(found[name]) for name in VERSIONS if found.get(name)]
-        return Info(int(found["size"]), known[0] if known else "")
+        known = [str(details[name]) for name in VERSIONS if details.get(name)]
+        return Info(int(details["size"]), known[0] if known else "")
     return with_retries(url, attempt)
 
 

@@ -154,7 +154,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("data", help="as --data of train.py")
     parser.add_argument("--caption-field", default="txt", help="as of train.py; a,b for several")
     parser.add_argument("--image-field", default="image", help="as of train.py")
-    parser.add_argument("--max-text-len", type=int, default=128, help="as of train.py")
+    parser.add_argument("--max-text-len", type=int, default=128, help="as of train.py (default: "
+                        "128, as in the paper's recipes; the recipes images and emoji have 48)")
     parser.add_argument("--vocab", default="", help="as of train.py")
     parser.add_argument("--vocab-size", type=int, default=32000, help="as of train.py")
     parser.add_argument("--num-samples", type=int, default=2000, help="samples to read")

@@ -209,9 +209,12 @@ def index_tars(paths: list[str]) -> list[TarIndex | OSError | ValueError]:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m inputs.tar_index TAR...")
+    status = 0
     for name, index in zip(sys.argv[1:], index_tars(sys.argv[1:])):
         if isinstance(index, TarIndex):
             counts = [f"{n[0]:,} with a .{text}" for text, n in index.meta["pairs"].items()]
             print(f"{name}: {', '.join(counts)}; skipped: {index.meta['skipped'] or 'none'}")
         else:
-            print(f"{name}: {reason(index)}")
+            print(f"error: {name}: {reason(index)}", file=sys.stderr)
+            status = 1
+    sys.exit(status)

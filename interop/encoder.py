@@ -181,9 +181,11 @@ def load_encoder(path: str, resolution: int = 0, dtype: str = "float32",
     low."""
     params, cfg, meta = read_encoder(path)
     cfg = replace(cfg, dtype=dtype, remat="none")
-    if max_tokens < 0 or (max_tokens and resolution):
-        raise ConfigError(f"max_tokens {max_tokens} must not be negative, and excludes resolution: "
-                          "images are then as large as max_tokens patches allow")
+    if max_tokens < 0:
+        raise ConfigError(f"max_tokens {max_tokens} must not be negative")
+    if max_tokens and resolution:
+        raise ConfigError("max_tokens excludes resolution: images are then as large as max_tokens "
+                          "patches allow")
     return Encoder(params, cfg, resolution or meta["resolution"], max_tokens)
 
 

@@ -67,8 +67,8 @@ class CommandParser(argparse.ArgumentParser):
         for word in args or ():
             name = word.partition("=")[0]
             if not self._subparsers and name[:2] == "--" != name and name not in flags:
-                close = difflib.get_close_matches(name, flags, 1)
-                advice = f": is {close[0]} meant?" if close else ""
+                close = difflib.get_close_matches(name[2:], [flag[2:] for flag in flags], 1)
+                advice = f": is --{close[0]} meant?" if close else ""
                 self.error(f"unknown flag {name}{advice}")
         return super().parse_known_args(args, namespace)
 

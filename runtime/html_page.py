@@ -175,8 +175,8 @@ def finite(line: plots.Line) -> plots.Line:
 
 def draw_line(name: str, line: plots.Line, color: str, dashed: bool, x_pixel: Any,
               y_pixel: Any) -> str:
-    """A line; where it is marked, or has one point alone, each point is a dot that tells its
-    figures."""
+    """A line. Where it is marked, or has only one point, each point is a dot with its figures
+    as tooltip."""
     points = [(x_pixel(x), y_pixel(y)) for x, y in zip(line.x, line.y)]
     path = " ".join(f"{x},{y}" for x, y in points)
     dashes = ' stroke-dasharray="6 5"' if dashed else ""

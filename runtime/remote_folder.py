@@ -65,9 +65,9 @@ class RemoteFolder(FolderLock):
 
     def names(self) -> list[str]:
         """The objects in the folder, without those in folders below it."""
-        found = self.call("find", self.url)
+        paths = self.call("find", self.url)
         top = self.url.partition("://")[2]
-        return sorted(os.path.basename(path) for path in found
+        return sorted(os.path.basename(path) for path in paths
                       if os.path.dirname(path).endswith(top))
 
     def upload(self, name: str) -> None:

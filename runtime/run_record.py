@@ -76,10 +76,10 @@ def read_run(folder: str) -> RunRecord:
 
 def evaluations(run: RunRecord) -> dict[str, dict[str, Any]]:
     """{"file: measure": figures} of the files evaluation*.json."""
-    found = {}
+    tables = {}
     for name in sorted(os.listdir(run.folder)):
         if name.startswith("evaluation") and name.endswith(".json"):
             for measure, figures in read_json(run.folder, name, {}).items():
                 if isinstance(figures, dict):
-                    found[f"{name}: {measure}"] = figures
-    return found
+                    tables[f"{name}: {measure}"] = figures
+    return tables

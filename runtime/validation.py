@@ -105,8 +105,11 @@ class ValidationSet:
         smallest = math.ceil(self.count / parallel.num_devices) * parallel.num_devices
         self.batch_size = min(batch_size, smallest)
         self.rows = parallel.local_rows(self.batch_size)
+        known = set(loader.bad)
         self.batches = list(validation_batches(loader, self.count, resolution, self.batch_size,
                                                self.rows))
+        for i in loader.bad.keys() - known:
+            print(f"skipped in validation: {loader.source.name(i)}: {loader.bad[i]}")
         self.source_index = self.gather("source_index")
         self.texts = {name: self.gather(name) for name in loader.fields}
         self.loss = make_loss(model, method_loss, parallel)

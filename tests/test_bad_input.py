@@ -47,6 +47,7 @@ def refuse(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     ("--color red", "unknown flag --color"),
     ("--see 1", "unknown flag --see: is --seed meant?"),
+    ("--lr 3", r"unknown flag --lr \("),  # no flag is like it
     ("pictures", "the recipe pictures is now images"),
     ("l15", "invalid choice: 'l15'"),
     ("toy toy", "unrecognized arguments: toy"),

@@ -100,7 +100,7 @@ def output_text(output: dict[str, Any]) -> str:
 
 
 def output_pixels(output: dict[str, Any]) -> np.ndarray | None:
-    """(height, width, 3) of a picture, None for an output without one."""
+    """(height, width, 3) of a figure, None for an output without one."""
     png = output.get("data", {}).get("image/png")
     if png is None:
         return None
@@ -113,15 +113,15 @@ def output_difference(old: dict[str, Any], new: dict[str, Any], trained: bool) -
     tolerance = TOLERANCE[trained]
     old_pixels, new_pixels = output_pixels(old), output_pixels(new)
     if (old_pixels is None) != (new_pixels is None):
-        return "a picture became a text or a text a picture"
+        return "a figure became a text or a text a figure"
     if old_pixels is not None:
         if old_pixels.shape != new_pixels.shape and not trained:
-            return f"a picture has the shape {new_pixels.shape}, not {old_pixels.shape}"
+            return f"a figure has the shape {new_pixels.shape}, not {old_pixels.shape}"
         if old_pixels.shape[1:] != new_pixels.shape[1:]:
-            return f"a picture has the width {new_pixels.shape[1]}, not {old_pixels.shape[1]}"
+            return f"a figure has the width {new_pixels.shape[1]}, not {old_pixels.shape[1]}"
         rows = min(len(old_pixels), len(new_pixels))  # captions have more lines or fewer
         difference = np.abs(old_pixels[:rows] - new_pixels[:rows]).mean()
-        return f"a picture by {difference:.2f}" if difference > tolerance["pixel"] else ""
+        return f"a figure by {difference:.2f}" if difference > tolerance["pixel"] else ""
     number = r"-?\d+(?:\.\d+)?"
     old_text, new_text = output_text(old), output_text(new)
     if re.sub(rf"\s*{number}", "#", old_text) != re.sub(rf"\s*{number}", "#", new_text):
@@ -134,22 +134,22 @@ def output_difference(old: dict[str, Any], new: dict[str, Any], trained: bool) -
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two notebooks, a sentence each. Pictures are compared by the mean
+    """What differs between two notebooks, a sentence each. Figures are compared by the mean
     absolute difference of their values (0..255), numbers by the absolute difference, or the
     relative one if they are above 1."""
     if [cell["source"] for cell in old["cells"]] != [cell["source"] for cell in new["cells"]]:
         return ["the cells are others"]
-    found = []
+    reports = []
     for n, (old_cell, new_cell) in enumerate(zip(old["cells"], new["cells"])):
         old_outputs, new_outputs = old_cell.get("outputs", []), new_cell.get("outputs", [])
         trained = "trained" in new_cell["metadata"].get("tags", [])
         if len(old_outputs) != len(new_outputs):
-            found.append(f"cell {n}: {len(new_outputs)} outputs, not {len(old_outputs)}")
+            reports.append(f"cell {n}: {len(new_outputs)} outputs, not {len(old_outputs)}")
         for old_output, new_output in zip(old_outputs, new_outputs):
             difference = output_difference(old_output, new_output, trained)
             if difference:
-                found.append(f"cell {n}: {difference}")
-    return found
+                reports.append(f"cell {n}: {difference}")
+    return reports
 
 
 def main(argv: list[str]) -> int:
@@ -160,15 +160,15 @@ def main(argv: list[str]) -> int:
     with open(SCRIPT, encoding="utf-8") as file:
         cells = read_cells(file.read())
     new = run_cells(to_notebook(cells))
-    found = []
+    reports = []
     if os.path.exists(NOTEBOOK):
         with open(NOTEBOOK, encoding="utf-8") as file:
-            found = differences(json.load(file), new)
-    for difference in found:
+            reports = differences(json.load(file), new)
+    for difference in reports:
         print(difference)
-    print(f"{len(found)} outputs differ from {os.path.relpath(NOTEBOOK)} beyond the tolerance")
+    print(f"{len(reports)} outputs differ from {os.path.relpath(NOTEBOOK)} beyond the tolerance")
     if args.check:
-        return 1 if found else 0
+        return 1 if reports else 0
     with open(NOTEBOOK, "w", encoding="utf-8") as file:
         json.dump(new, file, indent=1, ensure_ascii=False)
         file.write("\n")

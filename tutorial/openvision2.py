@@ -2,7 +2,7 @@
 # # OpenVision 2, from an image to a trained encoder
 #
 # This tutorial trains a small vision encoder from captions alone, and shows every step of the
-# method in pictures. It calls the functions of this project: what you see is what `train.py` does.
+# method in figures. It calls the functions of this project: what you see is what `train.py` does.
 # It takes a few minutes on two CPU cores and downloads nothing.
 #
 # The paper is *OpenVision 2: A Family of Generative Pretrained Visual Encoders for Multimodal
@@ -29,12 +29,12 @@ import sys
 
 sys.path[:0] = [".", ".."]  # the clone: this file runs in it, or in its folder tutorial/
 
+import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pictures
-from pictures import show
+from figures import show
 
 import data
 import decoder
@@ -122,12 +122,12 @@ batch = val_loader.batch(range(64), resolution)
 for name in ("images", "text", "sample_index"):
     print(f"{name}: {batch[name].shape} {batch[name].dtype}")
 SHOWN = (13, 5, 23)  # three validation images
-MAIN = SHOWN[-1]     # the one that most pictures show
+MAIN = SHOWN[-1]     # the one that most figures show
 for i in SHOWN:
     print(f"caption {i}: {val_source.caption(i)}")
 tiles = [(visualize.image_tile(np.asarray(val_source.image(i))), f"image {i}, as drawn")
          for i in SHOWN]
-tiles += [(pictures.pixel_tile(batch["images"][i]), f"image {i}, {resolution} px")
+tiles += [(figures.pixel_tile(batch["images"][i]), f"image {i}, {resolution} px")
           for i in SHOWN]
 _ = show("00-scenes", visualize.draw_sheet([tiles]))
 
@@ -162,8 +162,8 @@ projected = patches @ params["encoder"]["patch"]["kernel"]
 print(f"pixels {pixels.shape} -> patches {patches.shape} -> vectors {projected.shape}")
 
 raw_patches = np.asarray(vit.patchify(pixels, P))[0].reshape(N, P, P, 3)
-tiles = [(pictures.pixel_tile(pixels[0], P), f"{N} patches")]
-tiles += [(pictures.pixel_tile(raw_patches[n]), f"patch {n}") for n in (0, grid, grid + 1, N - 1)]
+tiles = [(figures.pixel_tile(pixels[0], P), f"{N} patches")]
+tiles += [(figures.pixel_tile(raw_patches[n]), f"patch {n}") for n in (0, grid, grid + 1, N - 1)]
 _ = show("01-patches", visualize.draw_sheet([tiles]))
 
 # %% [markdown]
@@ -191,12 +191,12 @@ _ = show("01-patches", visualize.draw_sheet([tiles]))
 table = vit.position_embedding(params["encoder"], grid, model.encoder)
 print(f"table {table.shape}: added to the {projected.shape} vectors of the patches")
 similarity = l2_normalize(table) @ l2_normalize(table).T
-_ = show("02-table", pictures.heatmap(table, 4))
+_ = show("02-table", figures.heatmap(table, 4))
 tiles = []
 for patch in (0, grid // 2 * grid + grid // 2, N - 1):
     lowest = similarity[patch].min()
     tile = visualize.patch_tile((similarity[patch] - lowest) / (1 - lowest))
-    tiles.append((pictures.framed(tile, patch, grid), f"like patch {patch}"))
+    tiles.append((figures.framed(tile, patch, grid), f"like patch {patch}"))
 _ = show("02-similarity", visualize.draw_sheet([tiles]))
 
 # %% [markdown]
@@ -227,7 +227,7 @@ _ = show("02-similarity", visualize.draw_sheet([tiles]))
 #
 # **What to expect.** The weights of random parameters hardly depend on the image. The *effective
 # number of patches* says over how many patches a token spreads its attention: all N if the weights
-# are equal, 1 if one patch has all of the weight. We keep this picture and compare in section 11.
+# are equal, 1 if one patch has all of the weight. We keep this figure and compare in section 11.
 
 
 # %%
@@ -241,12 +241,12 @@ def attention_row(params, pixels, resolution):
     encoder = Encoder(params["encoder"], model.encoder, resolution)
     weights = visualize.patch_attention(encoder, pixels[None])[0]                  # (L,N,N)
     patch = int(np.asarray(vit.patchify(pixels[None].astype(np.float32), P))[0].std(1).argmax())
-    grid, row = resolution // P, [(pictures.pixel_tile(pixels), "the framed patch")]
+    grid, row = resolution // P, [(figures.pixel_tile(pixels), "the framed patch")]
     for n, layer in enumerate(weights):
         number = effective_patches(layer).mean()
         row.append((visualize.attention_tile(pixels, layer[patch], 1.0),
                     f"layer {n + 1}: {number:.0f} of {grid * grid}"))
-    return [(pictures.framed(tile, patch, grid), text) for tile, text in row]
+    return [(figures.framed(tile, patch, grid), text) for tile, text in row]
 
 
 attention_before = [attention_row(untrained, batch["images"][i], resolution) for i in SHOWN[1:]]
@@ -288,10 +288,10 @@ print(f"a patch is kept in {counts.min():.2f} to {counts.max():.2f} of the draws
 
 def kept_tile(pixels, keep_indices):
     sample = plots.CaptionedImage(pixels, keep_indices, P, "", None, False)
-    return pictures.pixel_tile(plots.dim_dropped_patches(sample), P)
+    return figures.pixel_tile(plots.dim_dropped_patches(sample), P)
 
 
-tiles = [(pictures.pixel_tile(pixels[0]), "all patches")]
+tiles = [(figures.pixel_tile(pixels[0]), "all patches")]
 tiles += [(kept_tile(pixels[0], keep_indices[n]), f"draw {n + 1}") for n in range(4)]
 _ = show("04-keep", visualize.draw_sheet([tiles]))
 
@@ -331,7 +331,7 @@ print(f"tokens {tokens.shape} -> kept {kept.shape} -> sequence {sequence.shape}"
 S = K + len(inputs)
 mask = decoder.attention_mask(K, S, model.decoder.prefix_attention)
 row_names = [f"patch {i}" for i in keep_indices[0]] + inputs
-_ = show("05-mask", pictures.draw_mask(np.asarray(mask), row_names, K))
+_ = show("05-mask", figures.draw_mask(np.asarray(mask), row_names, K))
 
 # %% [markdown]
 # **Exercise.** What would happen if caption tokens could attend to later caption tokens?
@@ -384,7 +384,7 @@ losses = two_losses(params, batch["images"], MAIN)
 print(f"ln V = {np.log(model.decoder.vocab_size):.2f} nats")
 for name, values in losses.items():
     print(f"{name}: {values.mean():.2f} nats per token")
-_ = show("06-losses", pictures.draw_token_losses(targets, losses))
+_ = show("06-losses", figures.draw_token_losses(targets, losses))
 
 # %% [markdown]
 # **Exercise.** Which tokens of the caption can a trained decoder predict without the image? Guess
@@ -405,7 +405,7 @@ _ = show("06-losses", pictures.draw_token_losses(targets, losses))
 # and updates them with AdamW (weight decay on matrices only). `train.make_step` makes this step for
 # any number of devices. Here we do it by hand, and compare.
 #
-# **What to expect.** The same loss and the same gradient norm. Then two pictures of the gradient's
+# **What to expect.** The same loss and the same gradient norm. Then two figures of the gradient's
 # size for one image: for the encoder's *tokens* it is zero where the token was dropped. For the
 # *pixels* it is not zero anywhere: through the encoder's attention, the kept tokens depend on all
 # patches.
@@ -573,16 +573,16 @@ print(f"validation loss {validated.y[-1]:.2f}; without the image {blind_loss:.2f
 # It reads K of the N tokens, as in training.
 #
 # **What to expect.** First nothing sensible, then correct grammar about an average scene, then the
-# scene itself. Green captions are right in every detail, in any wording. Below, the loss of each
-# token as in section 6: grammar is cheap with any image, and the tokens that describe the scene
-# are cheap only with its own image.
+# scene itself. Green captions are right in every detail, in any wording. After so short a training
+# many still name a wrong shape. Below, the loss of each token as in section 6: grammar is cheap
+# with any image, and the tokens that describe the scene are cheap only with its own image.
 
 # %% tags=["trained"]
 captions = [tokenizer.decode(batch["text"][i]) for i in SHOWN]
 shown_images = batch["images"][list(SHOWN)]
-_ = show("09-history", pictures.draw_history(shown_images, captions, history))
+_ = show("09-history", figures.draw_history(shown_images, captions, history))
 losses = two_losses(params, batch["images"], MAIN)
-_ = show("09-losses", pictures.draw_token_losses(targets, losses))
+_ = show("09-losses", figures.draw_token_losses(targets, losses))
 
 # %% [markdown]
 # **Exercise.** With another image, tokens such as the color can cost *more* than they did before
@@ -620,7 +620,7 @@ scores = caption_metrics(validation[high], on_devices)
 for name in ("exact_match", "object_accuracy", "color_accuracy", "shape_accuracy",
              "place_accuracy"):
     print(f"{name}: {scores[name]:.2f}")
-_ = show("10-history", pictures.draw_history(shown_images, captions, history[-2:]))
+_ = show("10-history", figures.draw_history(shown_images, captions, history[-2:]))
 
 # %%
 for stage in stages:
@@ -679,7 +679,7 @@ _ = show("11-words", visualize.draw_sheet([tiles[:6], tiles[6:]]))
 # It attends to a *token*, which stands at the place of a patch, but contains what the encoder put
 # there. After four blocks of attention among patches, the token can describe any part of the
 # image. So a bright square need not lie on the object that the token names. Attention maps are a
-# picture of the computation, not a proof of where the information is from.
+# view of the computation, not a proof of where the information is from.
 # </details>
 
 # %% [markdown]
@@ -690,9 +690,10 @@ _ = show("11-words", visualize.draw_sheet([tiles[:6], tiles[6:]]))
 # cosine. How often do both show the same? The same features of an encoder with random parameters,
 # and the plain pixels, are the comparison.
 #
-# **What to expect.** The trained features find images with the same content much more often than
-# chance. Pixels find the same background. In the second picture each patch is colored by the three
-# strongest principal components of the tokens: similar colors, similar tokens.
+# **What to expect.** The trained features find images with the same color or place much more often
+# than random features and pixels do. Shapes are not learned yet. Pixels find the same background.
+# In the second figure each patch is colored by the three strongest principal components of the
+# tokens: similar colors, similar tokens.
 
 # %% tags=["trained"]
 gallery = validation[high].batches
@@ -729,8 +730,8 @@ for what in contents[0]:
 
 tiles = []
 for i in range(4):
-    tiles += [(pictures.pixel_tile(images[i]), f"image {i}"),
-              (pictures.pixel_tile(images[chosen["trained"][i]]), "its neighbor")]
+    tiles += [(figures.pixel_tile(images[i]), f"image {i}"),
+              (figures.pixel_tile(images[chosen["trained"][i]]), "its neighbor")]
 _ = show("12-neighbors", visualize.draw_sheet([tiles]))
 
 # %% tags=["trained"]
@@ -739,7 +740,7 @@ for name in ("trained", "random"):
     colors = visualize.pca_colors(encoders[name](images[:64]).tokens)
     tiles = []
     for i in range(4):
-        tiles += [(pictures.pixel_tile(images[i]), ""), (visualize.patch_tile(colors[i]), name)]
+        tiles += [(figures.pixel_tile(images[i]), ""), (visualize.patch_tile(colors[i]), name)]
     rows.append(tiles)
 _ = show("12-pca", visualize.draw_sheet(rows))
 

@@ -1,6 +1,8 @@
 """Reading tars for training: in long runs, each once per epoch, in bounded memory."""
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -208,3 +210,11 @@ def test_threads_that_need_the_same_bytes_wait_for_one_read(tmp_path, reads):
     with pytest.raises(OSError, match="No such file"):
         cache.read(path + "x", 0, 9)
     assert (path + "x", 0, 9) not in cache.spans
+
+
+def test_the_index_command_reports_what_cannot_be_read(tmp_path):
+    good = put(tmp_path / "good.tar", members(2))
+    done = subprocess.run([sys.executable, "-m", "inputs.tar_index", good, "none.tar"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "2 with a .txt" in done.stdout
+    assert "error: none.tar: No such file or directory" in done.stderr.splitlines()

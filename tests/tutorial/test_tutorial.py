@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers.paths import ROOT
 from tests.test_structure import imported_names, modules
-from tutorial import build, pictures
+from tutorial import build, figures
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def test_the_script_runs_from_another_folder(tmp_path, cache):
     done = subprocess.run([sys.executable, build.SCRIPT], cwd=tmp_path, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shown = re.findall(r"^picture: (.*)$", done.stdout, re.M)
+    shown = re.findall(r"^figure: (.*)$", done.stdout, re.M)
     assert len(shown) >= 15 and len(set(shown)) == len(shown)
     for path in shown:
-        with Image.open(tmp_path / path) as picture:
-            assert picture.convert("L").getextrema()[0] < 128, path
+        with Image.open(tmp_path / path) as figure:
+            assert figure.convert("L").getextrema()[0] < 128, path
 
 
 def test_the_notebook_has_the_cells_of_the_script(cells, notebook):
@@ -139,31 +139,31 @@ def test_a_missing_extra_is_named(tmp_path):
     assert done.stderr.startswith("error: ") and "'.[tutorial]'" in done.stderr
 
 
-# ---------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------- figures
 def test_a_heatmap_has_white_at_zero_and_one_color_per_sign():
-    image = np.asarray(pictures.heatmap(np.array([[0.0, 2.0], [-2.0, -1.0]]), 3))
+    image = np.asarray(figures.heatmap(np.array([[0.0, 2.0], [-2.0, -1.0]]), 3))
     assert image.shape == (6, 6, 3)
-    assert (image[0, 0] == 255).all() and tuple(image[0, 5]) == pictures.ORANGE
-    assert tuple(image[5, 0]) == pictures.BLUE and (image[5, 5] > pictures.BLUE).all()
+    assert (image[0, 0] == 255).all() and tuple(image[0, 5]) == figures.ORANGE
+    assert tuple(image[5, 0]) == figures.BLUE and (image[5, 5] > figures.BLUE).all()
 
 
 def test_the_mask_picture_is_colored_where_a_token_may_attend():
     mask = np.tril(np.ones((4, 4), bool))
-    image = pictures.draw_mask(mask, ["patch 0", "patch 1", "[bos]", "a"], 2)
+    image = figures.draw_mask(mask, ["patch 0", "patch 1", "[bos]", "a"], 2)
     colors = [[image.getpixel((84 + j * 14 + 6, 24 + i * 14 + 6)) for j in range(4)]
               for i in range(4)]
     for i, row in enumerate(colors):
         for j, color in enumerate(row):
-            expected = pictures.LIGHT_GRAY
+            expected = figures.LIGHT_GRAY
             if mask[i, j]:
-                expected = pictures.BLUE if j < 2 else pictures.ORANGE
+                expected = figures.BLUE if j < 2 else figures.ORANGE
             assert color == expected, (i, j)
 
 
 def test_a_shown_picture_can_be_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shown = pictures.show("curve", Image.new("RGB", (2, 2), "white"))
+    shown = figures.show("curve", Image.new("RGB", (2, 2), "white"))
     shown.update(Image.new("RGB", (2, 2), "black"))
-    path = capsys.readouterr().out.removeprefix("picture: ").strip()
-    with Image.open(path) as picture:
-        assert picture.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
+    path = capsys.readouterr().out.removeprefix("figure: ").strip()
+    with Image.open(path) as figure:
+        assert figure.convert("RGB").getpixel((0, 0)) == (0, 0, 0)

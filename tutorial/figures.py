@@ -15,37 +15,37 @@ from runtime.plots import BLUE, COLORS, GRAY, GREEN, LIGHT_GRAY, wrap
 
 ORANGE = COLORS[1]
 FONT_SIZE, LINE = 13, 18  # pixels of a letter, of a line of text
-FOLDER = os.path.join("runs", "tutorial")  # of the pictures, outside of a notebook
+FOLDER = os.path.join("runs", "tutorial")  # of the figures, outside of a notebook
 
 
 class Shown:
-    """A picture on display, which `update` replaces: in the notebook in its place, elsewhere in its
+    """A figure on display, which `update` replaces: in the notebook in its place, elsewhere in its
     file runs/tutorial/NAME.png."""
 
-    def __init__(self, name: str, picture: Image.Image):
+    def __init__(self, name: str, figure: Image.Image):
         self.path, self.handle = os.path.join(FOLDER, f"{name}.png"), None
         if "ipykernel" in sys.modules:
             from IPython.display import display  # the notebook's own
-            self.handle = display(to_palette(picture), display_id=True, include=["image/png"])
+            self.handle = display(to_palette(figure), display_id=True, include=["image/png"])
         else:
             os.makedirs(FOLDER, exist_ok=True)
-            self.update(picture)
-            print(f"picture: {self.path}")
+            self.update(figure)
+            print(f"figure: {self.path}")
 
-    def update(self, picture: Image.Image) -> None:
+    def update(self, figure: Image.Image) -> None:
         if self.handle is not None:
-            self.handle.update(to_palette(picture), include=["image/png"])
+            self.handle.update(to_palette(figure), include=["image/png"])
         else:
-            to_palette(picture).save(self.path)
+            to_palette(figure).save(self.path)
 
 
-def to_palette(picture: Image.Image) -> Image.Image:
+def to_palette(figure: Image.Image) -> Image.Image:
     """With 256 colors: a third of the bytes."""
-    return picture.quantize(256, dither=Image.Dither.NONE)
+    return figure.quantize(256, dither=Image.Dither.NONE)
 
 
-def show(name: str, picture: Image.Image) -> Shown:
-    return Shown(name, picture)
+def show(name: str, figure: Image.Image) -> Shown:
+    return Shown(name, figure)
 
 
 def font() -> Any:
