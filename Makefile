@@ -27,7 +27,7 @@ test-long: $(VENV)/test    ## twenty kills, every division over hosts, a long ru
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip, tokenizers and pycocoevalcap
 	$(BIN)/python -m pytest tests/parity
 
-test-remote: $(VENV)/remote ## against an S3 server and a GCS emulator on this machine
+test-remote: $(VENV)/test-remote ## against an S3 server and a GCS emulator on this machine
 	$(BIN)/python -m pytest tests/remote
 
 test-browser: $(VENV)/browser ## demo.py and report.html in a headless Chromium, which it says how to install if there is none
@@ -51,24 +51,11 @@ $(VENV)/core: pyproject.toml constraints.txt | same-python
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/test: $(VENV)/core
-	$(PIP) --editable '.[test]'
-	touch $@
-
-$(VENV)/tutorial: $(VENV)/core
-	$(PIP) --editable '.[tutorial]'
-	touch $@
-
-$(VENV)/parity: $(VENV)/test
-	$(PIP) --editable '.[parity]'
-	touch $@
-
-$(VENV)/remote: $(VENV)/test
-	$(PIP) --editable '.[parquet,remote,test-remote]'
-	touch $@
-
-$(VENV)/browser: $(VENV)/test
-	$(PIP) --editable '.[browser]'
+# The extra that has the name of the file.
+$(VENV)/test $(VENV)/tutorial: $(VENV)/core
+$(VENV)/parity $(VENV)/test-remote $(VENV)/browser: $(VENV)/test
+$(addprefix $(VENV)/,test tutorial parity test-remote browser):
+	$(PIP) --editable '.[$(@F)]'
 	touch $@
 
 clean:
