@@ -279,7 +279,7 @@ def parse_args(argv: list[str]) -> tuple[Config, bool]:
     named = [word for word in argv if word in RECIPES] or ["toy"]
     add_flags(parser, recipe=RECIPES[named[0]])
     parser.add_argument("--dry-run", action="store_true",
-                        help="print what the run would be, and end")
+                        help="print what the run would be, without reading data, and end")
     refuse_old_flags(parser, argv)
     changes = vars(parser.parse_args(argv))
     recipe, dry_run = changes.pop("recipe"), changes.pop("dry_run")

@@ -37,20 +37,20 @@ SAMPLES_PER_TASK = 8  # of a thread: waking it takes longer than decoding one sm
 class LaneShuffle:
     """The order of the samples in each epoch, from (seed, epoch) alone.
 
-    A run, in this class, is a series of samples that one read of a tar covers. Data that fit in
-    memory have no runs: all samples are shuffled together. Otherwise the tars are shuffled, then
-    the runs in each tar, then the samples in each run. The resulting sequence is cut into NUM_LANES
-    equal parts, the lanes, and the order takes one sample from each lane in turn. So a batch mixes
-    samples from NUM_LANES places, each run is read once, and at most NUM_LANES runs are in use. If
-    each of n processes takes every n-th position, and n divides NUM_LANES, each process has lanes
-    of its own."""
+    A chunk is a series of samples that one read of a tar covers. Data that fit in memory have no
+    chunks: all samples are shuffled together. Otherwise the tars are shuffled, then the chunks in
+    each tar, then the samples in each chunk. The resulting sequence is cut into NUM_LANES equal
+    parts, the lanes, and the order takes one sample from each lane in turn. So a batch mixes
+    samples from NUM_LANES chunks, each chunk is read once, and at most NUM_LANES chunks are in use.
+    If each of n processes takes every n-th position, and n divides NUM_LANES, each process has
+    lanes of its own."""
 
-    def __init__(self, starts: np.ndarray, seed: int, run_of: Callable | None = None):
-        """starts (shards + 1,) and run_of as in inputs/sources.py."""
-        self.starts, self.seed, self.run_of = starts, seed, run_of
+    def __init__(self, starts: np.ndarray, seed: int, chunk_of: Callable | None = None):
+        """starts (shards + 1,) and chunk_of as in inputs/sources.py."""
+        self.starts, self.seed, self.chunk_of = starts, seed, chunk_of
         self.shards = functools.lru_cache(2)(self.shuffle_shards)
         self.samples = functools.lru_cache(2)(self.shuffle_samples)
-        self.shard_samples = functools.lru_cache(2 * tars.NUM_LANES)(self.shuffle_runs)
+        self.shard_samples = functools.lru_cache(2 * tars.NUM_LANES)(self.shuffle_chunks)
 
     def shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in this epoch's order, and where each begins in the sequence."""
@@ -64,32 +64,33 @@ class LaneShuffle:
         samples = [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in order]
         return np.random.default_rng((self.seed, 3, epoch, 0)).permutation(np.concatenate(samples))
 
-    def shuffle_runs(self, epoch: int, shard: int) -> np.ndarray:
-        """The samples of a shard, one run after the other."""
+    def shuffle_chunks(self, epoch: int, shard: int) -> np.ndarray:
+        """The samples of a shard, one chunk after the other."""
         samples = np.arange(self.starts[shard], self.starts[shard + 1])
-        runs = self.run_of(samples)
+        chunks = self.chunk_of(samples)
         rng = np.random.default_rng((self.seed, 3, epoch, shard))
-        rank = rng.permutation(runs.max() + 1)
-        return samples[np.lexsort((rng.random(len(samples)), rank[runs]))]
+        rank = rng.permutation(chunks.max() + 1)
+        return samples[np.lexsort((rng.random(len(samples)), rank[chunks]))]
 
     def __call__(self, position: int) -> int:
         """The sample at a position of the training run."""
         n = int(self.starts[-1])
         epoch, offset = divmod(position, n)
-        if self.run_of is None:
+        if self.chunk_of is None:
             return int(self.samples(epoch)[offset])
         row, lane = divmod(offset, tars.NUM_LANES)
         length, longer = divmod(n, tars.NUM_LANES)  # the first `longer` lanes have one sample more
-        place = lane * length + min(lane, longer) + row
+        index = lane * length + min(lane, longer) + row  # in the sequence
         order, begins = self.shards(epoch)
-        n_before = int(np.searchsorted(begins, place, side="right")) - 1  # shards before this one
+        n_before = int(np.searchsorted(begins, index, side="right")) - 1  # shards before this one
         samples = self.shard_samples(epoch, int(order[n_before]))
-        return int(samples[place - begins[n_before]])
+        return int(samples[index - begins[n_before]])
 
 
 def order_name(source: Source) -> str:
-    """Names the order of a source's samples in training. A continued run needs the same order."""
-    return f"in runs of {source.run_length} samples" if source.run_length else "shuffled whole"
+    """Names the order of a source's samples in training. A continued run needs the same order, so
+    checkpoints hold this name: its "runs" are the chunks."""
+    return f"in runs of {source.chunk_length} samples" if source.chunk_length else "shuffled whole"
 
 
 def former_order_name(source: Source) -> str:
@@ -120,8 +121,8 @@ class Loader:
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
         self.order: Callable[[int], int] = lambda position: position % len(source)
         if augment is not None and source.starts is not None:
-            run_of = source.run_of if source.run_length else None
-            self.order = LaneShuffle(source.starts, seed, run_of)
+            chunk_of = source.chunk_of if source.chunk_length else None
+            self.order = LaneShuffle(source.starts, seed, chunk_of)
 
     def choose_caption(self, position: int, i: int) -> Callable[[int], int]:
         """How to choose one of n captions: in training by a draw per epoch, else the first."""
@@ -291,7 +292,7 @@ def main(argv: list[str]) -> int:
         sheet.paste(Image.fromarray(pixels), (x, y))
         pen.multiline_text((x, y + 164), textwrap.fill(source.caption(i)[:108], 27), fill="black")
     sheet.save("contact.png")
-    print(f"contact.png: 16 training images of {where}; skipped: {dict(source.skipped) or 'none'}")
+    print(f"contact.png: 16 training images of {where}; skipped: {sources.skipped_samples(source)}")
     return 0
 
 

@@ -44,13 +44,13 @@ DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
 }
 RELEASED_DEPTH = 12  # the released init scales by this depth, whatever the decoder's own depth is
 RELEASED_INIT = {    # --init-scale released, in the form of vit.RELEASED_INIT
-    "embed": ("normal", lambda inputs, outputs: 0.02),
-    "project": ("normal", lambda inputs, outputs: inputs**-0.5),
-    "qkv": ("normal", lambda inputs, outputs: inputs**-0.5),
-    "out": ("normal", lambda inputs, outputs: (2 * RELEASED_DEPTH * outputs) ** -0.5),
-    "fc1": ("normal", lambda inputs, outputs: (2 * inputs) ** -0.5),
-    "fc2": ("normal", lambda inputs, outputs: (2 * RELEASED_DEPTH * outputs) ** -0.5),
-    "head": ("normal", lambda inputs, outputs: inputs**-0.5),
+    "embed": ("normal", lambda fan_in, fan_out: 0.02),
+    "project": ("normal", lambda fan_in, fan_out: fan_in**-0.5),
+    "qkv": ("normal", lambda fan_in, fan_out: fan_in**-0.5),
+    "out": ("normal", lambda fan_in, fan_out: (2 * RELEASED_DEPTH * fan_out) ** -0.5),
+    "fc1": ("normal", lambda fan_in, fan_out: (2 * fan_in) ** -0.5),
+    "fc2": ("normal", lambda fan_in, fan_out: (2 * RELEASED_DEPTH * fan_out) ** -0.5),
+    "head": ("normal", lambda fan_in, fan_out: fan_in**-0.5),
 }
 
 
@@ -109,13 +109,14 @@ def attention_mask(K: int, S: int, prefix_attention: str) -> jax.Array:
     return causal_mask | ((i < K) & (j < K))
 
 
-def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig, first: int = 0) -> jax.Array:
-    """text (B,T) to vectors (B,T,D). `first` is the position of its first token."""
+def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig,
+                 first_position: int = 0) -> jax.Array:
+    """text (B,T) to vectors (B,T,D). first_position is that of its first token."""
     x = params["embed"]["embedding"].astype(cfg.dtype)[text]
     if not cfg.text_pos_embed:
         return x
     omega = 10000.0 ** (-np.arange(cfg.width // 2) / (cfg.width // 2))
-    angle = (first + jnp.arange(text.shape[1]))[:, None] * omega                         # (T,D/2)
+    angle = (first_position + jnp.arange(text.shape[1]))[:, None] * omega                # (T,D/2)
     return x + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1).astype(cfg.dtype)
 
 
@@ -146,7 +147,8 @@ def text_features(params: dict, image_tokens: jax.Array, text: jax.Array,
     return layer_norm(x, params["norm"])
 
 
-def logits(params: dict, image_tokens: jax.Array, text: jax.Array, cfg: DecoderConfig) -> jax.Array:
+def caption_logits(params: dict, image_tokens: jax.Array, text: jax.Array,
+                   cfg: DecoderConfig) -> jax.Array:
     """(B,T,V) fp32. For inspection; the loss can compute them in chunks."""
     features = text_features(params, image_tokens, text, cfg)
     return linear(features, params["head"]).astype(jnp.float32)
@@ -173,10 +175,10 @@ def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
 
     @jax.named_scope("loss")
     def chunk_loss(features: jax.Array, targets: jax.Array) -> jax.Array:
-        scores = linear(features, params["head"]).astype(jnp.float32)                    # (B,C,V)
+        logits = linear(features, params["head"]).astype(jnp.float32)                    # (B,C,V)
         is_target = jnp.arange(cfg.vocab_size) == targets[..., None]
-        target_scores = jnp.where(is_target, scores, 0).sum(-1)
-        losses = jax.nn.logsumexp(scores, axis=-1) - target_scores
+        target_logits = jnp.where(is_target, logits, 0).sum(-1)
+        losses = jax.nn.logsumexp(logits, axis=-1) - target_logits
         return jnp.where(targets != PAD, losses, 0).sum(-1)
 
     C = cfg.loss_chunk
@@ -200,10 +202,10 @@ def count_targets(text: jax.Array) -> jax.Array:
 
 
 # ------------------------------------------------------------------------------ generation
-def sample_top_p(key: jax.Array, scores: jax.Array, top_p: float, temperature: float) -> jax.Array:
-    """scores (B,V) to tokens (B,), drawn from the smallest set of tokens that together hold
+def sample_top_p(key: jax.Array, logits: jax.Array, top_p: float, temperature: float) -> jax.Array:
+    """logits (B,V) to tokens (B,), drawn from the smallest set of tokens that together hold
     top_p of the probability."""
-    p = jax.nn.softmax(scores / temperature, axis=-1)
+    p = jax.nn.softmax(logits / temperature, axis=-1)
     order = jnp.argsort(-p, axis=-1)
     ranked = jnp.take_along_axis(p, order, axis=-1)
     mass_before = ranked.cumsum(-1) - ranked
@@ -219,13 +221,13 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
     key, otherwise top-p sampling. mask (K+length,K+length): in place of `attention_mask`.
 
     The keys and values of the tokens so far are cached, so that a step computes one new token only.
-    Without a key the result equals taking the best token of `logits` again and again."""
+    Without a key the result equals taking the best token of `caption_logits` again and again."""
     B, K, _ = image_tokens.shape
     S, Dh = K + length, cfg.width // cfg.num_heads
     mask = attention_mask(K, S, cfg.prefix_attention) if mask is None else mask
 
     def append(x: jax.Array, cache: tuple, position: Any) -> tuple:
-        """x (B,Q,D) goes to `position`: scores (B,V) after its last token, and the new cache."""
+        """x (B,Q,D) goes to `position`: logits (B,V) after its last token, and the new cache."""
         rows = jax.lax.dynamic_slice_in_dim(mask, position, x.shape[1], axis=0)          # (Q,S)
 
         def body(x: jax.Array, layer: tuple) -> tuple:
@@ -237,22 +239,22 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
         features = layer_norm(x[:, -1], params["norm"])
         return linear(features, params["head"]).astype(jnp.float32), cache
 
-    def write_token(state: tuple, t: jax.Array) -> tuple:
-        scores, cache, done = state
+    def generate_token(state: tuple, t: jax.Array) -> tuple:
+        logits, cache, done = state
         if key is None:
-            token = scores.argmax(-1).astype(jnp.int32)
+            token = logits.argmax(-1).astype(jnp.int32)
         else:
             token_key = jax.random.fold_in(key, t)
-            token = sample_top_p(token_key, scores, top_p, temperature).astype(jnp.int32)
+            token = sample_top_p(token_key, logits, top_p, temperature).astype(jnp.int32)
         token = jnp.where(done, PAD, token)                                              # (B,)
-        scores, cache = append(embed_tokens(params, token[:, None], cfg, t), cache, K + t)
-        return (scores, cache, done | (token == EOS)), token
+        logits, cache = append(embed_tokens(params, token[:, None], cfg, t), cache, K + t)
+        return (logits, cache, done | (token == EOS)), token
 
     empty = jnp.zeros((cfg.depth, B, S, cfg.num_heads, Dh), cfg.dtype)
     bos = jnp.full((B, 1), BOS, jnp.int32)
-    scores, cache = append(embed_sequence(params, image_tokens, bos, cfg), (empty, empty), 0)
-    start = (scores, cache, jnp.zeros(B, bool))
-    _, tokens = jax.lax.scan(write_token, start, jnp.arange(1, length))
+    logits, cache = append(embed_sequence(params, image_tokens, bos, cfg), (empty, empty), 0)
+    start = (logits, cache, jnp.zeros(B, bool))
+    _, tokens = jax.lax.scan(generate_token, start, jnp.arange(1, length))
     return jnp.concatenate([bos, tokens.T], axis=1)
 
 

@@ -78,8 +78,8 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
     Loss and token count are summed over all devices before one is divided by the other. So the
     update is that of the global batch, however it is divided over devices or cut into `grad_accum`
-    pieces. Which patches of an image are kept depends on the seed and on sample_index, the image's
-    position in the run.
+    microbatches. Which patches of an image are kept depends on the seed and on sample_index, the
+    image's position in the run.
 
     With `zero1`, each device keeps the optimizer state of its own shard of the parameters and
     updates that shard; then all devices exchange the new shards (ZeRO stage 1, arXiv:1910.02054).
@@ -92,19 +92,19 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
         return loss_fn(cast_block_params(params, model), batch, keys, model)
 
     def accumulate(params: dict, batch: dict) -> tuple:
-        pieces = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
+        microbatches = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
 
-        def add(total: tuple, piece: dict) -> tuple:
-            return jax.tree.map(jnp.add, total, loss_and_grads(params, piece)), None
+        def add(total: tuple, microbatch: dict) -> tuple:
+            return jax.tree.map(jnp.add, total, loss_and_grads(params, microbatch)), None
         start = ((jnp.float32(0), jnp.int32(0)), zeros)
-        return jax.lax.scan(add, start, pieces)[0]
+        return jax.lax.scan(add, start, microbatches)[0]
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
-        own_params = params
+        local_params = params
         if zero1:  # sharded here: if it were done later, the old parameters would stay in memory
             shards = jax.tree.map(local_shard, params)
-            own_params, params = jax.lax.optimization_barrier((shards, params))
+            local_params, params = jax.lax.optimization_barrier((shards, params))
         if grad_accum == 1:
             sums, grads = loss_and_grads(params, batch)
         else:
@@ -118,11 +118,11 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
         if grad_clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, grad_clip / grad_norm), grads)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, opt_state, own_params)
-            own_params = optax.apply_updates(own_params, updates)
+            updates, opt_state = optimizer.update(grads, opt_state, local_params)
+            local_params = optax.apply_updates(local_params, updates)
         if zero1:
-            own_params = jax.tree.map(lambda x, p: all_gather(x, p.shape), own_params, params)
-        return own_params, opt_state, {"loss": loss / num_tokens, "grad_norm": grad_norm}
+            local_params = jax.tree.map(lambda x, p: all_gather(x, p.shape), local_params, params)
+        return local_params, opt_state, {"loss": loss / num_tokens, "grad_norm": grad_norm}
 
     return jax.pmap(step, axis_name="devices", donate_argnums=(0, 1), devices=devices)
 
@@ -158,6 +158,8 @@ def train_run(run: Run) -> int:
               "name another --workdir to train again")
         return 0
     if run.step:
+        if run.parallel.is_main:
+            print(f"continuing {run.cfg.workdir} from step {run.step} of {run.stages[-1].end}")
         shapes = jax.eval_shape(lambda: registry.init_params(run.cfg, run.model))
         params = run.restore(shapes, "params")
     else:
@@ -269,9 +271,9 @@ def dry_run(cfg: Config) -> int:
 
 def main(argv: list[str]) -> int:
     """The command. Returns the exit status."""
-    cfg, only_summary = parse_args(argv)
+    cfg, is_dry_run = parse_args(argv)
     try:
-        status = run_command(dry_run if only_summary else train, cfg)
+        status = run_command(dry_run if is_dry_run else train, cfg)
     except jax.errors.JaxRuntimeError as problem:
         if "RESOURCE_EXHAUSTED" in str(problem):
             message = ("out of memory: --grad-accum 4 makes the same update in four pieces; then "

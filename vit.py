@@ -1,8 +1,8 @@
 """The encoder: a plain ViT that turns an image into patch tokens (paper section 2.2, Table 1).
 
 This file's parameters are the product: OpenVision 2 keeps nothing else after pretraining. The file
-knows nothing of captions, masking, devices or data. The transformer block is here too; the decoder
-uses the same one with a causal mask.
+does not depend on captions, masking, devices or data. The transformer block is here too; the
+decoder uses the same one with a causal mask.
 
 Letters: B images, R pixels per side, P patch size, G = R/P grid side, N = G*G patches, S = N (+1
 with a CLS token), Q tokens in a block's input, D width, M MLP width, H heads, Dh = D/H, L layers.
@@ -48,13 +48,13 @@ REMAT = {  # what the backward pass keeps of each block; it computes the rest ag
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-RELEASED_INIT = {  # --init-scale released: distribution, and std from a layer's (inputs, outputs)
-    "patch": ("uniform", lambda inputs, outputs: math.sqrt(2 / inputs)),
-    "cls": ("normal", lambda inputs, outputs: 1e-6),
-    "qkv": ("normal", lambda inputs, outputs: 0.02),
-    "out": ("normal", lambda inputs, outputs: 0.02),
-    "fc1": ("normal", lambda inputs, outputs: 0.02),
-    "fc2": ("truncated", lambda inputs, outputs: math.sqrt(0.3072 / outputs)),
+RELEASED_INIT = {  # --init-scale released: distribution, and std from (fan_in, fan_out)
+    "patch": ("uniform", lambda fan_in, fan_out: math.sqrt(2 / fan_in)),
+    "cls": ("normal", lambda fan_in, fan_out: 1e-6),
+    "qkv": ("normal", lambda fan_in, fan_out: 0.02),
+    "out": ("normal", lambda fan_in, fan_out: 0.02),
+    "fc1": ("normal", lambda fan_in, fan_out: 0.02),
+    "fc2": ("truncated", lambda fan_in, fan_out: math.sqrt(0.3072 / fan_out)),
 }
 
 Grid = int | tuple[int, int]  # patches per side, or rows and columns
@@ -151,18 +151,18 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
     return x, {"keys": k, "values": v, "attention_weights": attention_weights}
 
 
-def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, wanted: tuple[str, ...] = (),
+def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[str, ...] = (),
                       block: Callable = transformer_block, select: Callable | None = None,
                       **options: Any) -> tuple[jax.Array, dict]:
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
-    num_heads, remat and scan_unroll; `options` go to `block`. Returns x and the `wanted` extras of
-    each block, with a leading L.
+    num_heads, remat and scan_unroll; `options` go to `block`. Returns x and those of each block's
+    extras that extra_names lists, with a leading L.
 
     With `select`, x is what it picks of the tokens (axis 1). If the scan is unrolled, the last
     block computes only these. Else the split would copy the stacked weights (0.8 GiB for L/14)."""
     def body(x: jax.Array, w: dict, **more: Any) -> tuple[jax.Array, dict]:
         x, extras = block(x, w, cfg.num_heads, **options, **more)
-        return x, {name: extras[name] for name in wanted}
+        return x, {name: extras[name] for name in extra_names}
     scanned = body
     if cfg.remat != "none":
         scanned = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
@@ -202,7 +202,7 @@ def position_embedding(params: dict, grid: Grid, cfg: ViTConfig) -> Any:
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels to fp32, less ImageNet's mean and divided by its standard deviation. It runs on
+    """uint8 pixels to fp32, minus ImageNet's mean and divided by its standard deviation. It runs on
     the device, so that bytes travel there, not floats."""
     mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
     return (images.astype(jnp.float32) / 255 - mean) / std
@@ -257,8 +257,8 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
         x, _ = transformer_stack(x, params["blocks"], cfg, mask=mask,
                                  select=lambda x: select(x[:, first:]))
         return {"tokens": layer_norm(x, params["norm"]) if cfg.norm_tokens else x}
-    wanted = ("attention_weights",) if attention else ()
-    x, extras = transformer_stack(x, params["blocks"], cfg, wanted, mask=mask)
+    extra_names = ("attention_weights",) if attention else ()
+    x, extras = transformer_stack(x, params["blocks"], cfg, extra_names, mask=mask)
     tokens = x[:, first:]
     out = {"tokens": tokens, "pooled": layer_norm(tokens.mean(1), params["norm"])}
     if cfg.norm_tokens:

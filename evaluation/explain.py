@@ -68,7 +68,7 @@ def run_model(encoder_cfg: ViTConfig, cfg: decoder.DecoderConfig, shuffled: bool
     # Once more with all tokens at once: the image, the gray image, and the caption with gray tokens
     tokens, text = tokens[jnp.array([0, 1, 1])], text[jnp.array([0, 1, 0])]
     x = decoder.embed_sequence(dec, tokens, text[:, :-1], cfg)
-    x, extras = transformer_stack(x, dec["blocks"], cfg, wanted=("attention_weights",),
+    x, extras = transformer_stack(x, dec["blocks"], cfg, extra_names=("attention_weights",),
                                   mask=mask[:-1, :-1], exact_gelu=False)
     scores = linear(layer_norm(x[:, N:], dec["norm"]), dec["head"]).astype(jnp.float32)
     probabilities = jax.nn.softmax(scores, axis=-1)                                  # (3,T-1,V)

@@ -70,7 +70,7 @@ def caption_attention(captioner: Captioner,
         text = decoder.generate(params, tokens, cfg, captioner.settings.max_text_len)
         x = decoder.embed_sequence(params, tokens, text[:, :-1], cfg)
         mask = decoder.attention_mask(N, N + text.shape[1] - 1, cfg.prefix_attention)
-        _, extras = vit.transformer_stack(x, params["blocks"], cfg, wanted=("attention_weights",),
+        _, extras = vit.transformer_stack(x, params["blocks"], cfg, ("attention_weights",),
                                           mask=mask, exact_gelu=False)
         return text, extras["attention_weights"].mean((0, 2))[:, N:, :N]
     text, weights = map(np.asarray, run(captioner.params["decoder"], tokens))

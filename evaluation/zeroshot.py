@@ -93,7 +93,7 @@ def score(params: dict, image_tokens: jax.Array, text: jax.Array,
     token_embeddings, targets = decoder.embed_tokens(params, text[:, :-1], cfg), text[:, 1:]
     mask = decoder.attention_mask(N, N + T - 1, cfg.prefix_attention)
     prefix = linear(image_tokens.astype(cfg.dtype), params["project"])
-    _, cache = transformer_stack(prefix, params["blocks"], cfg, wanted=("keys", "values"),
+    _, cache = transformer_stack(prefix, params["blocks"], cfg, extra_names=("keys", "values"),
                                  mask=mask[:N, :N], exact_gelu=False)              # (L,P,N,H,Dh)
 
     def with_room(a: jax.Array) -> jax.Array:

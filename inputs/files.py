@@ -126,7 +126,7 @@ class FileSource:
     """A source (inputs/sources.py) of image and text files. `field` is "txt" for KEY.txt, or a
     field of KEY.json. A subclass sets `starts` and `crc`, calls `validate`, and has
     `byte_ranges`."""
-    run_length = 0
+    chunk_length = 0
     has_columns = False  # texts are columns of a table, so that txt is a name as any other
 
     def __init__(self, where: str, field: str, options: ReadOptions = DEFAULT_OPTIONS):
@@ -194,12 +194,12 @@ class FileSource:
         return self.parse_caption(self.read_bytes(self.byte_ranges(i)[1], MAX_TEXT_BYTES), field)
 
     def sample(self, i: int, fields: Iterable[str], choose: Choose,
-               with_run: bool = False) -> tuple[list[str], Image.Image]:
-        image, text = self.read_sample(i, with_run)
+               with_chunk: bool = False) -> tuple[list[str], Image.Image]:
+        image, text = self.read_sample(i, with_chunk)
         captions = [self.parse_caption(text, field, choose) for field in fields]
         return captions, open_image(io.BytesIO(image))
 
-    def read_sample(self, i: int, with_run: bool) -> tuple[bytes, bytes]:
+    def read_sample(self, i: int, with_chunk: bool) -> tuple[bytes, bytes]:
         """The bytes of the image and of the text. The text is read first, because it is short."""
         image, text = self.byte_ranges(i)
         text_bytes = self.read_bytes(text, MAX_TEXT_BYTES)

@@ -3,7 +3,7 @@
 Parquet is read by row groups, of any size: a group may be a complete file of 1.5 GB. So a group is
 unpacked once, a few rows at a time, into a file of the local cache (inputs/parquet_groups.py).
 There, every row can be read alone. Training then reads groups as it reads tars: a group is a shard,
-and a run is a series of its rows.
+and a chunk is a series of its rows.
 """
 import functools
 import os
@@ -158,7 +158,7 @@ class ParquetSource(TarSource):
         raise DataError(f"the cache {self.disk.folder} loses its files as they are used: set "
                         "--cache-gb higher, or name another folder with --cache-dir")
 
-    def read_sample(self, i: int, with_run: bool) -> tuple[bytes, bytes]:
+    def read_sample(self, i: int, with_chunk: bool) -> tuple[bytes, bytes]:
         shard, row = self.locate(i)
         for attempt in range(3):
             _, size, text_offset, text_size = self.rows(shard)[row].tolist()

@@ -27,7 +27,7 @@ from runtime.errors import DataError, MissingExtra
 
 WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds before each repetition: seven attempts in all
 REQUEST_SECONDS = 60           # of one attempt
-COPY_BYTES = 2 << 30           # of a small set, whose runs would be short
+COPY_BYTES = 2 << 30           # of a small set, whose chunks would be short
 PIECE_BYTES = 8 << 20          # of a request, when a complete file is copied
 NUM_THREADS = 16               # requests at once
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}

@@ -42,7 +42,7 @@ class Source(Protocol):
     skipped: Counter           # {reason: count}
     starts: np.ndarray | None  # (shards + 1,) first sample of each shard, then the number of all;
                                # None where samples are random draws, which need no shuffling
-    run_length: int            # consecutive samples that one read covers; 0: shuffle all as one
+    chunk_length: int            # consecutive samples that one read covers; 0: shuffle all as one
 
     def __len__(self) -> int: ...
 
@@ -59,15 +59,15 @@ class Source(Protocol):
         """By default of the source's own field. Of a list of captions, the first."""
 
     def sample(self, i: int, fields: Iterable[str], choose: Choose,
-               with_run: bool = False) -> tuple[list[str], Image.Image]:
+               with_chunk: bool = False) -> tuple[list[str], Image.Image]:
         """The caption of each field, and the image. choose(n) chooses one of a list of n captions.
-        with_run: the samples around this one will be needed soon."""
+        with_chunk: the samples around this one will be needed soon."""
 
     def prefetch(self, i: int) -> None:
         """Only where starts is not None: sample i will be needed soon."""
 
-    def run_of(self, samples: np.ndarray) -> np.ndarray:
-        """Only where run_length > 0: the number of the run, in its shard, that each sample is
+    def chunk_of(self, samples: np.ndarray) -> np.ndarray:
+        """Only where chunk_length > 0: the number of the chunk, in its shard, that each sample is
         in."""
 
 
@@ -76,7 +76,7 @@ cached_scene = functools.lru_cache(64)(scenes.sample_scene)  # for the caption, 
 
 class SceneSource:
     """The embedded scenes (inputs/scenes.py). A training split is endless: no image comes twice."""
-    starts, run_length = None, 0
+    starts, chunk_length = None, 0
 
     def __init__(self, seed: int, split: str, count: int | None = None, field: str = "txt"):
         self.seed, self.split, self.count = seed, split, count
@@ -108,7 +108,7 @@ class SceneSource:
         return scene_captions.caption(self.scene(i), field)
 
     def sample(self, i: int, fields: Iterable[str], choose: Choose,
-               with_run: bool = False) -> tuple[list[str], Image.Image]:
+               with_chunk: bool = False) -> tuple[list[str], Image.Image]:
         return [self.caption(i, field) for field in fields], self.image(i)
 
     def caption_nats(self, i: int) -> float:
@@ -184,7 +184,7 @@ def sample_files(names: list[str], skipped: Counter) -> Iterator[tuple[str, str,
 # -------------------------------------------------------------------- a part of another source
 class Subset:
     """Some samples of a source, in a given order: a validation set."""
-    run_length = 0
+    chunk_length = 0
 
     def __init__(self, source: FileSource, indices: np.ndarray):
         self.source, self.indices, self.skipped = source, indices, source.skipped
@@ -216,8 +216,8 @@ class Subset:
     def prefetch(self, i: int) -> None:
         self.source.prefetch(self.source_index(i))
 
-    def run_of(self, samples: np.ndarray) -> np.ndarray:
-        return self.source.run_of(self.source_index(samples))
+    def chunk_of(self, samples: np.ndarray) -> np.ndarray:
+        return self.source.chunk_of(self.source_index(samples))
 
 
 class Complement(Subset):
@@ -227,7 +227,7 @@ class Complement(Subset):
         super().__init__(source, np.sort(excluded))
         self.starts = source.starts - np.searchsorted(self.indices, source.starts)
         self.kept_before = self.indices - np.arange(len(excluded))  # samples before each exception
-        self.run_length = source.run_length
+        self.chunk_length = source.chunk_length
 
     def source_index(self, i: Any) -> Any:
         return i + np.searchsorted(self.kept_before, i, side="right")
@@ -277,11 +277,16 @@ def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "tra
                     f"or parquet files (a glob or a {{00000..00011}} list){missing}")
 
 
+def skipped_samples(source: Source) -> str:
+    """How many samples a source left out, by reason."""
+    return "; ".join(f"{count} {reason}" for reason, count in source.skipped.items()) or "none"
+
+
 def main(argv: list[str]) -> int:
     if not 1 <= len(argv) <= 2:
         sys.exit("usage: python -m inputs.sources WHERE [CAPTION]")
     source = open_source(*argv, count=1000)
-    print(f"{len(source):,} samples; skipped: {dict(source.skipped) or 'none'}")
+    print(f"{len(source):,} samples; skipped: {skipped_samples(source)}")
     for i in range(min(len(source), 5)):
         try:
             print(f"{source.name(i)}: {source.caption(i)}")

@@ -2,7 +2,7 @@
 
 Memory does not grow with the number of samples. An index file beside each tar holds a row (offsets
 and sizes) per sample (inputs/tar_index.py). In memory are a few counts of each tar, and the rows of
-the tars used last. A run, in this file, is a series of samples that one read covers.
+the tars used last. A chunk is a series of samples that one read covers.
 """
 import contextlib
 import functools
@@ -29,7 +29,7 @@ from inputs.tar_index import TarIndex, reason
 from runtime.errors import BadSample, DataError
 
 MAX_SHUFFLE_BYTES = 256 << 20  # of tars that a process keeps in memory for training
-NUM_LANES = 64                 # positions of a large data set from which training reads in turn
+NUM_LANES = 64                 # sequences of samples from which training takes one each in turn
 CACHED_TARS = 80               # tars whose rows are in memory: one per lane, some for validation
 Span = tuple[int, int]         # the bytes begin..end of a tar
 
@@ -85,7 +85,7 @@ class TarSource(FileSource):
         return tar_index.load_index(path, rows=True) or tar_index.scan_tar(path)
 
     def count_skipped(self, indexes: list[TarIndex]) -> None:
-        """Sum the counts of all tars. A reason that is about a tar names the first such tar."""
+        """Sums the counts of all tars. A reason that is about a tar names the first such tar."""
         first: dict[str, str] = {}
         for path, index in zip(self.paths, indexes):
             for why, count in index.meta["skipped"].items():
@@ -94,20 +94,20 @@ class TarSource(FileSource):
                 self.skipped[why] += count
 
     def plan_reads(self, total_bytes: int) -> None:
-        """Choose the length of a run. A run takes half of a lane's memory on average, so that few
-        exceed that memory. The run at a lane's end is read by the next lane too, so a lane gets at
-        least 16 runs. Tars that fit in memory are read once, and shuffled together."""
+        """Chooses the length of a chunk. It takes half of a lane's memory on average, so that few
+        chunks exceed that memory. The chunk at a lane's end is read by the next lane too, so a lane
+        gets at least 16 chunks. Tars that fit in memory are read once, and shuffled together."""
         lane_bytes = MAX_SHUFFLE_BYTES // NUM_LANES
         fits = total_bytes <= MAX_SHUFFLE_BYTES
         count = lane_bytes // 2 * len(self) // max(total_bytes, 1)
         if not fits:
             count = min(count, len(self) // (16 * NUM_LANES))
         self.read_length = max(1, count)
-        self.run_length = 0 if fits else self.read_length  # 0: shuffle all samples together
+        self.chunk_length = 0 if fits else self.read_length  # 0: shuffle all samples together
         self.max_span_bytes = MAX_SHUFFLE_BYTES if fits else lane_bytes
         self.rows = functools.lru_cache(None if fits else CACHED_TARS)(self.load_rows)
         self.fetched_ahead: deque[tuple[int, int]] = deque(maxlen=4 * NUM_LANES)
-        self.run_span = functools.lru_cache(4 * NUM_LANES)(self.span)
+        self.chunk_span = functools.lru_cache(4 * NUM_LANES)(self.span)
         self.cache = SpanCache(MAX_SHUFFLE_BYTES, self.storage.read_span)
 
     def load_rows(self, shard: int) -> np.ndarray:
@@ -126,7 +126,7 @@ class TarSource(FileSource):
         return rows[rows[:, column] > 0][:, [0, 1, column, column + 1]]
 
     def locate(self, i: int) -> tuple[int, int]:
-        """(tar, row): the tar that sample i is in, and its place among the samples there."""
+        """(tar, row): the tar that sample i is in, and its number among the samples there."""
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         return shard, int(i - self.starts[shard])
 
@@ -136,8 +136,8 @@ class TarSource(FileSource):
         offset, size, text_offset, text_size = self.rows(shard)[row].tolist()
         return ByteRange(path, offset, size), ByteRange(path, text_offset, text_size)
 
-    def run_of(self, samples: np.ndarray) -> np.ndarray:
-        """For each sample, the number of its run, counted in its tar."""
+    def chunk_of(self, samples: np.ndarray) -> np.ndarray:
+        """For each sample, the number of its chunk, counted in its tar."""
         shards = np.searchsorted(self.starts, samples, side="right") - 1
         return (samples - self.starts[shards]) // self.read_length
 
@@ -149,17 +149,17 @@ class TarSource(FileSource):
         headers = 8192 * len(rows)  # about three headers a sample, and the padding of their data
         return (begin, end) if end - begin <= 2 * int(sizes.sum()) + headers else None
 
-    def read_sample(self, i: int, with_run: bool) -> tuple[bytes, bytes]:
-        """Image and text, by one read if possible. With with_run, the complete run is read and kept
-        for its other samples, unless it is too long or cannot be read."""
+    def read_sample(self, i: int, with_chunk: bool) -> tuple[bytes, bytes]:
+        """Image and text, by one read if possible. With with_chunk, the complete chunk is read and
+        kept for its other samples, unless it is too long or cannot be read."""
         image, text = self.byte_ranges(i)
         check_size(text.size, files.MAX_TEXT_BYTES)
         check_size(image.size, files.MAX_IMAGE_BYTES)
-        begin, data = self.read_run(i) if with_run else (0, None)
+        begin, data = self.read_chunk(i) if with_chunk else (0, None)
         if data is None:
             span = self.span(*self.locate(i), 1)
             if span is None:
-                return super().read_sample(i, with_run)
+                return super().read_sample(i, with_chunk)
             begin, end = span
             data = self.read_bytes(ByteRange(image.path, begin, end - begin), end - begin)
         image_bytes = data[image.offset - begin:image.offset - begin + image.size]
@@ -174,23 +174,23 @@ class TarSource(FileSource):
             return super().caption(i, field)
         return self.parse_caption(self.read_sample(i, True)[1], field)
 
-    def read_run(self, i: int) -> tuple[int, bytes | None]:
-        """(offset, bytes) of the run that sample i is in; (0, None) if one read cannot get it."""
+    def read_chunk(self, i: int) -> tuple[int, bytes | None]:
+        """(offset, bytes) of the chunk that sample i is in; (0, None) if one read cannot get it."""
         shard, row = self.locate(i)
-        span = self.run_span(shard, row - row % self.read_length, self.read_length)
+        span = self.chunk_span(shard, row - row % self.read_length, self.read_length)
         if span and span[1] - span[0] <= self.max_span_bytes:
             with contextlib.suppress(OSError):
                 return span[0], self.cache.read(self.paths[shard], *span)
         return 0, None
 
     def prefetch(self, i: int) -> None:
-        """Brings the run of a sample that will be needed soon into the disk cache."""
+        """Brings the chunk of a sample that will be needed soon into the disk cache."""
         shard, row = self.locate(i)
-        run = shard, row // self.read_length
-        if not self.storage.is_remote or run in self.fetched_ahead:
+        chunk = shard, row // self.read_length
+        if not self.storage.is_remote or chunk in self.fetched_ahead:
             return
-        self.fetched_ahead.append(run)
-        span = self.run_span(shard, row - row % self.read_length, self.read_length)
+        self.fetched_ahead.append(chunk)
+        span = self.chunk_span(shard, row - row % self.read_length, self.read_length)
         if span and span[1] - span[0] <= self.max_span_bytes:
             self.storage.read_span(self.paths[shard], *span)
 
@@ -234,6 +234,6 @@ class SpanCache:
         return span.result()
 
     def drop(self, key: tuple[str, int, int]) -> None:
-        """Forget a span. The caller holds the lock."""
+        """Forgets a span. The caller holds the lock."""
         del self.spans[key]
         self.held -= key[2] - key[1]

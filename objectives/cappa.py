@@ -118,12 +118,12 @@ def generate(params: dict, batch: dict, model: Any) -> jax.Array:
     memory, T = encode_memory(params, batch["images"], model), model.max_text_len
     mask = decoder.attention_mask(0, T, "causal")
 
-    def write_token(t: jax.Array, text: jax.Array) -> jax.Array:
+    def generate_token(t: jax.Array, text: jax.Array) -> jax.Array:
         hidden = cross_features(params["decoder"], memory, text, mask, model.decoder)[:, t - 1]
         token = linear(hidden, params["decoder"]["head"]).argmax(-1).astype(jnp.int32)
         return text.at[:, t].set(jnp.where((text == EOS).any(-1), PAD, token))
     text = jnp.full((len(memory), T), PAD, jnp.int32).at[:, 0].set(BOS)
-    return jax.lax.fori_loop(1, T, write_token, text)
+    return jax.lax.fori_loop(1, T, generate_token, text)
 
 
 def blind_loss(facts: Any) -> float | None:

@@ -64,12 +64,12 @@ def generate(params: dict, batch: dict, model: Any) -> jax.Array:
     """Greedy captions (B,T). Everything is computed again for each token: plain, not fast."""
     images, T = batch["images"], model.max_text_len
 
-    def write_token(t: jax.Array, text: jax.Array) -> jax.Array:
+    def generate_token(t: jax.Array, text: jax.Array) -> jax.Array:
         features = text_features(params, images, text, model)[:, t - 1]
         token = linear(features, params["text"]["head"]).argmax(-1).astype(jnp.int32)
         return text.at[:, t].set(jnp.where((text == EOS).any(-1), PAD, token))
     text = jnp.full((len(images), T), PAD, jnp.int32).at[:, 0].set(BOS)
-    return jax.lax.fori_loop(1, T, write_token, text)
+    return jax.lax.fori_loop(1, T, generate_token, text)
 
 
 def blind_loss(facts: Any) -> float | None:

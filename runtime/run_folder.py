@@ -189,8 +189,7 @@ class Run:
                 continue
             line = f"{name}: {len(source):,} samples"
             if source.skipped and (name == "training" or self.cfg.val):
-                reasons = [f"{count} {reason}" for reason, count in source.skipped.items()]
-                line += f"; skipped: {'; '.join(reasons)}"
+                line += f"; skipped: {sources.skipped_samples(source)}"
             print(line)
 
     def open_tokenizer(self) -> Any:
@@ -226,7 +225,6 @@ class Run:
         if newest is None:
             return {}
         _, self.arrays, meta = newest
-        print(f"continuing {self.cfg.workdir} from step {meta['step']} of {self.stages[-1].end}")
         return {name: meta[name] for name in new_state() if name in meta}
 
     def check_resumable(self, path: str, shapes: dict, meta: dict) -> None:

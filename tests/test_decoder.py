@@ -35,11 +35,11 @@ def test_special_tokens_are_those_of_the_tokenizer():
 @pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
 def test_text_depends_on_every_image_token_and_on_no_future_token(prefix):
     cfg, params, image, text = example(prefix)
-    base = decoder.logits(params, image, text, cfg)
+    base = decoder.caption_logits(params, image, text, cfg)
 
     def largest_change(image, text):
         """(T,) over images and vocabulary."""
-        return np.abs(decoder.logits(params, image, text, cfg) - base).max((0, 2))
+        return np.abs(decoder.caption_logits(params, image, text, cfg) - base).max((0, 2))
     for t in range(1, 9):
         changed_text = text.copy()
         changed_text[:, t] = (changed_text[:, t] + 1) % 40 + 3
@@ -72,7 +72,7 @@ def test_text_position_embedding_follows_the_sincos_formula():
     angle = position / 10000.0 ** (2 * np.arange(D // 2) / D)
     table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
     np.testing.assert_allclose(added, np.broadcast_to(table, added.shape), atol=1e-5)
-    from_fourth = decoder.embed_tokens(params, text[:, 4:5], cfg, first=4)
+    from_fourth = decoder.embed_tokens(params, text[:, 4:5], cfg, first_position=4)
     np.testing.assert_allclose(from_fourth, vectors[:, 4:5], atol=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_eos_is_a_target_and_pads_are_not():
     losses = decoder.caption_loss(params, image, text, cfg)
     padded = np.pad(text, ((0, 0), (0, 6)))
     np.testing.assert_allclose(losses, decoder.caption_loss(params, image, padded, cfg), rtol=1e-5)
-    log_probs = jax.nn.log_softmax(decoder.logits(params, image, text[:, :-1], cfg))
+    log_probs = jax.nn.log_softmax(decoder.caption_logits(params, image, text[:, :-1], cfg))
     by_hand = [-sum(float(log_probs[b, t, text[b, t + 1]]) for t in range(5)) for b in range(3)]
     np.testing.assert_allclose(losses, by_hand, rtol=1e-5)
 
@@ -125,7 +125,7 @@ def test_cached_generation_equals_the_forward_pass(prefix, text_pos_embed):
     generated = np.asarray(jax.jit(lambda x: decoder.generate(params, x, cfg, 12))(image))
     text = np.full((3, 1), decoder.BOS, np.int32)
     for _ in range(11):
-        token = np.asarray(decoder.logits(params, image, text, cfg)[:, -1].argmax(-1))
+        token = np.asarray(decoder.caption_logits(params, image, text, cfg)[:, -1].argmax(-1))
         done = (text == decoder.EOS).any(1)
         token = np.where(done, decoder.PAD, token).astype(np.int32)
         text = np.concatenate([text, token[:, None]], axis=1)

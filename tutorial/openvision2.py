@@ -366,7 +366,7 @@ def token_losses(params, images, text, keys):
     """(B,T-1): the loss of each token of the captions, in nats."""
     tokens = vit.vit(params["encoder"], images, model.encoder)["tokens"]
     kept, _ = keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)
-    logits = decoder.logits(params["decoder"], kept, text[:, :-1], model.decoder)
+    logits = decoder.caption_logits(params["decoder"], kept, text[:, :-1], model.decoder)
     log_probs = jax.nn.log_softmax(logits)
     return -jnp.take_along_axis(log_probs, text[:, 1:, None], axis=-1)[..., 0]
 

@@ -31,7 +31,7 @@ def plain(explainer: Explainer, pixels: np.ndarray, keep_ratio: float) -> dict:
         tokens = vit(params["encoder"], image, c.encoder)["tokens"]
         kept, indices = keep_random_tokens(key, tokens, keep_ratio, c.settings.shuffle_kept)
         text = decoder.generate(params["decoder"], kept, c.decoder, 8)
-        scores = decoder.logits(params["decoder"], kept, text[:, :-1], c.decoder)
+        scores = decoder.caption_logits(params["decoder"], kept, text[:, :-1], c.decoder)
         probabilities = jax.nn.softmax(scores)[0]
         return text[0], indices[0], probabilities
     text, indices, probabilities = jax.device_get(run(c.params, pixels[None]))

@@ -137,7 +137,7 @@ def test_each_group_is_unpacked_once_per_epoch_and_each_sample_used_once(tmp_pat
         unpacked.append((path, group))
         plain(storage, path, footer, group, *args)
     monkeypatch.setattr(parquet_groups, "unpack", counting)
-    assert 1 < source.run_length < 50
+    assert 1 < source.chunk_length < 50
     assert used(source) == list(range(600))
     assert len(unpacked) == len(set(unpacked)) == 12
     train, _ = train_val_split(open_large(tmp_path, monkeypatch), 60)

@@ -149,11 +149,11 @@ def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, n
     def shard_of(samples):
         return np.searchsorted(starts, samples, side="right") - 1
 
-    def run_of(samples):
+    def chunk_of(samples):
         return (samples - starts[shard_of(samples)]) // length
 
     def order():
-        shuffle = LaneShuffle(starts, seed, run_of if length else None)
+        shuffle = LaneShuffle(starts, seed, chunk_of if length else None)
         return [shuffle(epoch * n + i) for i in range(n)]
 
     with mock.patch("inputs.tars.NUM_LANES", num_lanes):
@@ -162,15 +162,15 @@ def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, n
     assert sorted(samples) == list(range(n))
     if not length:
         return
-    runs = list(zip(shard_of(samples).tolist(), run_of(np.array(samples)).tolist()))
+    chunks = list(zip(shard_of(samples).tolist(), chunk_of(np.array(samples)).tolist()))
     num_reads = 0
     for lane in range(num_lanes):  # each lane leaves a run, and a tar, when it has used it
-        runs_in_turn = [run for run, _ in itertools.groupby(runs[lane::num_lanes])]
-        assert len(runs_in_turn) == len(set(runs_in_turn))
-        tars_in_turn = [tar for tar, _ in itertools.groupby(tar for tar, _ in runs_in_turn)]
+        chunks_in_turn = [chunk for chunk, _ in itertools.groupby(chunks[lane::num_lanes])]
+        assert len(chunks_in_turn) == len(set(chunks_in_turn))
+        tars_in_turn = [tar for tar, _ in itertools.groupby(tar for tar, _ in chunks_in_turn)]
         assert len(tars_in_turn) == len(set(tars_in_turn))
-        num_reads += len(runs_in_turn)
-    assert num_reads <= len(set(runs)) + num_lanes - 1  # only a run of two lanes is read twice
+        num_reads += len(chunks_in_turn)
+    assert num_reads <= len(set(chunks)) + num_lanes - 1  # only a chunk of two lanes is read twice
 
 
 @EVERY

@@ -115,7 +115,7 @@ def test_a_large_set_is_fetched_in_runs_and_each_byte_once(server, monkeypatch):
     monkeypatch.setattr(tars, "NUM_LANES", 1)
     tar_index.index_tars([f"{server.folder}/{n:05}.tar" for n in range(4)])
     source = open_source(f"{server.url}/{TARS}")
-    assert source.run_length > 1
+    assert source.chunk_length > 1
     server.requests.clear()
     read = batches(source)
     assert sorted(read[0]["source_index"].tolist()) == list(range(60))

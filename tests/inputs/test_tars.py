@@ -1,4 +1,4 @@
-"""Reading tars for training: in long runs, each once per epoch, in bounded memory."""
+"""Reading tars for training: in long chunks, each once per epoch, in bounded memory."""
 import itertools
 import os
 import subprocess
@@ -97,12 +97,12 @@ def test_each_process_reads_only_its_share(tmp_path, monkeypatch, reads, num_pro
 
 def test_the_samples_of_a_run_are_spread_and_its_runs_come_from_all_tars(tmp_path, monkeypatch):
     source = open_large(tmp_path, monkeypatch)
-    order = LaneShuffle(source.starts, 5, source.run_of)
+    order = LaneShuffle(source.starts, 5, source.chunk_of)
     samples = [order(position) for position in range(3600)]
     epochs = np.array(samples).reshape(3, 1200)
     assert all(sorted(epoch) == list(range(1200)) for epoch in epochs.tolist())
     distance = np.abs(np.diff(epochs, axis=1))
-    assert (distance < source.run_length).mean() < 0.05  # neighbors in a tar are not in a batch
+    assert (distance < source.chunk_length).mean() < 0.05  # neighbors in a tar are not in a batch
     num_tars = [len(set(row)) for row in (epochs // 30).reshape(-1, 4).tolist()]
     assert np.mean(num_tars) > 3.8  # of the four lanes
     first, second = ({tuple(batch) for batch in (epoch // 30).reshape(-1, 24).tolist()}

@@ -127,7 +127,7 @@ def test_openvision_is_the_sum_of_its_terms():
     web, _ = contrastive.encode_text(params["text"], batch["alt"], DEC)
     prefix = jnp.concatenate([encoded["tokens"], web @ params["web"]["kernel"]], axis=1)
     bidirectional = dataclasses.replace(DEC, prefix_attention="bidirectional")
-    logits = decoder.logits(params["decoder"], prefix, batch["text"][:, :-1], bidirectional)
+    logits = decoder.caption_logits(params["decoder"], prefix, batch["text"][:, :-1], bidirectional)
     targets = batch["text"][:, 1:]
     caption_loss = float(cross_entropy(logits, targets)[targets != 0].mean())
     loss, count = loss_and_count("openvision", batch)
@@ -208,7 +208,7 @@ def test_aimv2_is_the_mean_over_images_of_both_terms(cls_token):
         image, text = batch["images"][b:b + 1], batch["text"][b:b + 1]
         tokens = vit.vit(params["encoder"], image, model.encoder, mask=mask)["tokens"]
         length = int((text[0] != 0).sum()) - 1
-        logits = decoder.logits(dec_params, tokens, text[:, :length], DEC)
+        logits = decoder.caption_logits(dec_params, tokens, text[:, :length], DEC)
         text_loss = cross_entropy(logits, text[:, 1:length + 1]).mean()
         hidden = decoder.hidden_states(dec_params, tokens, text[:, :1], DEC)
         hidden = layers.layer_norm(hidden, dec_params["norm"])[0, prefix_len - 1:N - 1]

@@ -55,10 +55,10 @@ def next_token_logits(objective: str, params: dict, batch: dict, text: np.ndarra
         return features @ params["text"]["head"]["kernel"]
     tokens = vit.vit(params["encoder"], batch["images"], ENC)["tokens"]
     if objective == "aimv2":
-        return decoder.logits(params["decoder"], tokens, text, aimv2.causal(DEC))
+        return decoder.caption_logits(params["decoder"], tokens, text, aimv2.causal(DEC))
     web, _ = contrastive.encode_text(params["text"], batch["alt"], DEC)
     prefix = openvision.decoder_prefix(params, tokens, web)
-    return decoder.logits(params["decoder"], prefix, text, openvision.bidirectional(DEC))
+    return decoder.caption_logits(params["decoder"], prefix, text, openvision.bidirectional(DEC))
 
 
 @pytest.mark.parametrize("objective", CAPTIONING)

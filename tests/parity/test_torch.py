@@ -123,7 +123,7 @@ def test_logits(prefix_attention, K):
     enc, dec = model_configs(prefix_attention=prefix_attention)
     params, text = parameters()["decoder"], make_batch(32)[1]
     image_tokens = np.random.default_rng(K).standard_normal((B, K, enc.width), np.float32)
-    logits = jax.jit(decoder.logits, static_argnums=3)(params, image_tokens, text, dec)
+    logits = jax.jit(decoder.caption_logits, static_argnums=3)(params, image_tokens, text, dec)
     expected = torch_reference.decoder(torch_reference.from_jax(params), tensor(image_tokens),
                                        tensor(text), dec)
     assert max_error(logits, expected) <= 1e-4
@@ -177,7 +177,7 @@ def test_the_wrong_gelu_would_be_noticed(monkeypatch):
     tokens = jax.jit(vit.vit, static_argnums=2)(params["encoder"], images, enc)["tokens"]
     torch_tokens = torch_reference.encoder(torch_params["encoder"], tensor(images), enc)[1]
     assert max_error(tokens, torch_tokens) > 1e-4
-    logits = jax.jit(decoder.logits, static_argnums=3)(params["decoder"], tokens, text, dec)
+    logits = jax.jit(decoder.caption_logits, static_argnums=3)(params["decoder"], tokens, text, dec)
     torch_logits = torch_reference.decoder(torch_params["decoder"], tensor(tokens), tensor(text),
                                            dec)
     assert max_error(logits, torch_logits) > 1e-4
