@@ -2,6 +2,7 @@
 
     python convert.py import FILE --out ENCODER.npz      released weights, or any known layout
     python convert.py export RUN --to transformers --out DIR     or timm, open_clip, npz
+    python convert.py export RUN --to transformers --pair --out DIR       with the text encoder
 
 FILE is open_clip_pytorch_model.bin, a .safetensors file, or a folder with one. Beside the weights,
 an export has the library's configuration, its image processor's (if it has one), a model card.
@@ -10,6 +11,7 @@ Where each library keeps each array is in interop/layouts.py, the card in intero
 import argparse
 import sys
 
+from interop.pair import export_pair
 from interop.transfer import LIBRARY_FILES, export_encoder, import_encoder
 from runtime.errors import CommandParser, run_command
 
@@ -36,6 +38,9 @@ def main(argv: list[str]) -> int:
                          help="the folder for weights, configuration and model card")
     command.add_argument("--resolution", type=int, default=0,
                          help="pixels per side (default: that of the last training stage)")
+    command.add_argument("--pair", action="store_true",
+                         help="also the text encoder of a run of --objective lit or clip, and the "
+                              "tokenizer: for transformers or open_clip")
     return run_command(convert, parser.parse_args(argv))
 
 
@@ -43,7 +48,8 @@ def convert(args: argparse.Namespace) -> int:
     if args.command == "import":
         print("\n".join(import_encoder(args.file, args.out, args.heads)))
     else:
-        files = export_encoder(args.run, args.to, args.out, args.resolution)
+        export = export_pair if args.pair else export_encoder
+        files = export(args.run, args.to, args.out, args.resolution)
         print("written: " + ", ".join(files))
     return 0
 

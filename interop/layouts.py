@@ -88,8 +88,14 @@ def to_library(params: dict, cfg: vit.ViTConfig, grid: int, layout: Layout
     arrays[layout.positions] = table[None] if layout.batched else table
     arrays[weight(layout.norm)] = np.asarray(params["norm"]["scale"])
     arrays[bias(layout.norm)] = np.asarray(params["norm"]["bias"])
-    blocks = jax.tree.map(np.asarray, params["blocks"])
-    for i in range(cfg.depth):
+    return arrays | block_arrays(params["blocks"], layout)
+
+
+def block_arrays(blocks: dict, layout: Layout) -> dict[str, np.ndarray]:
+    """The stacked blocks of a transformer by a library's names."""
+    blocks = jax.tree.map(np.asarray, blocks)
+    arrays = {}
+    for i in range(len(blocks["norm1"]["scale"])):
         for part in ("norm1", "norm2"):
             name = getattr(layout, part).format(i)
             arrays[weight(name)] = blocks[part]["scale"][i]

@@ -13,7 +13,8 @@ SETTINGS = ("objective", "data", "caption_field", "alt_field", "stages", "keep_r
             "weight_decay", "adam_b2", "dtype", "init_encoder", "seed")
 PATHS = ("data", "init_encoder")  # of these settings, the card shows the last part
 COUNTS = ("images_seen", "num_val_images")
-LIBRARY_NAMES = {"siglip": "transformers", "vit": "transformers"}
+LIBRARY_NAMES = {"siglip": "transformers", "vit": "transformers",
+                 "transformers pair": "transformers", "open_clip pair": "open_clip"}
 NORM = """The tokens are those **before** the final norm: the caption decoder reads them in
 training, and a multimodal model should too. A `last_hidden_state` has the norm on each token.
 `pooled` is the mean of the patch tokens, then the norm; a mean of normed tokens is different. In
@@ -21,10 +22,12 @@ transformers' LLaVA, `vision_feature_layer=-1` reads these tokens (its default, 
 block before).
 
 Captions give the norm no gradient: unless the weights were imported, it is as initialized."""
+PAIR = """`similarity` holds cosines of images (rows) and texts (columns). A class is best described
+by the kind of text that the text encoder was trained on."""
 IMAGES = """Images are resized to {0} x {0} (bilinear, antialiased, no crop), then normalized with
 the ImageNet mean and standard deviation. First apply the EXIF rotation and composite alpha on
 white, as in training."""
-USE = {  # the card's code; it defines `tokens` and `pooled`
+USE = {  # the card's code; it defines `tokens` and `pooled`, for a pair `similarity`
     "siglip": '''from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained(".")
 # torchvision's backend, the default where it is installed, rounds pixels differently
@@ -60,6 +63,26 @@ pixels = transform(image)[None]
 out = model.forward_intermediates(pixels, indices=1, output_fmt="NLC")
 tokens = out["image_intermediates"][0]          # (1, N, D), before the final norm
 pooled = model(pixels)                          # the projection is the identity''',
+    "transformers pair": '''from transformers import AutoImageProcessor, AutoTokenizer, pipeline
+from transformers import VisionTextDualEncoderModel
+model = VisionTextDualEncoderModel.from_pretrained(".").eval()
+tokenizer = AutoTokenizer.from_pretrained(".")
+# torchvision's backend, the default where it is installed, rounds pixels differently
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")
+inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+out = model(**inputs, **processor(image, return_tensors="pt"))
+similarity = out.image_embeds @ out.text_embeds.T
+classify = pipeline("zero-shot-image-classification", model=model, tokenizer=tokenizer,
+                    image_processor=processor)
+best = classify(image, candidate_labels=texts, hypothesis_template="{}")[0]''',
+    "open_clip pair": '''import open_clip     # which builds the encoder by timm, from this folder
+model, _, transform = open_clip.create_model_and_transforms("local-dir:.")
+tokenizer = open_clip.get_tokenizer("local-dir:.")
+model.eval()
+image_vectors = model.encode_image(transform(image)[None], normalize=True)
+similarity = image_vectors @ model.encode_text(tokenizer(texts), normalize=True).T
+classes = open_clip.build_zero_shot_classifier(model, tokenizer, texts, ["{}"])
+best = texts[(image_vectors @ classes).argmax()]''',
     "npz": '''import sys
 sys.path.append("/path/to/clone")               # of OpenVision 2, read and run
 from interop.encoder import load_encoder
@@ -79,14 +102,17 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metri
     front = ["---"]
     if kind != "npz":
         front.append(f"library_name: {LIBRARY_NAMES.get(kind, kind)}")
-    front += ["pipeline_tag: image-feature-extraction", "tags: [openvision2, vision-encoder]",
-              "---", ""]
-    origin = "trained from captions alone"
+    is_pair = kind.endswith("pair")
+    task = "zero-shot-image-classification" if is_pair else "image-feature-extraction"
+    front += [f"pipeline_tag: {task}", "tags: [openvision2, vision-encoder]", "---", ""]
+    origin = "with a text encoder" if is_pair else "trained from captions alone"
     if "source" in meta:
         origin = f"imported from `{meta['source']}`"
+    inputs = "a PIL image `image` and a list `texts`" if is_pair else "a PIL image `image`"
     parts = ["# Vision encoder, OpenVision 2", f"A plain ViT, {origin}.",
              table(size_rows(cfg, resolution)), "## Use",
-             f"From this folder, with a PIL image `image`:\n\n```python\n{USE[kind]}\n```", NORM,
+             f"From this folder, with {inputs}:\n\n```python\n{USE[kind]}\n```",
+             PAIR if is_pair else NORM,
              IMAGES.format(resolution)]
     settings = setting_rows(meta.get("config", {}))
     if settings:

@@ -114,7 +114,7 @@ def transformers_files(cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, d
                                                "preprocessor_config.json": processor}
 
 
-def mlp_ratio(cfg: vit.ViTConfig) -> float:
+def mlp_ratio(cfg: Any) -> float:
     return (cfg.mlp_dim + 0.5) / cfg.width  # the libraries round the product down
 
 
@@ -142,12 +142,14 @@ def open_clip_files(cfg: vit.ViTConfig, resolution: int) -> tuple[str, str, dict
         "head_width": cfg.width // cfg.num_heads, "patch_size": cfg.patch_size,
         "mlp_ratio": mlp_ratio(cfg), "no_ln_pre": True, "pool_type": "avg",
         "final_ln_after_pool": True, "norm_kwargs": {"eps": LAYER_NORM_EPS}}
-    preprocessing = {
-        "size": [resolution, resolution], "mean": list(vit.IMAGENET_MEAN),
-        "std": list(vit.IMAGENET_STD), "interpolation": "bilinear", "resize_mode": "squash"}
     config = {"model_cfg": {"embed_dim": cfg.width, "vision_cfg": tower},
-              "preprocess_cfg": preprocessing}
+              "preprocess_cfg": open_clip_preprocessing(resolution)}
     return "open_clip", "open_clip_model.safetensors", {"open_clip_config.json": config}
+
+
+def open_clip_preprocessing(resolution: int) -> dict:
+    return {"size": [resolution, resolution], "mean": list(vit.IMAGENET_MEAN),
+            "std": list(vit.IMAGENET_STD), "interpolation": "bilinear", "resize_mode": "squash"}
 
 
 # Functions of (config, resolution) that return (layout, weights file, {file: configuration}).
@@ -188,13 +190,18 @@ def export_encoder(path: str, library: str, out: str, resolution: int = 0) -> li
 
 def save_safetensors(file: str, params: dict, cfg: vit.ViTConfig, resolution: int, kind: str
                      ) -> None:
-    safetensors = require("safetensors.numpy", f"writing {file}")
     prefix = "vision_model." if kind == "siglip" else ""
     arrays = {}
     for name, x in to_library(params, cfg, resolution // cfg.patch_size, LAYOUTS[kind]).items():
-        arrays[prefix + name] = np.ascontiguousarray(x, np.float32)
+        arrays[prefix + name] = x
     if kind == "open_clip":
-        arrays["proj"] = np.eye(cfg.width, dtype=np.float32)
+        arrays["proj"] = np.eye(cfg.width)
+    write_safetensors(file, arrays)
+
+
+def write_safetensors(file: str, arrays: dict[str, np.ndarray]) -> None:
+    safetensors = require("safetensors.numpy", f"writing {file}")
+    arrays = {name: np.asarray(x, np.float32, order="C") for name, x in arrays.items()}
     safetensors.save_file(arrays, file + ".part", metadata={"format": "pt"})
     os.chmod(file + ".part", 0o644)  # readable for all, as the files beside it
     os.replace(file + ".part", file)

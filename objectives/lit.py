@@ -3,13 +3,14 @@ match it. So an encoder that was trained on captions alone can classify without 
 images by text.
 
 The text encoder and the loss are CLIP's. The caption loss never trained a mean of patch tokens;
-here learned queries pool them by attention (--image-pool mean: their mean). No gradient reaches
-the encoder, and the optimizer leaves it alone. If training augments nothing and they fit in memory,
-its tokens are computed once per image (FeatureLoader). With --feature-copies K, so are those of K
-augmented copies of each image.
+here learned queries pool them by attention. --image-pool map takes SigLIP's head instead (one query
+and an MLP, arXiv:2303.15343), which other libraries have too; --image-pool mean takes the mean. No
+gradient reaches the encoder, and the optimizer leaves it alone. If training augments nothing and
+they fit in memory, its tokens are computed once per image (FeatureLoader). With --feature-copies K,
+so are those of K augmented copies of each image.
 
 Letters: B images, N patches, R pixels per side, P patch size, E encoder width, H heads, Dh = E/H,
-Q queries, D width of the text encoder.
+M MLP width of the encoder, Q queries, D width of the text encoder.
 """
 from typing import Any
 
@@ -21,13 +22,21 @@ from PIL import Image
 import data
 import vit
 from decoder import count_targets
-from layers import ParamSpec, dense_specs, dot_product_attention, layer_norm, linear, norm_specs
+from layers import (
+    ParamSpec,
+    dense_specs,
+    dot_product_attention,
+    gelu_linear,
+    layer_norm,
+    linear,
+    norm_specs,
+)
 from objectives import clip
 from objectives.contrastive import contrastive_loss, l2_normalize, logit_scale
 from runtime.errors import ConfigError
 
-NUM_QUERIES = 8        # Q: each can read another part of the image
-CACHE_BYTES = 4 << 30  # of the tokens of all training images, per process
+NUM_QUERIES = {"attention": 8, "map": 1}  # Q: each can read another part of the image
+CACHE_BYTES = 4 << 30                      # of the tokens of all training images, per process
 
 embed_texts, blind_loss = clip.embed_texts, clip.blind_loss
 
@@ -37,30 +46,39 @@ def param_specs(model: Any) -> dict:
     """CLIP's text encoder, projection and temperature, and the attention pool."""
     if model.image_pool == "mean":
         return clip.param_specs(model)
-    E = model.encoder.width
-    pool = {"norm": norm_specs(E), "query": {"embedding": ParamSpec((NUM_QUERIES, E), 1.0)},
-            "memory": dense_specs(E, E, copies=2), "out": dense_specs(NUM_QUERIES * E, E)}
+    E, M, Q = model.encoder.width, model.encoder.mlp_dim, NUM_QUERIES[model.image_pool]
+    pool = {"norm": norm_specs(E), "query": {"embedding": ParamSpec((Q, E), 1.0)},
+            "memory": dense_specs(E, E, copies=2), "out": dense_specs(Q * E, E)}
+    if model.image_pool == "map":
+        pool |= {"norm2": norm_specs(E), "fc1": dense_specs(E, M), "fc2": dense_specs(M, E)}
     return clip.param_specs(model) | {"pool": pool}
 
 
 def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
     enc, pool = model.encoder, 0.0
     N, E = (resolution // enc.patch_size) ** 2, enc.width
-    if model.image_pool == "attention":
-        pool = 4 * N * E * E + NUM_QUERIES * (4 * N * E + 2 * E * E)
+    if model.image_pool != "mean":
+        pool = 4 * N * E * E + NUM_QUERIES[model.image_pool] * (4 * N * E + 2 * E * E)
+    if model.image_pool == "map":
+        pool += 4 * E * enc.mlp_dim
     parts = clip.flops(model, resolution, text_len)
     return parts | {"text": parts["text"] + pool}
 
 
 # ------------------------------------------------------------------------------------ model
 def attention_pool(tokens: jax.Array, w: dict, num_heads: int) -> jax.Array:
-    """tokens (B,N,E) to (B,E): what Q learned queries read from them, by multi-head attention."""
+    """tokens (B,N,E) to (B,E): what Q learned queries read from them, by multi-head attention. With
+    an MLP in w: x + mlp(norm(x)) of that."""
     B, N, E = tokens.shape
+    Q = len(w["query"]["embedding"])
     memory = linear(layer_norm(tokens, w["norm"]), w["memory"])                    # (B,N,2E)
     k, v = (a.reshape(B, N, num_heads, E // num_heads) for a in jnp.split(memory, 2, axis=-1))
-    q = w["query"]["embedding"].astype(k.dtype).reshape(1, NUM_QUERIES, num_heads, -1)
+    q = w["query"]["embedding"].astype(k.dtype).reshape(1, Q, num_heads, -1)
     attended, _ = dot_product_attention(jnp.broadcast_to(q, (B, *q.shape[1:])), k, v, None)
-    return linear(attended.reshape(B, NUM_QUERIES * E), w["out"])
+    x = linear(attended.reshape(B, Q * E), w["out"])
+    if "fc1" not in w:
+        return x
+    return x + gelu_linear(linear(layer_norm(x, w["norm2"]), w["fc1"]), w["fc2"], exact=True)
 
 
 def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
@@ -68,7 +86,7 @@ def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
     encoder, tokens = jax.lax.stop_gradient(params["encoder"]), images
     if images.ndim == 4:
         tokens = vit.vit(encoder, images, model.encoder)["tokens"]
-    if model.image_pool == "attention":
+    if model.image_pool != "mean":
         pooled = attention_pool(tokens, params["pool"], model.encoder.num_heads)
     else:
         pooled = layer_norm(tokens.mean(1), encoder["norm"])

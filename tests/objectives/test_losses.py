@@ -137,7 +137,7 @@ def test_openvision_is_the_sum_of_its_terms():
 
 
 # ------------------------------------------------------------------------------------- LiT
-@pytest.mark.parametrize("image_pool", ["attention", "mean"])
+@pytest.mark.parametrize("image_pool", ["attention", "map", "mean"])
 def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
     """The image's vector, by NumPy in float64; CLIP's loss on it; no gradient for the encoder; and
     the same loss from tokens that were computed before."""
@@ -145,12 +145,17 @@ def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
     params = make_params(model)
     w = numpy_model.to_double(params)
     tokens = numpy_model.encode(w["encoder"], batch["images"], ENC)
-    if image_pool == "attention":
+    if image_pool != "mean":
+        queries = {"attention": 8, "map": 1}[image_pool]
         memory = numpy_model.linear(numpy_model.layer_norm(tokens, w["pool"]["norm"]),
                                     **w["pool"]["memory"]).reshape(B, N, 2, 2, 16)  # k or v, head
-        query = w["pool"]["query"]["embedding"].reshape(1, 8, 2, 16).repeat(B, 0)
+        query = w["pool"]["query"]["embedding"].reshape(1, queries, 2, 16).repeat(B, 0)
         read, _ = numpy_model.attention(query, memory[:, :, 0], memory[:, :, 1], True)
-        pooled = numpy_model.linear(read.reshape(B, 256), **w["pool"]["out"])
+        pooled = numpy_model.linear(read.reshape(B, 32 * queries), **w["pool"]["out"])
+        if image_pool == "map":
+            normed = numpy_model.layer_norm(pooled, w["pool"]["norm2"])
+            hidden = numpy_model.gelu(numpy_model.linear(normed, **w["pool"]["fc1"]), True)[0]
+            pooled = pooled + numpy_model.linear(hidden, **w["pool"]["fc2"])
     else:
         pooled = numpy_model.layer_norm(tokens.mean(1), w["encoder"]["norm"])
     image = pooled @ w["pair"]["image"]["kernel"]

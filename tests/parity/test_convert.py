@@ -280,10 +280,11 @@ def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
     text = (pathlib.Path(ROOT) / "docs/encoder.md").read_text()
     pattern = r"^python (-m interop\.encoder .*|caption\.py .*|convert\.py .*)$"
     commands = re.findall(pattern, text, re.M)
-    assert len(commands) == 5
+    assert len(commands) == 6
     (tmp_path / "docs").symlink_to(os.path.join(ROOT, "docs"))
     monkeypatch.chdir(tmp_path)
     untrained_run("runs/toy")
+    untrained_run("runs/emoji-lit", objective="lit", image_pool="map", init_encoder="random")
     torch.save(small_tower().state_dict(), "open_clip_pytorch_model.bin")
     for command in commands:
         script, *argv = shlex.split(command)
@@ -297,3 +298,4 @@ def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("docs/samples.png: ") == 4 and "written: released.npz" in out
     assert os.path.exists("exported/toy/config.json")
+    assert os.path.exists("exported/pair/tokenizer.json")
