@@ -43,15 +43,15 @@ def open_remote_folder(cfg: Config) -> tuple[Config, "RemoteFolder"]:
         raise ConfigError(f"--workdir {url}: a web server stores nothing: name a bucket")
     name = hashlib.sha1(url.encode()).hexdigest()[:16]
     local = os.path.join(cfg.cache_dir or default_folder(), "runs", name)
-    return dataclasses.replace(cfg, workdir=local), RemoteFolder(url, local, cfg.keep_checkpoints)
+    return dataclasses.replace(cfg, workdir=local), RemoteFolder(url, local, cfg)
 
 
 class RemoteFolder(FolderLock):
     """The right to write to a folder in a bucket and to its local copy."""
 
-    def __init__(self, url: str, local: str, num_checkpoints: int):
+    def __init__(self, url: str, local: str, cfg: Config):
         super().__init__(local)
-        self.url, self.num_checkpoints = url, num_checkpoints
+        self.url, self.keep, self.keep_every = url, cfg.keep_checkpoints, cfg.keep_every
         self.protocol = remote.scheme(url)
         self.known: dict[str, tuple[int, int]] = {}  # in the bucket: size and time of the copy
         self.last_sync, self.filled = 0.0, False
@@ -159,8 +159,10 @@ class RemoteFolder(FolderLock):
         for name in names:
             if LEFT_OVER.fullmatch(name):
                 self.call("rm_file", f"{self.url}/{name}")
-            elif name not in checkpoints[:-self.num_checkpoints]:
+            elif name not in checkpoints[:-self.keep]:
                 self.download(name)
+            elif not self.keep_every or int(CHECKPOINT.fullmatch(name)[1]) % self.keep_every:
+                self.known[name] = 0, 0  # left by a kill: the next upload deletes it
         self.filled = True
         print(f"{self.url}: its local copy is {self.folder}", flush=True)
 

@@ -34,8 +34,9 @@ def bucket(tmp_path):
     return tmp_path / "bucket" / "run"
 
 
-def open_folder(bucket, machine="a"):
-    cfg = Config(workdir=f"file://{bucket}/", cache_dir=str(bucket.parent.parent / machine))
+def open_folder(bucket, machine="a", **settings):
+    cfg = Config(workdir=f"file://{bucket}/", cache_dir=str(bucket.parent.parent / machine),
+                 **settings)
     return open_remote_folder(cfg)[1]
 
 
@@ -87,7 +88,7 @@ def test_a_kill_at_any_request_leaves_a_complete_checkpoint_and_its_metrics(buck
     assert newest >= 20 and next_step > 12
 
 
-def test_deleted_checkpoints_go_and_milestones_of_before_stay(bucket):
+def test_old_checkpoints_go_also_those_that_a_kill_left_and_milestones_stay(bucket):
     folder = open_folder(bucket)
     folder.acquire()
     for step in (2, 4, 6):
@@ -96,16 +97,17 @@ def test_deleted_checkpoints_go_and_milestones_of_before_stay(bucket):
     folder.close()
     assert [step for step, _ in checkpoint.steps(str(bucket))] == [4, 6]
     assert not os.path.exists(bucket / LOCK_NAME)
-    (bucket / "step-00000001.npz").write_bytes((bucket / "step-00000004.npz").read_bytes())
+    for name in ("step-00000001.npz", "step-00000003.npz"):
+        (bucket / name).write_bytes((bucket / "step-00000004.npz").read_bytes())
     (bucket / "step-00000009.npz.part").write_text("half")
     (bucket / "other").mkdir()
     (bucket / "other" / "step-00000099.npz").write_text("of another run")
-    again = open_folder(bucket, "b")
+    again = open_folder(bucket, "b", keep_every=3)
     again.acquire()
-    assert [step for step, _ in checkpoint.steps(again.folder)] == [4, 6]  # 1 is not copied
+    assert [step for step, _ in checkpoint.steps(again.folder)] == [4, 6]  # 1, 3 are not copied
     write_step(again.folder, 8)
     again.close()
-    assert [step for step, _ in checkpoint.steps(str(bucket))] == [1, 6, 8]
+    assert [step for step, _ in checkpoint.steps(str(bucket))] == [3, 6, 8]
     assert not [name for name in os.listdir(bucket) if name.endswith(".part")]
 
 
@@ -122,7 +124,7 @@ def test_one_process_writes(bucket, monkeypatch, capsys):
     first.stop.clear()
     beating = remote_folder.threading.Thread(target=first.keep_beating, daemon=True)
     beating.start()
-    with pytest.raises(Locked, match=r"in use by process \d+ on elsewhere"):
+    with pytest.raises(Locked, match="in use by process"):  # or by None, in the middle of a write
         open_folder(bucket, "b").acquire()
     first.stop.set()
     beating.join()
