@@ -30,7 +30,7 @@ from inputs.sources import SceneSource, Source
 from inputs.tokenizer import EOS, WordPiece
 from runtime.errors import BadSample, ConfigError, DataError, run_command
 
-LOOK_AHEAD = 4096     # positions: how early the samples of a remote source are fetched
+FIRST_AHEAD, LOOK_AHEAD = 512, 4096  # positions a remote source fetches early: at the start, later
 SAMPLES_PER_TASK = 8  # of a thread: waking it takes longer than decoding one small image
 
 
@@ -175,7 +175,8 @@ class Loader:
 
         A bad sample is only in the "bad" of the batch that has its own position in the first epoch.
         So each is counted once, also with several hosts and in a continued run."""
-        self.announce(positions)
+        if self.ahead:
+            self.announce(positions)
         jobs = [(position, self.order(position)) for position in positions]
         tasks = [jobs[n:n + SAMPLES_PER_TASK] for n in range(0, len(jobs), SAMPLES_PER_TASK)]
 
@@ -193,14 +194,13 @@ class Loader:
         return batch
 
     def announce(self, positions: range) -> None:
-        """Tells a remote source, early, which samples will be needed after these positions."""
-        if self.ahead is None:
-            return
+        """Tells a remote source what will be needed. Much at once would delay the first batches."""
         start = max(positions.start, self.announced)
         start += (positions.start - start) % positions.step
-        self.announced = max(self.announced, positions.stop + LOOK_AHEAD)
+        grown = max(positions.stop + FIRST_AHEAD, start + 2 * (positions.stop - positions.start))
+        self.announced = max(self.announced, min(grown, positions.stop + LOOK_AHEAD))
         for position in range(start, self.announced, positions.step):
-            self.ahead.submit(self.source.prefetch, self.order(position))
+            self.ahead.submit(self.source.prefetch, self.order(position), bool(self.augment))
 
     def prefetch(self, requests: Iterable[tuple[range, int]], transfer: Callable[[dict], Any],
                  depth: int = 2) -> Iterator[tuple[Any, dict[int, str]]]:

@@ -66,7 +66,7 @@ def read_span(path: str, begin: int, end: int) -> bytes:
 
 
 class LocalStorage:
-    """Files on this machine. inputs/remote.py has the same methods for addresses."""
+    """Files on this machine. inputs/remote_storage.py has the same methods for addresses."""
     is_remote = False
 
     def file_size(self, path: str) -> int:
@@ -88,7 +88,7 @@ def open_storage(where: str, options: ReadOptions = DEFAULT_OPTIONS) -> Any:
     """What reads the files of a path or an address (gs://, s3://, hf://, https://)."""
     if "://" not in where:
         return LOCAL
-    return importlib.import_module("inputs.remote").RemoteStorage(options)
+    return importlib.import_module("inputs.remote_storage").RemoteStorage(options)
 
 
 def pair_files(files: Iterable[tuple[Hashable, str, Any]],
@@ -205,7 +205,7 @@ class FileSource:
         text_bytes = self.read_bytes(text, MAX_TEXT_BYTES)
         return self.read_bytes(image, MAX_IMAGE_BYTES), text_bytes
 
-    def prefetch(self, i: int) -> None:
+    def prefetch(self, i: int, with_chunk: bool) -> None:
         """Sample i will be needed soon. Files on this machine need no preparation."""
 
     def read_bytes(self, where: ByteRange, limit: int) -> bytes:

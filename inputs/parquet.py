@@ -174,7 +174,7 @@ class ParquetSource(TarSource):
                 self.load_rows(shard)  # if it was deleted to make room, it is made again
         raise BadSample(why.decode("utf-8", "replace"))
 
-    def prefetch(self, i: int) -> None:
+    def prefetch(self, i: int, with_chunk: bool) -> None:
         """Unpacks the group of a sample that will be needed soon, if it is a remote one."""
         shard, _ = self.locate(i)
         if self.origin.is_remote and shard not in self.unpacked_ahead:

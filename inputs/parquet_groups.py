@@ -108,7 +108,7 @@ def stored_bytes(metadata: Any, group: int, columns: list[Column]) -> int:
 def iter_rows(storage: Any, path: str, metadata: Any, group: int, columns: list[Column],
               batch_size: int) -> Iterator[list[Any]]:
     """The values of the columns in each row of a group. pyarrow's errors where it is damaged.
-    storage: files.LocalStorage or remote.RemoteStorage, in all functions here."""
+    storage: files.LocalStorage or RemoteStorage, in all functions here."""
     pa = import_pyarrow()
     leaves = list(dict.fromkeys(leaf for column in columns for leaf in column.leaves))
     with open_for_pyarrow(storage, path) as file:

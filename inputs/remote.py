@@ -1,35 +1,24 @@
-"""Files in buckets and on web servers: lists of them, ranges of bytes, and copies on local disk.
+"""Files in buckets and on web servers: lists of them, their sizes, and ranges of their bytes.
 
 https:// needs no package; gs://, s3://, hf:// and others go through fsspec (extra `remote`). Each
 request has a time limit and is repeated after failures that may pass. When it fails for good, that
-is a DataError, which ends the run: no sample is lost in silence, and the run can be continued.
-
-What was read is kept in the disk cache. Its key includes the file's version. An object that is
-replaced during a run is noticed, because its version is compared after each request.
+is a DataError, which ends the run: no sample is lost in silence, and the run can be continued. An
+object that is replaced during a run is noticed, because its version is compared after each request.
 """
-import contextlib
 import functools
 import glob
 import importlib
-import io
-import os
 import time
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any
 
 from inputs import http_ranges
-from inputs.disk_cache import DiskCache
-from inputs.files import ReadOptions, read_span
 from inputs.http_ranges import Info, Passing, Refused
 from runtime.errors import DataError, MissingExtra
 
 WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds before each repetition: seven attempts in all
 REQUEST_SECONDS = 60           # of one attempt
-COPY_BYTES = 2 << 30           # of a small set, whose chunks would be short
 PIECE_BYTES = 8 << 20          # of a request, when a complete file is copied
-NUM_THREADS = 16               # requests at once
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
 VERSIONS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "mtime", "created", "LastModified")
 
@@ -153,126 +142,3 @@ def matching_urls(patterns: list[str]) -> list[str]:
             names = with_retries(pattern, functools.partial(call, protocol, "glob", pattern))
             urls.update(f"{protocol}://{name.partition('://')[2] or name}" for name in names)
     return sorted(urls)
-
-
-# -------------------------------------------------------------------------------- storage
-class RemoteStorage:
-    """Reads files by address, through the disk cache. Has the methods of files.LocalStorage."""
-    is_remote = True
-
-    def __init__(self, options: ReadOptions):
-        self.disk = DiskCache(options.cache_dir, int(options.cache_gb * 1e9))
-        self.info = functools.cache(file_info)  # of the start: a change is an error
-        self.pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="remote")
-        self.copies_all = False  # of a small set, complete files are copied
-
-    def expect(self, total_bytes: int) -> None:
-        """How large all files are together, before they are read."""
-        self.copies_all = total_bytes <= min(COPY_BYTES, self.disk.limit // 2)
-
-    def matching_paths(self, patterns: list[str]) -> list[str]:
-        return matching_urls(patterns)
-
-    def file_size(self, url: str) -> int:
-        return self.info(url).size
-
-    def key(self, url: str, *part: int) -> str:
-        """Of a part of a file in the cache, or of the complete file."""
-        info = self.info(url)
-        return "\n".join(["remote 1", url, str(info.size), info.version, *map(str, part)])
-
-    def read_span(self, url: str, begin: int, end: int) -> bytes:
-        """As files.read_span: from a local copy, from the cache, or from the server."""
-        end = min(end, self.info(url).size)
-        path = self.local_copy(url) if self.copies_all else self.disk.find(self.key(url))
-        if path:
-            with contextlib.suppress(FileNotFoundError):  # deleted to make room
-                data = read_span(path, begin, end)
-                if len(data) == end - begin:
-                    return data
-        return self.cached_span(url, begin, end)
-
-    def cached_span(self, url: str, begin: int, end: int) -> bytes:
-        """A span has its CRC-32 behind it in the cache. A damaged one is fetched again."""
-        fetched: list[bytes] = []
-
-        def make(out: BinaryIO) -> None:
-            fetched.append(fetch(url, begin, end, self.info(url)))
-            out.write(fetched[0] + zlib.crc32(fetched[0]).to_bytes(4, "little"))
-        for _ in range(3):
-            path = self.disk.get(self.key(url, begin, end), make)
-            if fetched:
-                return fetched[0]
-            try:
-                with open(path, "rb") as file:
-                    content = file.read()
-                if zlib.crc32(content[:-4]).to_bytes(4, "little") == content[-4:]:
-                    return content[:-4]
-                os.remove(path)
-            except FileNotFoundError:
-                pass  # deleted to make room
-        return fetch(url, begin, end, self.info(url))
-
-    def local_copy(self, url: str) -> str:
-        """The path of a complete copy in the cache. It is made by several requests at once."""
-        info = self.info(url)
-
-        def make(out: BinaryIO) -> None:
-            starts = range(0, info.size, PIECE_BYTES)
-            for first in range(0, len(starts), 4):
-                pieces = [self.pool.submit(fetch, url, start, start + PIECE_BYTES, info)
-                          for start in starts[first:first + 4]]
-                for piece in pieces:
-                    out.write(piece.result())
-        path = self.disk.get(self.key(url), make)
-        if os.path.exists(path) and os.path.getsize(path) != info.size:  # the machine stopped
-            os.remove(path)
-            path = self.disk.get(self.key(url), make)
-        return path
-
-    def encoder_copy(self, url: str) -> str:
-        """A copy of an encoder's file, or of that in a run's folder: its encoder.npz, or else its
-        last checkpoint."""
-        if url.endswith(".npz") or is_http(url):
-            return self.local_copy(url)
-        names = matching_urls([f"{url.rstrip('/')}/*.npz"])
-        encoders = [name for name in names if name.endswith("/encoder.npz")]
-        checkpoints = [name for name in names if "/step-" in name]
-        if not encoders + checkpoints:
-            raise DataError(f"{url} has neither encoder.npz nor a checkpoint")
-        return self.local_copy([*checkpoints, *encoders][-1])
-
-    def fetch_small(self, url: str) -> bytes:
-        """A complete small file, which is not cached."""
-        info = file_info(url)
-        return fetch(url, 0, info.size, info)
-
-    def open_file(self, url: str) -> BinaryIO:
-        return io.BufferedReader(RemoteFile(self, url), PIECE_BYTES)
-
-
-class RemoteFile(io.RawIOBase):
-    """A file to read and seek in, whose bytes are not cached: parquet is kept unpacked."""
-
-    def __init__(self, storage: RemoteStorage, url: str):
-        self.url, self.info, self.position = url, storage.info(url), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.info.size}[whence]
-        self.position = max(0, base + offset)
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        data = fetch(self.url, self.position, self.position + len(buffer), self.info)
-        buffer[:len(data)] = data
-        self.position += len(data)
-        return len(data)

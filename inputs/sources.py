@@ -63,8 +63,8 @@ class Source(Protocol):
         """The caption of each field, and the image. choose(n) chooses one of a list of n captions.
         with_chunk: the samples around this one will be needed soon."""
 
-    def prefetch(self, i: int) -> None:
-        """Only where starts is not None: sample i will be needed soon."""
+    def prefetch(self, i: int, with_chunk: bool) -> None:
+        """Only where starts is not None: sample i will be needed soon. with_chunk: see `sample`."""
 
     def chunk_of(self, samples: np.ndarray) -> np.ndarray:
         """Only where chunk_length > 0: the number of the chunk, in its shard, that each sample is
@@ -213,8 +213,8 @@ class Subset:
     def sample(self, i: int, *args: Any) -> tuple[list[str], Image.Image]:
         return self.source.sample(self.source_index(i), *args)
 
-    def prefetch(self, i: int) -> None:
-        self.source.prefetch(self.source_index(i))
+    def prefetch(self, i: int, with_chunk: bool) -> None:
+        self.source.prefetch(self.source_index(i), with_chunk)
 
     def chunk_of(self, samples: np.ndarray) -> np.ndarray:
         return self.source.chunk_of(self.source_index(samples))

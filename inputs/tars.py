@@ -30,6 +30,7 @@ from runtime.errors import BadSample, DataError
 
 MAX_SHUFFLE_BYTES = 256 << 20  # of tars that a process keeps in memory for training
 NUM_LANES = 64                 # sequences of samples from which training takes one each in turn
+CHUNKS_AHEAD = 32              # are fetched from a server while captions are read in order
 CACHED_TARS = 80               # tars whose rows are in memory: one per lane, some for validation
 Span = tuple[int, int]         # the bytes begin..end of a tar
 
@@ -169,9 +170,14 @@ class TarSource(FileSource):
         return image_bytes, text_bytes
 
     def caption(self, i: int, field: str = "") -> str:
-        """From a server, with the samples around it: the vocabulary reads all, one by one."""
+        """From a server, with the samples around it: the vocabulary reads all, one by one. So a
+        later chunk is fetched meanwhile."""
         if not self.storage.is_remote:
             return super().caption(i, field)
+        shard, row = self.locate(i)
+        later = row + CHUNKS_AHEAD * self.read_length
+        if row % self.read_length == 0 and later < len(self.rows(shard)):
+            self.storage.pool.submit(self.prefetch_span, shard, later, self.read_length)
         return self.parse_caption(self.read_sample(i, True)[1], field)
 
     def read_chunk(self, i: int) -> tuple[int, bytes | None]:
@@ -183,16 +189,22 @@ class TarSource(FileSource):
                 return span[0], self.cache.read(self.paths[shard], *span)
         return 0, None
 
-    def prefetch(self, i: int) -> None:
-        """Brings the chunk of a sample that will be needed soon into the disk cache."""
+    def prefetch(self, i: int, with_chunk: bool) -> None:
+        """Brings a sample that will be needed soon, or its chunk, into the disk cache."""
+        if not self.storage.is_remote:
+            return
         shard, row = self.locate(i)
         chunk = shard, row // self.read_length
-        if not self.storage.is_remote or chunk in self.fetched_ahead:
-            return
-        self.fetched_ahead.append(chunk)
-        span = self.chunk_span(shard, row - row % self.read_length, self.read_length)
+        if not with_chunk:
+            self.prefetch_span(shard, row, 1)
+        elif chunk not in self.fetched_ahead:
+            self.fetched_ahead.append(chunk)
+            self.prefetch_span(shard, row - row % self.read_length, self.read_length)
+
+    def prefetch_span(self, shard: int, first: int, count: int) -> None:
+        span = self.chunk_span(shard, first, count)
         if span and span[1] - span[0] <= self.max_span_bytes:
-            self.storage.read_span(self.paths[shard], *span)
+            self.storage.prefetch(self.paths[shard], *span)
 
     def name(self, i: int) -> str:
         try:

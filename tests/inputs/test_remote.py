@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inputs import http_ranges, remote, tar_index, tars
+from inputs import http_ranges, remote, remote_storage, tar_index, tars
 from inputs.files import ReadOptions, open_storage
-from inputs.sources import open_source
+from inputs.sources import Subset, open_source
 from runtime.errors import DataError
 from tests.helpers.paths import ROOT
 from tests.helpers.samples import members, put, reader, sample
@@ -82,11 +82,21 @@ def test_local_files_web_servers_and_buckets_give_the_same_batches(server, kind)
         assert_same(batches(source), expected)
 
 
-def test_the_tars_of_a_small_set_are_copied(server):
+def fetched(server):
+    """The parts of tars that were asked for, without the requests for what they are."""
+    return [(path, begin, end) for path, begin, end in server.requests
+            if path.endswith(".tar") and end - begin > 1]
+
+
+def test_a_small_set_is_read_in_blocks_each_once(server, monkeypatch):
+    monkeypatch.setattr(http_ranges, "SILENCE_SECONDS", 20)
+    monkeypatch.setattr(remote_storage, "BLOCK_BYTES", 5000)
     tar_index.index_tars([f"{server.folder}/{n:05}.tar" for n in range(4)])
-    batches(open_source(f"{server.url}/{TARS}"))
-    sizes = [end - begin for path, begin, end in server.requests if path.endswith(".tar")]
-    assert len(sizes) == 8  # what it is, and one piece
+    source = open_source(f"{server.url}/{TARS}")
+    assert_same(batches(source), batches(open_source(f"{server.folder}/*.tar")))
+    parts = fetched(server)
+    assert len(set(parts)) == len(parts) > 20
+    assert all(begin % 5000 == 0 and end - begin <= 5000 for _, begin, end in parts)
 
 
 def test_a_second_start_reads_from_the_cache_alone(server):
@@ -105,24 +115,38 @@ def test_indexes_beside_the_tars_are_used(server, beside):
     source = open_source(f"{server.url}/{TARS}")
     read = sum(end - begin for path, begin, end in server.requests if path.endswith(".tar"))
     total = sum(map(os.path.getsize, paths))
-    assert read < total / 2 if beside else read >= total  # opening reads the first run
+    assert read < total / 2 if beside else read >= total  # opening reads the first chunk
     assert_same(batches(source), batches(open_source(f"{server.folder}/*.tar")))
 
 
-def test_a_large_set_is_fetched_in_runs_and_each_byte_once(server, monkeypatch):
-    monkeypatch.setattr(remote, "COPY_BYTES", 0)
+def large_set(server, monkeypatch):
+    """A source that is read as one of many gigabytes is."""
+    monkeypatch.setattr(http_ranges, "SILENCE_SECONDS", 20)
+    monkeypatch.setattr(remote_storage, "SMALL_SET_BYTES", 0)
     monkeypatch.setattr(tars, "MAX_SHUFFLE_BYTES", 1 << 16)
     monkeypatch.setattr(tars, "NUM_LANES", 1)
     tar_index.index_tars([f"{server.folder}/{n:05}.tar" for n in range(4)])
     source = open_source(f"{server.url}/{TARS}")
     assert source.chunk_length > 1
+    source.storage.pool.shutdown()  # it has fetched later captions
     server.requests.clear()
-    read = batches(source)
+    return source
+
+
+def test_a_large_set_is_fetched_in_chunks_and_each_byte_once(server, monkeypatch):
+    read = batches(large_set(server, monkeypatch))
     assert sorted(read[0]["source_index"].tolist()) == list(range(60))
-    sizes = [end - begin for path, begin, end in server.requests if path.endswith(".tar")]
+    sizes = [end - begin for _, begin, end in fetched(server)]
     total = sum(os.path.getsize(f"{server.folder}/{n:05}.tar") for n in range(4))
     assert sum(sizes) < 1.3 * total
     assert len(sizes) < 60
+
+
+def test_of_a_large_set_validation_fetches_its_samples_alone_and_once(server, monkeypatch):
+    source = large_set(server, monkeypatch)
+    loader = reader(Subset(source, np.arange(0, 60, 5)), augment=None)
+    (_, bad), = loader.prefetch([(range(12), 8)], lambda batch: batch)
+    assert not bad and len(fetched(server)) == 12
 
 
 def test_a_tiny_cache_costs_time_and_no_sample(server):
