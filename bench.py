@@ -123,7 +123,10 @@ def memory(args: argparse.Namespace) -> list[dict]:
 
 
 def data(args: argparse.Namespace) -> list[dict]:
-    return loader.rows(args.resolution, args.images, args.batch, args.repeats, args.alone)
+    sizes = args.resolution, args.images, args.batch, args.repeats
+    if args.worker_processes:
+        return loader.worker_rows(*sizes, args.worker_processes)
+    return loader.rows(*sizes, args.alone)
 
 
 def ablate(args: argparse.Namespace) -> list[dict]:
@@ -217,6 +220,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--repeats", type=positive, default=7,
                      help="timed rounds, of which the table has the median (default: 7)")
     sub.add_argument("--alone", action="store_true", help="leave the other library out")
+    sub.add_argument("--worker-processes", type=positive, nargs="+", metavar="N",
+                     help="compare N threads with N worker processes instead, on all cores, with "
+                          "the augmentation of the paper's recipes")
     sub = command(ablate, "the paper's ablations on the toy: trains and evaluates each cell, about "
                           "3 minutes per cell and seed on 2 cores; an interrupted command resumes")
     sub.add_argument("tables", nargs="*", metavar="TABLE",

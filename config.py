@@ -125,6 +125,8 @@ class Config:
                                    "~/.cache/openvision2)")
     cache_gb: float = resumable_arg(20.0, "most GB in --cache-dir", above=0, high=1e6)
     workers: int = resumable_arg(2, "threads that decode images", low=1, high=1024)
+    worker_processes: int = resumable_arg(0, "processes that decode the training images, for hosts "
+                                          "with many cores; 0: the threads do", low=0, high=1024)
     log_every: int = resumable_arg(20, "steps between lines of metrics.jsonl", low=1, high=1 << 40)
     eval_every: int = resumable_arg(200, "steps between evaluations", low=1, high=1 << 40)
     save_every: int = resumable_arg(400, "steps between checkpoints", low=1, high=1 << 40)

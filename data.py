@@ -1,9 +1,8 @@
 """Makes batches of samples. Each batch is a function of (seed, step) alone.
 
 Which samples a step reads, how each is cropped and what replaces a broken one depend on the seed
-and on the position in the run: not on threads, devices, hosts or earlier steps. A broken sample is
-never used and never stops a run: it is counted, listed with the reason, and replaced by the next
-one.
+and on the position in the run: not on workers, devices, hosts or earlier steps. A broken sample is
+never used and never stops a run: it is counted, listed with a reason, and replaced by the next.
 
 Letters: B images, R pixels per side, T text positions.
 
@@ -25,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from inputs import sources, tars, tokenizer
 from inputs.files import ReadOptions, caption_weights, choose_first, open_storage
-from inputs.images import Augment, decode_and_augment, silence_pillow
+from inputs.images import Augment, decode_and_augment, read_image, silence_pillow
 from inputs.sources import SceneSource, Source
 from inputs.tokenizer import EOS, WordPiece
 from runtime.errors import BadSample, ConfigError, DataError, run_command
@@ -39,11 +38,10 @@ class LaneShuffle:
 
     A chunk is a series of samples that one read of a tar covers. Data that fit in memory have no
     chunks: all samples are shuffled together. Otherwise the tars are shuffled, then the chunks in
-    each tar, then the samples in each chunk. The resulting sequence is cut into NUM_LANES equal
-    parts, the lanes, and the order takes one sample from each lane in turn. So a batch mixes
-    samples from NUM_LANES chunks, each chunk is read once, and at most NUM_LANES chunks are in use.
-    If each of n processes takes every n-th position, and n divides NUM_LANES, each process has
-    lanes of its own."""
+    each tar, then the samples in each chunk. This sequence is cut into NUM_LANES equal parts, the
+    lanes, and the order takes one sample from each lane in turn. So a batch mixes NUM_LANES chunks,
+    each is read once, and at most NUM_LANES are in use. If each of n processes takes every n-th
+    position, and n divides NUM_LANES, they share no lane."""
 
     def __init__(self, starts: np.ndarray, seed: int, chunk_of: Callable | None = None):
         """starts (shards + 1,) and chunk_of as in inputs/sources.py."""
@@ -100,9 +98,8 @@ def former_order_name(source: Source) -> str:
 
 
 class Loader:
-    """Batches of a source of n samples. Position p of the training run is number p mod n in epoch
-    p // n. With augmentation (training) each epoch has an order of its own; without (validation),
-    the order is the source's."""
+    """Batches of a source of n samples. Position p of a run is number p mod n in epoch p // n. With
+    augmentation (training) each epoch has its own order; without (validation), the source's."""
 
     def __init__(self, source: Source, tokenizer: WordPiece, max_text_len: int, seed: int,
                  augment: Augment | None, workers: int, alt_field: str = "",
@@ -115,9 +112,7 @@ class Loader:
         self.mix = caption_weights(caption_field or "txt")
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.is_random = augment not in (None, Augment(min_crop_area=1.0))  # else it draws nothing
-        self.is_remote = "://" in getattr(source, "where", "")
-        self.announced = 0  # positions whose samples were requested from a remote source
-        self.ahead: ThreadPoolExecutor | None = None  # fetches them
+        self.ahead: ThreadPoolExecutor | None = None  # fetches the next samples of a remote source
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
         self.order: Callable[[int], int] = lambda position: position % len(source)
         if augment is not None and source.starts is not None:
@@ -146,32 +141,43 @@ class Loader:
         rng = np.random.default_rng((self.seed, 2, position)) if self.is_random else None
         return decode_and_augment(image, resolution, self.augment, rng)
 
-    def load(self, position: int, i: int, resolution: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Image (R,R,3) uint8 and texts, each (T,) int32, of sample i, or BadSample."""
+    def read(self, position: int, i: int) -> tuple[list[str], bytes | Image.Image]:
+        """The captions of sample i, and its image as `Source.sample` gives it, or BadSample."""
         choose = self.choose_caption(position, i)
-        captions, image = self.source.sample(i, self.text_fields(position, i), choose,
-                                             bool(self.augment))
+        return self.source.sample(i, self.text_fields(position, i), choose, bool(self.augment))
+
+    def prepare(self, position: int, i: int, captions: list[str], image: bytes | Image.Image,
+                resolution: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Image (R,R,3) uint8 and texts, each (T,) int32, of sample i, or BadSample."""
+        opened = read_image(image)
         texts = [self.tokenizer.encode(caption, self.max_text_len) for caption in captions]
         if any(text[1] == EOS for text in texts):  # nothing but control characters
             raise BadSample("caption holds no word")
-        return self.decode(position, i, image, resolution), texts
+        return self.decode(position, i, opened, resolution), texts
 
-    def load_or_replace(self, position: int, first: int, resolution: int) -> tuple:
-        """`load` of sample `first`, or of the first usable one after it; and which one that is."""
-        for step in range(len(self.source)):
-            i = (first + step) % len(self.source)
+    def candidates(self, first: int) -> Iterator[int]:
+        """Sample `first` and, to replace it, those after it, without those known to be bad."""
+        for i in itertools.chain(range(first, len(self.source)), range(first)):
             if i not in self.bad:
-                try:
-                    return *self.load(position, i, resolution), i
-                except BadSample as problem:
-                    self.bad[i] = str(problem)
+                yield i
         raise DataError("not one usable sample in the data; the last: "
                         f"{self.source.name(i)} {self.bad[i]}")
 
+    def load(self, position: int, first: int, resolution: int) -> tuple:
+        """`prepare` of sample `first`, or of the one that replaces it; and which one that is."""
+        for i in self.candidates(first):
+            try:
+                return *self.prepare(position, i, *self.read(position, i), resolution), i
+            except BadSample as problem:
+                self.bad[i] = str(problem)
+
+    def run_task(self, task: list[tuple[int, int]], resolution: int) -> list[tuple]:
+        """`load` of each (position, sample)."""
+        return [self.load(position, first, resolution) for position, first in task]
+
     def batch(self, positions: range, resolution: int) -> dict[str, Any]:
-        """{"images" (B,R,R,3) uint8; "text", and "alt" with an alt_field, (B,T) int32;
-        "sample_index" (B,) int32, the position in the run; "source_index" (B,), the sample; "bad"
-        {sample: reason}}.
+        """{"images" (B,R,R,3) uint8; "text", and "alt" if it is read, (B,T) int32; "sample_index"
+        (B,) int32, the position in the run; "source_index" (B,), the sample; "bad" {i: reason}}.
 
         A bad sample is only in the "bad" of the batch that has its own position in the first epoch.
         So each is counted once, also with several hosts and in a continued run."""
@@ -179,15 +185,10 @@ class Loader:
             self.announce(positions)
         jobs = [(position, self.order(position)) for position in positions]
         tasks = [jobs[n:n + SAMPLES_PER_TASK] for n in range(0, len(jobs), SAMPLES_PER_TASK)]
-
-        def run_task(task: list[tuple[int, int]]) -> list[tuple]:
-            return [self.load_or_replace(position, first, resolution) for position, first in task]
-
-        samples = itertools.chain.from_iterable(self.pool.map(run_task, tasks))
-        images, texts, source_index = zip(*samples)
+        loaded = itertools.chain(*self.pool.map(self.run_task, tasks, itertools.repeat(resolution)))
+        images, texts, source_index = zip(*loaded)
         batch = {"images": np.stack(images), "source_index": np.array(source_index)}
-        for name, column in zip(self.fields, zip(*texts)):
-            batch[name] = np.stack(column)
+        batch |= {name: np.stack(column) for name, column in zip(self.fields, zip(*texts))}
         batch["sample_index"] = np.array([p & 0x7FFFFFFF for p in positions], np.int32)
         batch["bad"] = {i: self.bad[i] for position, i in jobs
                         if position < len(self.source) and i in self.bad}
@@ -211,7 +212,7 @@ class Loader:
             return transfer(batch), batch["bad"]
 
         thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        if self.is_remote:
+        if "://" in getattr(self.source, "where", ""):
             self.ahead, self.announced = ThreadPoolExecutor(16, thread_name_prefix="ahead"), 0
         pending: collections.deque = collections.deque()
         try:

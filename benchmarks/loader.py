@@ -3,6 +3,7 @@ webdataset library. `python bench.py data -h` is the command line.
 
 Both read the same tar, made here: 640x480 JPEGs that cost a decoder what photographs do, with long
 captions. Both do the same work: a random-resized crop, a bilinear antialiased resize, tokenization.
+The second table compares threads with worker processes.
 """
 import contextlib
 import importlib.util
@@ -19,11 +20,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import config
 from data import Loader
 from inputs.images import Augment, random_crop_box
-from inputs.sources import open_source
+from inputs.sources import Source, open_source
 from inputs.tokenizer import WordPiece, train_vocab
 from runtime.errors import ConfigError
+from runtime.worker_processes import ProcessLoader
 
 WIDTH, HEIGHT, MAX_TEXT_LEN = 640, 480, 128
 JPEG_QUALITY, CAPTION_WORDS = 85, 90
@@ -106,17 +109,30 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def images_per_second(contestants: dict[str, Iterator], batch: int, repeats: int,
-                      title: str) -> dict[str, float]:
-    """Medians of `repeats` batches of each, in turns, after one batch to warm up."""
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+def measure(contestants: dict[str, Iterator], batch: int, repeats: int,
+            title: str) -> dict[str, tuple[float, float]]:
+    """{name: (images per second, CPU milliseconds of this process per image)}: medians of `repeats`
+    batches of each, in turns, after one batch to warm up."""
+    figures: dict[str, list] = {name: [] for name in contestants}
     for turn in tqdm(range(repeats + 1), desc=title, leave=False, disable=None):  # no bar in a file
         for name, batches in contestants.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             next(batches)
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
             if turn > 0:
-                speeds[name].append(batch / (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in speeds.items()}
+                figures[name].append((batch / seconds, 1e3 * cpu / batch))
+    return {name: tuple(map(statistics.median, zip(*rows))) for name, rows in figures.items()}
+
+
+@contextlib.contextmanager
+def make_data(num_images: int) -> Iterator[tuple[str, float, Source, WordPiece]]:
+    """(path of a tar, its kB per JPEG, source, tokenizer). The tar is deleted at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "00000.tar")
+        jpeg_bytes = make_shard(path, num_images)
+        source = open_source(path)
+        captions = [source.caption(i) for i in range(min(num_images, 100))]
+        yield path, jpeg_bytes / 1e3, source, train_vocab(captions, 4000)
 
 
 def rows(resolutions: list[int], num_images: int, batch: int, repeats: int,
@@ -126,22 +142,40 @@ def rows(resolutions: list[int], num_images: int, batch: int, repeats: int,
         raise ConfigError("data compares with the webdataset library: pip install -e '.[bench]', "
                           "or leave it out with --alone")
     augment, table = Augment(min_crop_area=0.4), []
-    with tempfile.TemporaryDirectory() as folder, one_core():
-        path = os.path.join(folder, "00000.tar")
-        jpeg_bytes = make_shard(path, num_images)
-        source = open_source(path)
-        tokenizer = train_vocab([source.caption(i) for i in range(min(num_images, 100))], 4000)
+    with make_data(num_images) as (path, jpeg_kb, source, tokenizer), one_core():
         for resolution in resolutions:
             loader = Loader(source, tokenizer, MAX_TEXT_LEN, 0, augment, workers=1)
             contestants: dict[str, Iterator] = {"ours": loader_batches(loader, batch, resolution)}
             if not alone:
                 other = webdataset_batches(path, tokenizer, augment, batch, resolution)
                 contestants["webdataset"] = other
-            speeds = images_per_second(contestants, batch, repeats, f"{resolution} px")
+            figures = measure(contestants, batch, repeats, f"{resolution} px")
             loader.pool.shutdown()
-            row = {"px": resolution, "kB per JPEG": jpeg_bytes / 1e3}
-            row |= {f"{name}/s": speed for name, speed in speeds.items()}
+            row = {"px": resolution, "kB per JPEG": jpeg_kb}
+            row |= {f"{name}/s": speed for name, (speed, _) in figures.items()}
             if not alone:
-                row["speedup"] = speeds["ours"] / speeds["webdataset"]
+                row["speedup"] = figures["ours"][0] / figures["webdataset"][0]
             table.append(row)
+    return table
+
+
+def worker_rows(resolutions: list[int], num_images: int, batch: int, repeats: int,
+                counts: list[int]) -> list[dict]:
+    """The table: images per second of n threads and of n worker processes, on all cores, with the
+    augmentation of the paper's recipes. The CPU time that the process of the training spends per
+    image gives the most that any number of worker processes can deliver."""
+    cfg, table = config.RECIPES["l14"], []
+    augment = Augment(*[getattr(cfg, name) for name in Augment._fields])
+    with make_data(num_images) as (_, jpeg_kb, source, tokenizer):
+        for resolution, count in itertools.product(resolutions, counts):
+            contestants = {}
+            for name, kind in (("threads", Loader), ("processes", ProcessLoader)):
+                loader = kind(source, tokenizer, MAX_TEXT_LEN, 0, augment, count)
+                contestants[name] = loader_batches(loader, batch, resolution)
+            title = f"{resolution} px, {count} workers"
+            figures = measure(contestants, batch, repeats, title)
+            cpu = figures["processes"][1]
+            row = {"px": resolution, "kB per JPEG": jpeg_kb, "workers": count}
+            row |= {f"{name}/s": speed for name, (speed, _) in figures.items()}
+            table.append(row | {"main process, CPU ms": cpu, "limit/s": 1e3 / cpu})
     return table

@@ -194,10 +194,10 @@ class FileSource:
         return self.parse_caption(self.read_bytes(self.byte_ranges(i)[1], MAX_TEXT_BYTES), field)
 
     def sample(self, i: int, fields: Iterable[str], choose: Choose,
-               with_chunk: bool = False) -> tuple[list[str], Image.Image]:
+               with_chunk: bool = False) -> tuple[list[str], bytes]:
         image, text = self.read_sample(i, with_chunk)
         captions = [self.parse_caption(text, field, choose) for field in fields]
-        return captions, open_image(io.BytesIO(image))
+        return captions, image
 
     def read_sample(self, i: int, with_chunk: bool) -> tuple[bytes, bytes]:
         """The bytes of the image and of the text. The text is read first, because it is short."""

@@ -5,6 +5,7 @@ follows TensorFlow's formulas, as released (docs/fidelity.md).
 
 Letters: R pixels per side, P pixels of an image.
 """
+import io
 import warnings
 from typing import Any, BinaryIO, NamedTuple
 
@@ -53,6 +54,11 @@ def open_image(file: BinaryIO) -> Image.Image:
         raise BadSample(f"image has {pixels:,} pixels, and more than {MAX_IMAGE_PIXELS:,} are not "
                         "read")
     return image
+
+
+def read_image(image: bytes | Image.Image) -> Image.Image:
+    """The image of a sample (`Source.sample`): that in the bytes of its file, or itself."""
+    return open_image(io.BytesIO(image)) if isinstance(image, bytes) else image
 
 
 def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],

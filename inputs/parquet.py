@@ -18,6 +18,7 @@ import numpy as np
 from inputs import files, parquet_groups, tar_index
 from inputs.disk_cache import DiskCache
 from inputs.files import DEFAULT_OPTIONS, ByteRange, ReadOptions, printable
+from inputs.images import read_image
 from inputs.parquet_columns import Column
 from inputs.parquet_groups import Footer
 from inputs.tars import NUM_LANES, TarSource
@@ -182,7 +183,7 @@ class ParquetSource(TarSource):
             self.unpack(shard)
 
     def image(self, i: int) -> Any:
-        return self.sample(i, (), files.choose_first)[1]
+        return read_image(self.read_sample(i, False)[0])
 
     def caption(self, i: int, field: str = "") -> str:
         """Without reading images, unless the captions of the row group are very large."""

@@ -59,9 +59,9 @@ class Source(Protocol):
         """By default of the source's own field. Of a list of captions, the first."""
 
     def sample(self, i: int, fields: Iterable[str], choose: Choose,
-               with_chunk: bool = False) -> tuple[list[str], Image.Image]:
-        """The caption of each field, and the image. choose(n) chooses one of a list of n captions.
-        with_chunk: the samples around this one will be needed soon."""
+               with_chunk: bool = False) -> tuple[list[str], bytes | Image.Image]:
+        """The caption of each field, and the image: the bytes of its file, or one that was drawn.
+        choose(n) chooses one of n captions. with_chunk: those around this are needed soon."""
 
     def prefetch(self, i: int, with_chunk: bool) -> None:
         """Only where starts is not None: sample i will be needed soon. with_chunk: see `sample`."""
@@ -210,7 +210,7 @@ class Subset:
     def caption(self, i: int, field: str = "") -> str:
         return self.source.caption(self.source_index(i), field)
 
-    def sample(self, i: int, *args: Any) -> tuple[list[str], Image.Image]:
+    def sample(self, i: int, *args: Any) -> tuple[list[str], bytes]:
         return self.source.sample(self.source_index(i), *args)
 
     def prefetch(self, i: int, with_chunk: bool) -> None:

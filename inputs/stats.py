@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from inputs import tokenizer
 from inputs.files import DEFAULT_OPTIONS, caption_weights, choose_first
-from inputs.images import decode_and_augment, silence_pillow
+from inputs.images import decode_and_augment, read_image, silence_pillow
 from inputs.sources import draw_indices, open_source
 from runtime.errors import BadSample, CommandParser, ConfigError, DataError, run_command
 from runtime.plots import BLUE, GRAY, RED, Axes
@@ -50,12 +50,13 @@ def read_samples(source: Any, fields: list[str], indices: np.ndarray,
 def read_fields(source: Any, i: int, fields: list[str]) -> tuple[list[str], Image.Image]:
     """(the caption that training would use, then that of each field), and the image."""
     captions, image = source.sample(i, [",".join(fields)], choose_first)
+    opened = read_image(image)
     for field in fields:
         try:
             captions.append(source.caption(i, field) if len(fields) > 1 else captions[0])
         except BadSample:
             captions.append("")
-    return captions, image
+    return captions, opened
 
 
 def percentiles(values: list[int]) -> dict[str, int]:

@@ -144,8 +144,7 @@ class Run:
         self.state = new_state() | parallel.broadcast_from_main(self.load_checkpoint)
         self.start_time = time.time() - self.state["seconds"]  # as if the run had never paused
         self.tokenizer = self.open_tokenizer()
-        augment = images.Augment(cfg.min_crop_area, cfg.hflip, cfg.jitter, cfg.hue,
-                                 cfg.grayscale_prob)
+        augment = images.Augment(*[getattr(cfg, name) for name in images.Augment._fields])
         self.loader = self.make_loader(self.source, augment)
         self.val_loader = self.make_loader(self.val_source, None)
         if parallel.is_main:
@@ -173,9 +172,8 @@ class Run:
         folder = self.cfg.workdir
         try:
             self.lock.acquire()
-            for name in os.listdir(folder):
-                if LEFT_OVER.fullmatch(name):
-                    os.remove(self.path(name))
+            for name in filter(LEFT_OVER.fullmatch, os.listdir(folder)):
+                os.remove(self.path(name))
             with tempfile.TemporaryFile(dir=folder) as file:  # also a new file must be possible
                 file.write(b"x")
         except OSError as problem:
@@ -202,9 +200,12 @@ class Run:
             raise ConfigError(str(problem)) from None
 
     def make_loader(self, source: Any, augment: images.Augment | None) -> data.Loader:
-        cfg = self.cfg
-        return data.Loader(source, self.tokenizer, cfg.max_text_len, cfg.seed, augment, cfg.workers,
-                           cfg.alt_field, cfg.caption_field)
+        cfg, kind, workers = self.cfg, data.Loader, self.cfg.workers
+        if augment and cfg.worker_processes:  # by name, because few runs need them
+            kind = importlib.import_module("runtime.worker_processes").ProcessLoader
+            workers = cfg.worker_processes
+        return kind(source, self.tokenizer, cfg.max_text_len, cfg.seed, augment, workers,
+                    cfg.alt_field, cfg.caption_field)
 
     def batches(self, stage: Stage) -> Iterator[tuple[dict, dict[int, str]]]:
         """(batch on the devices, its bad samples) for each remaining step of the stage."""
@@ -237,7 +238,6 @@ class Run:
             before, now = getattr(saved, name), getattr(self.cfg, name)
             if name not in RESUMABLE and before != now:
                 differences.append(f"{flag(name)} is {now!r}, was {before!r}")
-        # Old checkpoints do not name the order.
         data_before = {"order of the training data": data.former_order_name(self.source)}
         for name, before in (data_before | meta["data"]).items():
             if self.fingerprints[name] != before:

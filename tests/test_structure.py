@@ -93,6 +93,12 @@ def test_inputs_import_no_jax_and_no_model():
                 assert not packages & {"jax", "optax"}, (module, dependency)
 
 
+def test_worker_processes_load_no_jax():
+    for module in reachable("runtime.worker_processes"):
+        packages = {name.partition(".")[0] for name in imported_names(modules()[module])}
+        assert not packages & {"jax", "optax"}, module
+
+
 def test_training_loads_at_most_26_modules_and_no_evaluation():
     loaded = reachable("train")
     assert len(loaded) <= 26, sorted(loaded)

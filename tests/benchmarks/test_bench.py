@@ -204,6 +204,11 @@ def test_data_table(tmp_path):
     table = read_table(file)["rows"]
     assert [row["px"] for row in table] == [16, 24]
     assert all(row["ours/s"] > 0 and 40 < row["kB per JPEG"] < 120 for row in table)
+    assert bench.main(["data", "--worker-processes", "1", "--images", "3", "--batch", "2",
+                       "--repeats", "1", "--resolution", "16", "--json", str(file)]) == 0
+    [row] = read_table(file)["rows"]
+    assert row["workers"] == 1 and row["threads/s"] > 0 and row["processes/s"] > 0
+    assert row["limit/s"] == pytest.approx(1e3 / row["main process, CPU ms"])
 
 
 @pytest.mark.parametrize(("argv", "message"), [

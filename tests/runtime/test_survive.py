@@ -26,6 +26,7 @@ from tests.helpers.kills import (
     wait_until,
 )
 from tests.helpers.runs import STAGE, assert_equal_runs, rows
+from tests.helpers.workers import wait_for_end, workers_of
 
 NUM_STEPS = 24
 
@@ -63,6 +64,29 @@ def test_interrupted_during_an_evaluation_and_during_the_last_captions(cache, tm
     complete_run(cache, folder, *flags)
     assert (folder / "summary.json").exists()
     assert_equal_runs(folder, tmp_path / "uninterrupted")
+
+
+def test_a_killed_worker_and_signals_to_all_processes(cache, uninterrupted, tmp_path):
+    """With --worker-processes: a killed worker ends the run with one sentence, SIGTERM to the
+    training process and its worker saves, and threads finish what the worker began."""
+    folder, flags = tmp_path / "run", ("--worker-processes", "2")
+    process = start(cache, folder, *flags)
+    wait_until(process, lambda: last_step(folder) >= 4)
+    [worker] = workers_of(process.pid)  # the second one has nothing to do
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: a worker process ended by SIGKILL")
+    process, first = start(cache, folder, *flags), last_step(folder)
+    wait_until(process, lambda: last_step(folder) >= first + 4)
+    [worker] = workers_of(process.pid)
+    for pid in (worker, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 143 and "SIGTERM: saved at step" in output, errors
+    wait_for_end({worker})
+    complete_run(cache, folder)
+    assert_equal_runs(folder, uninterrupted)
 
 
 def test_second_signal_ends_a_run_at_once_and_harms_nothing(cache, uninterrupted, tmp_path):
