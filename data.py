@@ -39,9 +39,8 @@ class LaneShuffle:
     A chunk is a series of samples that one read of a tar covers. Data that fit in memory have no
     chunks: all samples are shuffled together. Otherwise the tars are shuffled, then the chunks in
     each tar, then the samples in each chunk. This sequence is cut into NUM_LANES equal parts, the
-    lanes, and the order takes one sample from each lane in turn. So a batch mixes NUM_LANES chunks,
-    each is read once, and at most NUM_LANES are in use. If each of n processes takes every n-th
-    position, and n divides NUM_LANES, they share no lane."""
+    lanes, and the order takes one sample from each in turn. So a batch mixes NUM_LANES chunks. If
+    each of n processes takes every n-th position and n divides NUM_LANES, they share no lane."""
 
     def __init__(self, starts: np.ndarray, seed: int, chunk_of: Callable | None = None):
         """starts (shards + 1,) and chunk_of as in inputs/sources.py."""
