@@ -27,7 +27,7 @@ test-long: $(VENV)/test    ## twenty kills, every division over hosts, a long ru
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip, tokenizers and pycocoevalcap
 	$(BIN)/python -m pytest tests/parity
 
-test-remote: $(VENV)/test-remote ## against an S3 server and a GCS emulator on this machine
+test-remote: $(VENV)/test-remote ## against an S3 server, a GCS emulator and an imitation of the Hugging Face hub on this machine
 	$(BIN)/python -m pytest tests/remote
 
 test-browser: $(VENV)/browser ## demo.py and report.html in a headless Chromium, which it says how to install if there is none

@@ -20,6 +20,7 @@ WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds before each repetition: seven attempts 
 REQUEST_SECONDS = 60           # of one attempt
 PIECE_BYTES = 8 << 20          # of a request, when a complete file is copied
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
+CAT_OPTIONS = {"hf": {"cache_type": "none"}}  # or each read fetches 5 MB more than it needs
 VERSIONS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "mtime", "created", "LastModified")
 
 
@@ -58,10 +59,32 @@ def call(protocol: str, name: str, *args: Any, seconds: float | None = None,
     return getattr(fs, name)(*args, **options)
 
 
+@functools.cache
+def newest_commit(repo_type: str, repo_id: str, revision: str) -> str:
+    api = importlib.import_module("huggingface_hub").HfApi()
+    return api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha
+
+
+def at_commit(url: str) -> str:
+    """An hf:// address at the commit that is the newest when it is first asked for. So a run reads
+    one version of a data set, also when another one is uploaded meanwhile."""
+    if scheme(url) != "hf":
+        return url
+    place = filesystem("hf").resolve_path(url)
+    if not hasattr(place, "repo_id"):  # one of the hub's buckets, which have no commits
+        return url
+    commit = newest_commit(place.repo_type, place.repo_id, place.revision)
+    place = type(place)(place.repo_type, place.repo_id, commit, place.path_in_repo)
+    return f"hf://{place.unresolve()}"
+
+
 def classify(problem: Exception) -> Exception:
     """Passing or Refused for what a file system raises."""
     code = getattr(problem, "code", None) or getattr(problem, "status", None)
     text = (str(problem).strip().splitlines() or [""])[0][:200] or type(problem).__name__
+    if type(problem.__cause__ or problem).__name__ in ("RepositoryNotFoundError", "GatedRepoError"):
+        return Refused("the hub has no such repository, or only for those with access: check the "
+                       "name, or log in with hf auth login")
     if isinstance(problem, FileNotFoundError) or str(code) == "404":
         return Refused(http_ranges.STATUS_ADVICE[404])
     if "Credential" in type(problem).__name__ or "Credential" in text:
@@ -97,7 +120,7 @@ def file_info(url: str) -> Info:
     def attempt() -> Info:
         if is_http(url):
             return http_ranges.fetch(url, 0, 1, time.monotonic() + REQUEST_SECONDS)[1]
-        details = call(scheme(url), "info", url)
+        details = call(scheme(url), "info", at_commit(url))
         if details.get("type") == "directory":
             raise Refused("it is a folder: name files, as 'FOLDER/*.tar' or 'FOLDER/*.parquet'")
         known = [str(details[name]) for name in VERSIONS if details.get(name)]
@@ -116,7 +139,8 @@ def fetch(url: str, begin: int, end: int, info: Info) -> bytes:
             deadline = time.monotonic() + REQUEST_SECONDS
             data, now = http_ranges.fetch(url, begin, end, deadline)
         else:
-            data = call(scheme(url), "cat_file", url, start=begin, end=end)
+            options = CAT_OPTIONS.get(scheme(url), {})
+            data = call(scheme(url), "cat_file", at_commit(url), start=begin, end=end, **options)
             now = file_info(url)
         if now != info:
             raise Refused("it has changed since it was opened: start again")

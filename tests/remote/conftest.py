@@ -1,10 +1,12 @@
-"""An S3 server and a GCS emulator on this machine, each with an empty bucket."""
+"""An S3 server and a GCS emulator on this machine, each with an empty bucket; and a hub."""
 import os
+import threading
 import uuid
 
 import pytest
 
 from inputs import remote
+from tests.remote.hub import HubServer
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
@@ -30,6 +32,21 @@ def servers():
     yield environment
     gcs.stop()
     s3.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """An imitation of the Hugging Face hub. The library reads its address once, when imported."""
+    server = HubServer(tmp_path_factory.mktemp("hub"))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    before = dict(os.environ)
+    os.environ |= {"HF_ENDPOINT": server.url, "HF_HOME": os.path.join(server.folder, "home")}
+    remote.filesystem("hf")
+    yield server
+    server.shutdown()
+    server.server_close()
     os.environ.clear()
     os.environ.update(before)
 
