@@ -202,8 +202,10 @@ class Evaluator:
     def start_stage(self, stage: Stage, check: Callable[[], None] = lambda: None) -> None:
         """Reads the validation images at the stage's resolution."""
         run = self.run
+        # Unrolled layers would compile twice as long and save nothing in so few batches.
+        model = registry.model_spec(dataclasses.replace(run.cfg, scan_unroll=1))
         self.validation_set = ValidationSet(run.cfg, run.val_loader, stage.resolution, stage.batch,
-                                            run.model, run.parallel, self.method_loss, check)
+                                            model, run.parallel, self.method_loss, check)
         self.monitor.blind_loss = self.validation_set.blind_loss()
 
     def evaluate(self, params: Any) -> None:
