@@ -184,8 +184,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--batch", type=positive, help=batch_text)
 
     toy, toy_text = RECIPES["toy"], "toy; with --encoder the defaults of the flags"
-    sub = command(step, "time, FLOP/s and memory of a training step, on the first device (with "
-                        "--zero1 on all devices of this machine)")
+    sub = command(step, "time, FLOP/s and memory of a training step, on one accelerator or the CPU "
+                        "(with --zero1 on all devices of this machine)")
     add_model_flags(sub, toy, toy_text)
     sub.add_argument("--compare", choices=("torch", "torch-compile"),
                      help="also time the same model, weights and batch in PyTorch, step by step "
