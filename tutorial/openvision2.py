@@ -517,7 +517,7 @@ _ = show("07-gradients", visualize.draw_sheet([tiles]))
 # has the same loop, and around it what long runs need: checkpoints, resuming, several hosts,
 # graceful shutdown. The learning rate rises during a warm-up and falls to 0 along a cosine.
 #
-# Every evaluation keeps the same patches of an image, and captions are greedy, without a draw.
+# Every evaluation keeps the same patches of an image, whatever the seed. Captions are greedy.
 #
 # **What to expect.** A minute or two. First the decoder learns the grammar: the loss falls fast,
 # toward the dashed line, the blind loss. Then it crosses the line, because the encoder has begun to
