@@ -1,9 +1,9 @@
 """Worker processes (--worker-processes) decode, augment and tokenize in place of threads.
 
-Threads of one Python process share its interpreter lock (GIL), which decoding holds for about 40%
-of its time. So threads give no more than two to three cores' worth of samples, on any machine. A
-ProcessLoader has as many threads as processes. Each thread reads the samples of a task, sends them
-to its own worker through a pipe, and receives the arrays. Its batches are those of a Loader.
+Threads of one Python process share its interpreter lock (GIL), which decoding holds for 30 to 45%
+of its time. So any number of threads makes as many samples as two or three cores. A ProcessLoader
+has as many threads as processes. Each thread reads the samples of a task, sends them to its own
+worker through a pipe, and receives the arrays. The batches are those of a Loader, bit for bit.
 
 A worker is a new program, because a fork of a process that runs JAX may hang. It imports no JAX. It
 ends when its input does, so in any case when the training process has ended. SIGTERM and Ctrl-C are
@@ -81,7 +81,7 @@ class ProcessLoader(Loader):
     def process(self) -> subprocess.Popen:
         if not hasattr(self.local, "process"):
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a program inherits this
-            code = [sys.executable, "-m", "runtime.worker_processes"]
+            code = [sys.executable, "-P", "-m", "runtime.worker_processes"]
             env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path),
                                 "OPENBLAS_NUM_THREADS": "1"}  # else NumPy starts one per core
             self.local.process = subprocess.Popen(code, env=env, stdin=subprocess.PIPE,

@@ -128,9 +128,12 @@ for n in itertools.count():
 """
 
 
-def test_workers_end_when_the_training_process_is_killed():
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS], cwd=ROOT, stderr=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+def test_workers_end_when_the_training_process_is_killed(tmp_path):
+    """Started in a folder whose data.py they must not take for the project's."""
+    (tmp_path / "data.py").write_text("raise AssertionError")
+    process = subprocess.Popen([sys.executable, "-P", "-c", ENDLESS], cwd=tmp_path, text=True,
+                               env=os.environ | {"PYTHONPATH": ROOT}, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     assert process.stdout.readline() == "0\n"
     workers = workers_of(process.pid)
     assert len(workers) == 2
