@@ -197,8 +197,8 @@ class Loader:
         """Tells a remote source what will be needed. Much at once would delay the first batches."""
         start = max(positions.start, self.announced)
         start += (positions.start - start) % positions.step
-        grown = max(positions.stop + FIRST_AHEAD, start + 2 * (positions.stop - positions.start))
-        self.announced = max(self.announced, min(grown, positions.stop + LOOK_AHEAD))
+        grown = start - positions.stop + 3 * len(positions) * positions.step // 2
+        self.announced = positions.stop + int(np.clip(grown, FIRST_AHEAD, LOOK_AHEAD))
         for position in range(start, self.announced, positions.step):
             self.ahead.submit(self.source.prefetch, self.order(position), bool(self.augment))
 

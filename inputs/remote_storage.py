@@ -101,16 +101,16 @@ class RemoteStorage:
 
         def make(out: BinaryIO) -> None:
             fetched.append(fetch(url, begin, end, self.info(url)))
-            out.write(fetched[0] + zlib.crc32(fetched[0]).to_bytes(4, "little"))
+            out.write(fetched[0])
+            out.write(zlib.crc32(fetched[0]).to_bytes(4, "little"))
         for _ in range(3):
             path = self.disk.get(self.key(url, begin, end), make)
             if fetched:
                 return fetched[0]
             try:
                 with open(path, "rb") as file:
-                    content = file.read()
-                data = content[:-4]
-                if zlib.crc32(data).to_bytes(4, "little") == content[-4:]:
+                    data, crc = file.read(end - begin), file.read()
+                if zlib.crc32(data).to_bytes(4, "little") == crc:
                     return data
                 os.remove(path)
             except FileNotFoundError:
