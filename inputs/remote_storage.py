@@ -16,7 +16,7 @@ from inputs.files import ReadOptions, read_span
 from inputs.remote import PIECE_BYTES, fetch, file_info, is_http, matching_urls
 from runtime.errors import DataError
 
-SMALL_SET_BYTES = 2 << 30  # up to which files are read in blocks, because chunks are short
+SMALL_SET_BYTES = 1 << 30  # below it, chunks are shorter than a block, so blocks are read
 BLOCK_BYTES = 1 << 20
 NUM_THREADS = 16           # requests at once
 
