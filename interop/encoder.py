@@ -17,7 +17,7 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -131,23 +131,23 @@ class Encoder:
         return np.stack(list(self.pool.map(to_square, as_list(images))))
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch: int = 32) -> Features:
-        """Features of one image or several, `batch` at a time. The last batch is padded to a power
-        of two, so that few shapes are compiled. BadSample names an image that cannot be used."""
+        """Features of one image or several, at most `batch` at a time. BadSample names an image
+        that cannot be used."""
         images = as_list(images)
         if not len(images):
             raise BadSample("there is no image")
         if self.max_tokens:
             return self.encode_rectangles(images, batch)
         tokens, pooled = [], []
-        for start in range(0, len(images), batch):
-            features = self.encode_batch(self.pixels(images[start:start + batch]), batch)
+        for start, stop, size in batches(len(images), batch):
+            features = self.encode_batch(self.pixels(images[start:stop]), size)
             tokens.append(features.tokens)
             pooled.append(features.pooled)
         return Features(np.concatenate(tokens), np.concatenate(pooled))
 
     def encode_rectangles(self, images: Sequence[ImageLike], batch: int) -> Features:
         """Images of the same grid share a batch. Compiled are, at most, the grids of
-        shapes.patch_grids with the powers of two up to `batch`."""
+        shapes.patch_grids with the sizes of `batches`."""
         to_rectangle = functools.partial(load_rectangle, patch_size=self.cfg.patch_size,
                                          max_tokens=self.max_tokens)
         pixels = list(self.pool.map(to_rectangle, images))
@@ -157,20 +157,33 @@ class Encoder:
         tokens: list = [None] * len(images)
         pooled: list = [None] * len(images)
         for rows in by_shape.values():
-            for start in range(0, len(rows), batch):
-                chosen = rows[start:start + batch]
-                features = self.encode_batch(np.stack([pixels[i] for i in chosen]), batch)
+            for start, stop, size in batches(len(rows), batch):
+                chosen = rows[start:stop]
+                features = self.encode_batch(np.stack([pixels[i] for i in chosen]), size)
                 for i, token_array, vector in zip(chosen, *features):
                     tokens[i], pooled[i] = token_array, vector
         return Features(tokens, np.stack(pooled))
 
-    def encode_batch(self, pixels: np.ndarray, batch: int) -> Features:
-        """Features of at most `batch` images of one shape."""
+    def encode_batch(self, pixels: np.ndarray, size: int) -> Features:
+        """Features of images of one shape, padded to `size` images."""
         count = len(pixels)
-        size = min(batch, 1 << (count - 1).bit_length())
         padded = np.pad(pixels, ((0, size - count), (0, 0), (0, 0), (0, 0)))
         out = self.run(self.params, padded)
         return Features(*(np.asarray(x, np.float32)[:count] for x in out))
+
+
+def batches(count: int, batch: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, size) of batches that cover `count` images. A size is `batch` or a lower power
+    of two, so that few programs are compiled; at most a quarter of a batch is padding."""
+    start = 0
+    while start < count:
+        left = count - start
+        size = min(batch, 1 << (left - 1).bit_length())
+        if left < 0.75 * size:
+            size = 1 << (left.bit_length() - 1)
+        stop = min(start + size, count)
+        yield start, stop, size
+        start = stop
 
 
 def load_encoder(path: str, resolution: int = 0, dtype: str = "float32",

@@ -12,7 +12,7 @@ from PIL import Image
 import train
 import vit
 from interop import transfer
-from interop.encoder import load_encoder, load_pixels
+from interop.encoder import batches, load_encoder, load_pixels
 from objectives import registry
 from runtime import checkpoint
 from runtime.errors import BadSample, CheckpointError, ConfigError
@@ -40,6 +40,19 @@ def test_all_kinds_of_images_are_accepted(run, tmp_path):
     for single in (image, tmp_path / "a.png", np.asarray(image)):
         assert close(encoder(single).tokens, expected["tokens"][:1])
     assert encoder(np.zeros((3, 8, 9, 3), np.uint8)).tokens.shape == (3, 9, 96)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_batches_cover_all_images_in_few_sizes_with_little_padding(batch):
+    sizes = set()
+    for count in range(1, 100):
+        expected_start = 0
+        for start, stop, size in batches(count, batch):
+            assert start == expected_start < stop and 0.75 * size <= stop - start <= size <= batch
+            expected_start = stop
+            sizes.add(size)
+        assert expected_start == count
+    assert sizes <= {1, 2, 4, 8, 16, batch}
 
 
 def test_the_batch_size_does_not_change_features(run):
