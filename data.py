@@ -6,7 +6,7 @@ never used and never stops a run: it is counted, listed with a reason, and repla
 
 Letters: B images, R pixels per side, T text positions.
 
-    python data.py [WHERE [CAPTION]]     draws contact.png: crops and captions as training gets them
+    python data.py [WHERE [FIELD]]     draws contact.png: crops and captions as training gets them
 """
 import collections
 import contextlib
@@ -43,7 +43,8 @@ class LaneShuffle:
     each of n processes takes every n-th position and n divides NUM_LANES, they share no lane."""
 
     def __init__(self, starts: np.ndarray, seed: int, chunk_of: Callable | None = None):
-        """starts (shards + 1,) and chunk_of as in inputs/sources.py."""
+        """starts (shards + 1,): the first sample of each shard, then the number of samples.
+        chunk_of(samples): of each, the number of its chunk in its shard."""
         self.starts, self.seed, self.chunk_of = starts, seed, chunk_of
         self.shards = functools.lru_cache(2)(self.shuffle_shards)
         self.samples = functools.lru_cache(2)(self.shuffle_samples)
@@ -85,13 +86,12 @@ class LaneShuffle:
 
 
 def order_name(source: Source) -> str:
-    """Names the order of a source's samples in training. A continued run needs the same order, so
-    checkpoints hold this name: its "runs" are the chunks."""
+    """The order of a source's samples in training, as checkpoints name it ("runs" are chunks)."""
     return f"in runs of {source.chunk_length} samples" if source.chunk_length else "shuffled whole"
 
 
 def former_order_name(source: Source) -> str:
-    """`order_name` of an old checkpoint that lacks it: then windows of 16 tars were shuffled."""
+    """`order_name` of an old checkpoint that lacks it: windows of 16 tars were shuffled then."""
     one_window = source.starts is None or len(source.starts) <= 17
     return "shuffled whole" if one_window else "shuffled in windows of 16 tars"
 
@@ -119,7 +119,7 @@ class Loader:
             self.order = LaneShuffle(source.starts, seed, chunk_of)
 
     def choose_caption(self, position: int, i: int) -> Callable[[int], int]:
-        """How to choose one of n captions: in training by a draw per epoch, else the first."""
+        """A function from n to the caption to take of a list of n: in training a draw, else 0."""
         if self.augment is None:
             return choose_first
         epoch = position // len(self.source)
@@ -188,7 +188,7 @@ class Loader:
         images, texts, source_index = zip(*loaded)
         batch = {"images": np.stack(images), "source_index": np.array(source_index)}
         batch |= {name: np.stack(column) for name, column in zip(self.fields, zip(*texts))}
-        batch["sample_index"] = np.array([p & 0x7FFFFFFF for p in positions], np.int32)
+        batch["sample_index"] = np.array([p & 0x7FFFFFFF for p in positions], np.int32)  # fold_in's
         batch["bad"] = {i: self.bad[i] for position, i in jobs
                         if position < len(self.source) and i in self.bad}
         return batch

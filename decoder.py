@@ -1,9 +1,12 @@
 """The decoder: a causal transformer over [image tokens ; caption tokens] (paper section 2.2).
 
-It predicts the caption and exists only to train the encoder: "simple concatenation of visual tokens
-in the text decoder", where CapPa has cross-attention. The released layout: token embedding, image
-projection without bias, pre-norm blocks with tanh GELU, final norm, untied head without bias. There
-is no position embedding (except with --text-pos-embed): only the causal mask orders the tokens.
+It predicts the caption and exists only to train the encoder. Image tokens stand before the text:
+"simple concatenation of visual tokens in the text decoder", where CapPa has cross-attention. In
+training it reads text[:, :-1] and predicts text[:, 1:], so T - 1 positions.
+
+The released layout: token embedding, image projection without bias, pre-norm blocks with tanh GELU,
+final norm, untied head without bias. There is no position embedding (except with --text-pos-embed):
+only the causal mask orders the tokens.
 
 Letters: B images, K image tokens, T text positions, C text positions in a chunk of the loss,
 S = K + T, D width, H heads, V vocabulary size, E encoder width, L layers. Text is [bos] tokens
@@ -32,7 +35,7 @@ from vit import block_flops, block_specs, transformer_block, transformer_stack
 
 PAD, BOS, EOS = 0, 1, 2  # those of inputs/tokenizer.py; a test compares them
 # The paper names no decoder for So400m and g. We take those that OpenVision 1 released: So400m's
-# has the size of its encoder, which also gives the FLOPs in the paper; g's is the same as H's.
+# has the size of its encoder, and with it our FLOPs equal the paper's; g's is the same as H's.
 DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "micro": (3, 96, 3, 384),          # ours: for the toy
     "Ti": (12, 192, 3, 768),
@@ -158,8 +161,8 @@ def caption_logits(params: dict, image_tokens: jax.Array, text: jax.Array,
 def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array,
                  cfg: DecoderConfig) -> jax.Array:
     """Cross-entropy of each caption, (B,) fp32, summed over its tokens and eos. bos and pad are not
-    targets. The mean loss is this over `count_targets`. The released code multiplies that by 2,
-    which changes nothing under Adam."""
+    targets. The loss of a batch is the sum of these over the sum of `count_targets`: a mean over
+    tokens. The released code multiplies that by 2, which changes nothing under Adam."""
     features = text_features(params, image_tokens, text[:, :-1], cfg)
     return token_cross_entropy(params, features, text[:, 1:], cfg)
 
@@ -176,6 +179,7 @@ def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
     @jax.named_scope("loss")
     def chunk_loss(features: jax.Array, targets: jax.Array) -> jax.Array:
         logits = linear(features, params["head"]).astype(jnp.float32)                    # (B,C,V)
+        # Not take_along_axis: its gradient is a scatter, which is slow.
         is_target = jnp.arange(cfg.vocab_size) == targets[..., None]
         target_logits = jnp.where(is_target, logits, 0).sum(-1)
         losses = jax.nn.logsumexp(logits, axis=-1) - target_logits
@@ -226,8 +230,9 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
     S, Dh = K + length, cfg.width // cfg.num_heads
     mask = attention_mask(K, S, cfg.prefix_attention) if mask is None else mask
 
-    def append(x: jax.Array, cache: tuple, position: Any) -> tuple:
-        """x (B,Q,D) goes to `position`: logits (B,V) after its last token, and the new cache."""
+    def run_blocks(x: jax.Array, cache: tuple, position: Any) -> tuple:
+        """Runs x (B,Q,D), tokens that begin at `position`. Logits (B,V) after the last of them, and
+        the new cache."""
         rows = jax.lax.dynamic_slice_in_dim(mask, position, x.shape[1], axis=0)          # (Q,S)
 
         def body(x: jax.Array, layer: tuple) -> tuple:
@@ -247,12 +252,12 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
             token_key = jax.random.fold_in(key, t)
             token = sample_top_p(token_key, logits, top_p, temperature).astype(jnp.int32)
         token = jnp.where(done, PAD, token)                                              # (B,)
-        logits, cache = append(embed_tokens(params, token[:, None], cfg, t), cache, K + t)
+        logits, cache = run_blocks(embed_tokens(params, token[:, None], cfg, t), cache, K + t)
         return (logits, cache, done | (token == EOS)), token
 
     empty = jnp.zeros((cfg.depth, B, S, cfg.num_heads, Dh), cfg.dtype)
     bos = jnp.full((B, 1), BOS, jnp.int32)
-    logits, cache = append(embed_sequence(params, image_tokens, bos, cfg), (empty, empty), 0)
+    logits, cache = run_blocks(embed_sequence(params, image_tokens, bos, cfg), (empty, empty), 0)
     start = (logits, cache, jnp.zeros(B, bool))
     _, tokens = jax.lax.scan(generate_token, start, jnp.arange(1, length))
     return jnp.concatenate([bos, tokens.T], axis=1)

@@ -59,7 +59,7 @@ def objective_loss(name: str) -> Callable:
 def cast_block_params(params: dict, model: ModelSpec) -> dict:
     """params, with the matmul weights of the blocks cast to the dtype of the matmuls. The scan over
     layers makes XLA keep such copies anyway. The cast is outside of the function that is
-    differentiated: so the gradients have this dtype too, half the memory until the fp32 sum."""
+    differentiated: so the gradients have this dtype too, half the memory until they are added."""
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         in_block = any(entry.key == "blocks" for entry in path)
         in_norm = path[-2].key.startswith("norm") if len(path) > 1 else False
@@ -102,7 +102,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
         local_params = params
-        if zero1:  # sharded here: if it were done later, the old parameters would stay in memory
+        if zero1:  # sliced before the forward pass; else the full parameters live until the update
             shards = jax.tree.map(local_shard, params)
             local_params, params = jax.lax.optimization_barrier((shards, params))
         if grad_accum == 1:
@@ -143,10 +143,10 @@ def train(cfg: Config) -> int:
     validate(cfg, parallel.num_devices)
     if cfg.tensorboard:
         parallel.broadcast_from_main(check_tensorboard)
-    with open_folder(cfg) as (cfg, lock):
+    with open_folder(cfg) as (cfg, lock):  # of a bucket, cfg.workdir is now a local copy
         try:
             return train_run(Run(cfg, parallel, lock))
-        except OSError as problem:  # one of an open file has no file name
+        except OSError as problem:  # of an open file (disk full), it carries no name
             problem.filename = problem.filename or cfg.workdir
             raise
 
@@ -164,16 +164,17 @@ def train_run(run: Run) -> int:
         params = run.restore(shapes, "params")
     else:
         params = registry.initial_params(run.cfg, run.model)
-    if run.cfg.objective == "lit":
+    if run.cfg.objective == "lit":  # its frozen encoder's features can be cached
         run.loader = registry.rival("lit").training_loader(run, params)
     params = run.parallel.replicate(params)
     monitor = Monitor(run)
-    evaluator = Evaluator(run, monitor, openvision2_loss)
+    evaluator = Evaluator(run, monitor, openvision2_loss)  # other objectives have their own loss
 
     with distributed.PreemptionHandler(run.parallel) as preemption:
         try:
             for stage in run.stages:
-                # An evaluation that is due at a stage's end is made at that stage's resolution.
+                # An evaluation that is due at a stage's end is made at that stage's resolution. The
+                # last stage is entered in any case, because its end is evaluated by `finish`.
                 evaluation_pending = run.step == stage.end and run.state["evaluation_pending"]
                 if run.step < stage.end or evaluation_pending or stage is run.stages[-1]:
                     params = train_stage(run, monitor, evaluator, stage, params, preemption)
@@ -219,29 +220,29 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                 monitor.data_wait += time.time() - wait_start
 
                 # This starts the step and does not wait for it.
-                params, opt_state, metrics = monitor.profiler(step, train_step, params, opt_state,
-                                                              batch)
+                params, opt_state, metrics = monitor.profiler.run_step(step, train_step, params,
+                                                                       opt_state, batch)
                 status = parallel.all_reduce_status(preemption.signal, len(bad))
                 lr = learning_rate(stage, step - 1 - stage.start)
 
                 # Now that the device has work, read the metrics of the step before.
                 if pending is not None:
-                    signal = monitor.log_step(pending)
+                    signal = monitor.finish_step(pending)
                 pending = PendingStep(step, lr, metrics, status, bad)
 
                 evaluate_now = step % cfg.eval_every == 0 or step == stage.end
                 save_now = step % cfg.save_every == 0 or step == run.stages[-1].end
                 if evaluate_now or save_now or signal:
-                    signal = monitor.log_step(pending) or signal  # waits for this step
+                    signal = monitor.finish_step(pending) or signal
                     pending = None
-                    run.state["evaluation_pending"] = evaluate_now
+                    run.state["evaluation_pending"] = evaluate_now  # until evaluator.evaluate
                     if signal:
                         raise distributed.Preempted(signal)
                     if evaluate_now:
                         evaluator.evaluate(params)
                     if save_now:
                         save()
-    except distributed.Preempted:  # in an evaluation too: the next start makes it again
+    except distributed.Preempted:  # an evaluation raises it too: the next start repeats that
         save()
         raise
     monitor.bar.close()

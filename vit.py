@@ -31,7 +31,7 @@ from layers import (
     norm_specs,
 )
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in 0..1 (released preprocessing)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in 0..1, as in the authors' released code
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "micro": (4, 96, 3, 384),          # ours: the toy trains it in minutes
@@ -43,7 +43,7 @@ ENCODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "H": (32, 1280, 16, 5120),
     "g": (40, 1408, 16, 6144),
 }
-REMAT = {  # what the backward pass keeps of each block; it computes the rest again
+REMAT = {  # activations of a block that are saved for the backward pass; "none" saves all
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -54,7 +54,7 @@ RELEASED_INIT = {  # --init-scale released: distribution, and std from (fan_in, 
     "qkv": ("normal", lambda fan_in, fan_out: 0.02),
     "out": ("normal", lambda fan_in, fan_out: 0.02),
     "fc1": ("normal", lambda fan_in, fan_out: 0.02),
-    "fc2": ("truncated", lambda fan_in, fan_out: math.sqrt(0.3072 / fan_out)),
+    "fc2": ("truncated", lambda fan_in, fan_out: 0.02 * math.sqrt(768 / fan_out)),
 }
 
 Grid = int | tuple[int, int]  # patches per side, or rows and columns
@@ -67,7 +67,7 @@ class ViTConfig:
     num_heads: int
     mlp_dim: int
     patch_size: int
-    cls_token: bool = False      # the released weights have one; nothing in the method reads it
+    cls_token: bool = False      # the released weights have one; nothing reads its output
     learned_pos_grid: int = 0    # grid side of a learned position table (imported); 0: sin-cos
     gated_attention: bool = False  # each block gates its attention outputs, as GenLIP's do
     norm_tokens: bool = False    # the tokens that leave the encoder are after the final norm
@@ -128,8 +128,9 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
 
     The mask is broadcastable to (B,H,Q,S), as in dot_product_attention. cache, during generation:
     (keys, values, position). Keys and values are (B,S,H,Dh); the first token of x goes to
-    `position`. select, in a last block: picks the tokens (axis 1) whose outputs are computed. Also
-    returns {"keys", "values", "attention_weights"}; XLA computes nothing that the caller drops."""
+    `position`. select, in a last block: picks the tokens (axis 1) whose outputs are computed, the
+    same ones of each array that it is called on; a mask is then (Q,S). Also returns {"keys",
+    "values", "attention_weights"}; XLA computes nothing that the caller drops."""
     B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
     q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
@@ -155,11 +156,11 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
                       block: Callable = transformer_block, select: Callable | None = None,
                       **options: Any) -> tuple[jax.Array, dict]:
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
-    num_heads, remat and scan_unroll; `options` go to `block`. Returns x and those of each block's
-    extras that extra_names lists, with a leading L.
+    depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x and those of each
+    block's extras that extra_names lists, with a leading L.
 
-    With `select`, x is what it picks of the tokens (axis 1). If the scan is unrolled, the last
-    block computes only these. Else the split would copy the stacked weights (0.8 GiB for L/14)."""
+    With `select`, x is what it picks of the tokens (axis 1), without extras. In a fully unrolled
+    scan, the last block computes only these; others would copy all weights for that."""
     def body(x: jax.Array, w: dict, **more: Any) -> tuple[jax.Array, dict]:
         x, extras = block(x, w, cfg.num_heads, **options, **more)
         return x, {name: extras[name] for name in extra_names}
@@ -180,7 +181,7 @@ def sincos_position_embedding(grid: Grid, width: int) -> np.ndarray:
     resolution needs no surgery. ValueError for a width that cannot hold it."""
     rows, columns = np.broadcast_to(grid, 2)
     if width % 4 or width < 8:
-        raise ValueError(f"a sin-cos table needs a multiple of 4 from 8 on as width, not {width}")
+        raise ValueError(f"a sin-cos table's width is a multiple of 4, at least 8, not {width}")
     omega = 10000.0 ** (-np.arange(width // 4) / (width // 4 - 1))
     y, x = np.mgrid[:rows, :columns].reshape(2, -1, 1) * omega               # (N,D/4) each
     table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
@@ -252,14 +253,14 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
     attention (L,B,H,S,S)  on request: row i holds the attention weights of token i
     With `select`, only the tokens, and of these only what it picks on axis 1."""
     x = embed_patches(params, images, cfg)
-    first = int(cfg.cls_token)  # patch token
+    first_patch = int(cfg.cls_token)
     if select is not None:
         x, _ = transformer_stack(x, params["blocks"], cfg, mask=mask,
-                                 select=lambda x: select(x[:, first:]))
+                                 select=lambda x: select(x[:, first_patch:]))
         return {"tokens": layer_norm(x, params["norm"]) if cfg.norm_tokens else x}
     extra_names = ("attention_weights",) if attention else ()
     x, extras = transformer_stack(x, params["blocks"], cfg, extra_names, mask=mask)
-    tokens = x[:, first:]
+    tokens = x[:, first_patch:]
     out = {"tokens": tokens, "pooled": layer_norm(tokens.mean(1), params["norm"])}
     if cfg.norm_tokens:
         out["tokens"] = layer_norm(tokens, params["norm"])

@@ -29,7 +29,7 @@ from inputs.tar_index import TarIndex, reason
 from runtime.errors import BadSample, DataError
 
 MAX_SHUFFLE_BYTES = 256 << 20  # of tars that a process keeps in memory for training
-NUM_LANES = 64                 # sequences of samples from which training takes one each in turn
+NUM_LANES = 64                 # of data.LaneShuffle: a batch takes a sample from each in turn
 CHUNKS_AHEAD = 32              # are fetched from a server while captions are read in order
 CACHED_TARS = 80               # tars whose rows are in memory: one per lane, some for validation
 Span = tuple[int, int]         # the bytes begin..end of a tar
@@ -86,7 +86,7 @@ class TarSource(FileSource):
         return tar_index.load_index(path, rows=True) or tar_index.scan_tar(path)
 
     def count_skipped(self, indexes: list[TarIndex]) -> None:
-        """Sums the counts of all tars. A reason that is about a tar names the first such tar."""
+        """Sums the counts of all tars. Reasons in WITH_TAR_NAME also name the first such tar."""
         first: dict[str, str] = {}
         for path, index in zip(self.paths, indexes):
             for why, count in index.meta["skipped"].items():
@@ -97,7 +97,7 @@ class TarSource(FileSource):
     def plan_reads(self, total_bytes: int) -> None:
         """Chooses the length of a chunk. It takes half of a lane's memory on average, so that few
         chunks exceed that memory. The chunk at a lane's end is read by the next lane too, so a lane
-        gets at least 16 chunks. Tars that fit in memory are read once, and shuffled together."""
+        gets at least 16: then this costs at most 1/16. Tars that fit in memory are read once."""
         lane_bytes = MAX_SHUFFLE_BYTES // NUM_LANES
         fits = total_bytes <= MAX_SHUFFLE_BYTES
         count = lane_bytes // 2 * len(self) // max(total_bytes, 1)
@@ -226,10 +226,10 @@ class SpanCache:
         """Like files.read_span. A span that could not be read is not kept."""
         key = path, begin, end
         with self.lock:
-            span = self.spans.get(key)
-            is_new = span is None
+            future = self.spans.get(key)
+            is_new = future is None
             if is_new:
-                span = self.spans[key] = Future()
+                future = self.spans[key] = Future()
                 self.held += end - begin
                 while self.held > self.limit and len(self.spans) > 1:
                     self.drop(next(iter(self.spans)))
@@ -237,13 +237,13 @@ class SpanCache:
                 self.spans.move_to_end(key)
         if is_new:
             try:
-                span.set_result(self.read_span(path, begin, end))
+                future.set_result(self.read_span(path, begin, end))
             except BaseException as problem:
                 with self.lock:
-                    if self.spans.get(key) is span:
+                    if self.spans.get(key) is future:
                         self.drop(key)
-                span.set_exception(problem)
-        return span.result()
+                future.set_exception(problem)
+        return future.result()
 
     def drop(self, key: tuple[str, int, int]) -> None:
         """Forgets a span. The caller holds the lock."""

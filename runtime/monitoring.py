@@ -83,7 +83,7 @@ class Monitor:
         self.window_start = time.time()
         self.data_wait = 0.0  # seconds in which the loop waited for a batch
 
-    def log_step(self, pending: PendingStep) -> int:
+    def finish_step(self, pending: PendingStep) -> int:
         """Waits for a step and logs it. Returns the signal that any process received, 0 for none.
         TrainingError if the loss is not finite, or if too many samples are bad."""
         run, stage, step = self.run, self.stage, pending.step
@@ -242,7 +242,7 @@ class TensorBoardWriter:
 
 # -------------------------------------------------------------------------------- profiling
 class StepProfiler:
-    """Calls training steps, and traces those from FIRST_TRACED to LAST_TRACED of this start. The
+    """Runs training steps, and traces those from FIRST_TRACED to LAST_TRACED of this start. The
     trace names each operation's concept (encoder, keep, decoder, loss, optimizer). A CPU's timeline
     has only the operations' own names."""
 
@@ -250,7 +250,7 @@ class StepProfiler:
         """folder: where traces go; "" for none."""
         self.folder, self.num_calls, self.tracing = folder, 0, False
 
-    def __call__(self, step_number: int, step: Callable[..., Any], *args: Any) -> Any:
+    def run_step(self, step_number: int, step: Callable[..., Any], *args: Any) -> Any:
         """step(*args), which is step `step_number` of the run."""
         self.num_calls += 1
         if self.folder and self.num_calls == FIRST_TRACED:

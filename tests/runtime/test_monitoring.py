@@ -115,7 +115,7 @@ def test_trace_names_the_concepts(runs):
                                                 (11, "perfetto_trace.json.gz")])
 def test_start_that_ends_early_says_so_or_saves_its_trace(tmp_path, capsys, num_steps, message):
     profiler = monitoring.StepProfiler(str(tmp_path))
-    outputs = [profiler(n, lambda a, b: a + b, n, 1) for n in range(num_steps)]
+    outputs = [profiler.run_step(n, lambda a, b: a + b, n, 1) for n in range(num_steps)]
     assert outputs == list(range(1, num_steps + 1))
     profiler.close()
     profiler.close()
