@@ -27,8 +27,10 @@ SCRIPT = os.path.join(FOLDER, "openvision2.py")
 NOTEBOOK = os.path.join(FOLDER, "openvision2.ipynb")
 CELL = re.compile(r'^# %%(?P<markdown> \[markdown\])?(?P<trained> tags=\["trained"\])?$', re.M)
 # How far two runs may differ, on other processors, Pythons and versions of jax. In cells with the
-# tag "trained", all follows from a training: rounding errors grow in it.
-TOLERANCE = {False: {"number": 0.002, "pixel": 0.5}, True: {"number": 0.2, "pixel": 25.0}}
+# tag "trained", all follows from a training: rounding errors grow in it. Between jax 0.10 (Python
+# 3.11) and 0.12 (3.13), numbers differed by up to 0.14. One figure differed by 28.8, all others by
+# less than 12: in section 11 the decoder generated another wording, so the tiles are other tokens.
+TOLERANCE = {False: {"number": 0.002, "pixel": 0.5}, True: {"number": 0.2, "pixel": 35.0}}
 
 
 class Cell(NamedTuple):
