@@ -110,6 +110,15 @@ def output_pixels(output: dict[str, Any]) -> np.ndarray | None:
         return np.asarray(image.convert("RGB"), np.float64)
 
 
+def join_prints(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs of a cell with all that it prints as the first one: where in between the figures
+    the kernel cuts the printed text depends on time."""
+    printed = [output for output in outputs if output["output_type"] == "stream"]
+    others = [output for output in outputs if output["output_type"] != "stream"]
+    text = "".join(output_text(output) for output in printed)
+    return [{"output_type": "stream", "name": "stdout", "text": [text]}, *others]
+
+
 def output_difference(old: dict[str, Any], new: dict[str, Any], trained: bool) -> str:
     """What differs by more than the tolerance, or nothing."""
     tolerance = TOLERANCE[trained]
@@ -143,7 +152,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         return ["the cells are others"]
     reports = []
     for n, (old_cell, new_cell) in enumerate(zip(old["cells"], new["cells"])):
-        old_outputs, new_outputs = old_cell.get("outputs", []), new_cell.get("outputs", [])
+        old_outputs = join_prints(old_cell.get("outputs", []))
+        new_outputs = join_prints(new_cell.get("outputs", []))
         trained = "trained" in new_cell["metadata"].get("tags", [])
         if len(old_outputs) != len(new_outputs):
             reports.append(f"cell {n}: {len(new_outputs)} outputs, not {len(old_outputs)}")

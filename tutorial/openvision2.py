@@ -280,7 +280,7 @@ _ = show("03-attention", visualize.draw_sheet(rows))
 # The encoder reads all N patches. Then `masking.keep_random_tokens` draws K of its N tokens, and
 # only these go to the decoder, in the order of their patches (the released recipes shuffle them).
 # The paper keeps 35%. The key of a draw is made from the seed and `sample_index`, which counts all
-# images of a run, over all epochs. So each image gets a new draw in each step.
+# images of a run, over all epochs. So an image gets a new draw each time it is used.
 #
 # Two reasons. The decoder's sequence is shorter, so a step costs less. And the encoder cannot know
 # which tokens will be kept. So each token has to say something about its surroundings, not only
@@ -376,8 +376,9 @@ _ = show("05-mask", figures.draw_mask(np.asarray(mask), row_names, K))
 # To see what the image contributes, we compute each token's loss twice: with the tokens of its own
 # image, and with those of each of the 63 other images of the batch (the mean of 63 losses).
 #
-# **What to expect.** Without training the loss is somewhat above ln V, that of a uniform guess,
-# because random logits are not quite uniform. The image makes no difference.
+# **What to expect.** Without training the loss is above ln V, that of a uniform guess, because
+# random logits are not uniform. V is 192: the embedding has room for more than the tokenizer's 138
+# pieces. The image makes no difference.
 
 
 # %%
@@ -732,10 +733,10 @@ _ = show("11-words", visualize.draw_sheet([tiles[:6], tiles[6:]]))
 # has the largest cosine. How often do both have the same color, shape, place ...? For comparison:
 # an encoder with random parameters, plain pixels (their mean over patches), and random pairs.
 #
-# **What to expect.** The trained features find the same color or place much more often. Size is no
-# better, and shape not far from chance. Random features and pixels find the same background and
-# pattern, which fill most of an image. The trained features lose pattern, although captions name
-# it: a neighbor shows what dominates a feature, not all that it contains.
+# **What to expect.** The trained features find the same color or place much more often. In size
+# they are no better than pixels, and in shape not far from chance. Random features and pixels find
+# the same background and pattern, which fill most of an image. The trained features lose pattern,
+# although captions name it: a neighbor shows what dominates a feature, not all that it contains.
 #
 # In the second figure each patch is colored by the three strongest principal components of the
 # tokens of 64 images: similar colors, similar tokens. Each encoder has components of its own.
