@@ -811,11 +811,13 @@ _ = show("12-pca", visualize.draw_sheet(rows))
 # - **Change the method**: `--keep-ratio 1`, `--prefix-attention bidirectional`,
 #   `--objective clip`. [results](../docs/results.md) shows what such changes did on the toy.
 # - **A larger model, a GPU, a TPU pod**: the same `train.py` with a recipe such as `l14`; with
-#   `--dry-run` it prints the cost first ([training](../docs/training.md)). On a pod, start the same
-#   command on every host ([scaling](../docs/scaling.md)).
+#   `--dry-run` it prints the cost first ([training](../docs/training.md)). `--data photos/` gives
+#   it your images, and `--vocab` a tokenizer; else one is built from the captions. On a pod, start
+#   the same command on every host ([scaling](../docs/scaling.md)).
 # - **Use an encoder**: `train.py` saves it as `encoder.npz` in the run's folder. Then, in Python:
 #   `from interop.encoder import load_encoder`,
-#   `tokens, pooled = load_encoder("runs/toy")(["cat.jpg"])` ([encoder](../docs/encoder.md)).
+#   `tokens, pooled = load_encoder("runs/toy")(["cat.jpg"])`. How another folder imports it, and how
+#   other libraries read it, is in [encoder](../docs/encoder.md).
 # - **Look at a run** in the browser: `python demo.py runs/toy` ([demo](../docs/demo.md)).
 # - **Read the code** in the order of the [reading guide](../docs/reading_guide.md), which maps the
 #   sections of the paper to functions.
