@@ -101,7 +101,8 @@ def tick_distance(length: float) -> float:
 
 
 def y_limits(lines: list[Line], levels: list[float]) -> tuple[float, float]:
-    """All marked points and levels are inside, and 98% of the others: a loss starts high."""
+    """All marked points and levels are inside, and 98% of the others: a loss starts high. All are
+    inside if the highest is less than twice as high as these."""
     points, marked = list(levels), list(levels)
     for line in lines:
         finite = [y for y in line.y if math.isfinite(y)]
@@ -110,6 +111,8 @@ def y_limits(lines: list[Line], levels: list[float]) -> tuple[float, float]:
             marked += finite
     points = sorted(y for y in points if math.isfinite(y)) or [0, 1]
     low, high = points[0], points[int(0.98 * (len(points) - 1))]
+    if points[-1] < 2 * high:
+        high = points[-1]
     return max(0, low - 0.05 * (points[-1] - low)), max(high, *marked, low + 1e-6) * 1.05
 
 

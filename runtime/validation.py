@@ -246,11 +246,12 @@ class Evaluator:
                   "correct": sample.correct} for sample in samples]
         checkpoint.write_text(run.path("samples.json"), checkpoint.to_json(texts, indent=1))
         self.monitor.add_image("samples.png")
-        rate = run.state["train_images"] / max(run.state["train_seconds"], 1e-9)
+        seconds = run.state["train_seconds"]  # 0 for a run that is too short to measure
+        rate = round(run.state["train_images"] / seconds, 1) if seconds else None
         metrics |= {
             "val_loss_blind": self.monitor.val_loss_blind,
             "images_seen": last.first_image + last.steps * last.batch,
-            "seconds": round(run.elapsed(), 1), "images_per_second": round(rate, 1),
+            "seconds": round(run.elapsed(), 1), "images_per_second": rate,
             "parameters": sum(x.size for x in jax.tree.leaves(params_on_host)),
             "peak_memory_gib": round(peak_memory_gib(), 2),
             "num_val_images": self.validation_set.count, "bad_samples": run.state["bad_samples"]}

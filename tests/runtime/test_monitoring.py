@@ -162,6 +162,13 @@ def test_curves_of_several_runs(tmp_path):
     assert result.stderr.startswith("error: absent/metrics.jsonl cannot be read (No such file")
 
 
+def test_a_high_start_is_cut_off_and_a_peak_is_not():
+    x, falling = list(range(100)), [20.0, 10.0] + [1 - n / 200 for n in range(98)]
+    assert 1 < plots.y_limits([plots.Line(x, falling, False)], [])[1] < 1.1
+    rate = [1.0] * 99 + [1.5]
+    assert plots.y_limits([plots.Line(x, rate, False)], [])[1] > 1.5
+
+
 def test_metrics_of_an_earlier_version_get_todays_names(tmp_path):
     row = {"step": 3, "val_loss": 4.0, "shuffled_loss": 5.0, "floor_loss": 1.0, "data_wait": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"step": 4, "val_l')
