@@ -23,7 +23,7 @@ from evaluation.attention_probe import attention_probe
 from evaluation.labels import RAW_SIZE, LabeledImages
 from evaluation.linear_probe import REGRESSION_COPIES, flatten_features, linear_probe, whiten
 from evaluation.neighbors import nearest_image, nearest_neighbors
-from evaluation.tasks import Tasks, accuracy, make_tasks, standardize
+from evaluation.tasks import Tasks, accuracy, import_module, make_tasks, standardize
 from inputs import images
 from interop.encoder import Encoder, random_encoder
 
@@ -39,6 +39,8 @@ def measure(encoder: Encoder, train: LabeledImages, test: LabeledImages,
     """{row: {label: accuracy}}. The rows are the readers and, with baselines, those of "random" and
     "pixels", and "commonest". "whitened" exists if a label is one-shot, and "attended" leaves such
     labels out. Validation images whose label no training image has do not count."""
+    if set(readers) - {"attended"}:
+        import_module("sklearn")  # before the features are computed
     tasks = make_tasks(train.labels, test.labels)
     if not tasks.one_shot.any():
         readers = tuple(name for name in readers if name != "whitened")

@@ -207,3 +207,9 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(MissingExtra, match=r"pip install -e '.\[eval\]'"):
         linear_probe.make_model()
+
+
+def test_scikit_learn_is_missed_before_the_features_are_computed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingExtra):
+        probe.measure(None, None, None)
