@@ -13,6 +13,7 @@ import os
 import random
 import re
 import sys
+import threading
 import uuid
 import zipfile
 import zlib
@@ -32,6 +33,8 @@ MISSING = "missing from shards, by the _stats.json beside them"
 WITH_TAR_NAME = (DAMAGED, NO_END, MISSING)  # reasons that are reported with the first such tar
 LOAD_ERRORS = (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, RuntimeError,
                MemoryError, zipfile.BadZipFile, zlib.error)  # what a damaged index can raise
+# Python 3.11 can fail (SystemError) if two threads parse the headers of numpy arrays at once.
+NUMPY_HEADERS = threading.Lock()
 
 
 class TarIndex(NamedTuple):
@@ -137,7 +140,7 @@ def read_index(file: str | BinaryIO, rows: bool) -> TarIndex | None:
     """An index in a file, with its rows if wanted. None if it is missing, damaged or of another
     version."""
     try:
-        with np.load(file, allow_pickle=False) as f:
+        with NUMPY_HEADERS, np.load(file, allow_pickle=False) as f:
             meta = json.loads(f["meta"].tobytes())
             if meta["version"] != INDEX_VERSION:
                 return None

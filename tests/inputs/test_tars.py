@@ -1,9 +1,11 @@
 """Reading tars for training: in long chunks, each once per epoch, in bounded memory."""
+import ast
 import itertools
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -210,6 +212,29 @@ def test_threads_that_need_the_same_bytes_wait_for_one_read(tmp_path, reads):
     with pytest.raises(OSError, match="No such file"):
         cache.read(path + "x", 0, 9)
     assert (path + "x", 0, 9) not in cache.spans
+
+
+def test_one_thread_at_a_time_parses_the_headers_of_indexes(tmp_path, monkeypatch):
+    """Python 3.11's parser, which numpy calls for a header, is not safe in threads."""
+    put(tmp_path / "a.tar", members(3))
+    source = open_source(str(tmp_path / "a.tar"))
+    plain, lock, overlaps = ast.literal_eval, threading.Lock(), []
+
+    def slow_parser(text):
+        is_alone = lock.acquire(blocking=False)
+        if not is_alone:
+            overlaps.append(text)
+            return plain(text)
+        try:
+            time.sleep(0.002)
+            return plain(text)
+        finally:
+            lock.release()
+    monkeypatch.setattr("ast.literal_eval", slow_parser)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(source.load_rows, [0] * 12))
+    assert not overlaps
+    assert all(len(table) == 3 for table in rows)
 
 
 def test_the_index_command_reports_what_cannot_be_read(tmp_path):
