@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
+# A worker that crashes ends the tests: pytest-xdist can wait without end for its replacement.
+TWO     = -n 2 --dist loadfile --max-worker-restart 0
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: install run emoji tutorial test test-long test-parity test-remote test-browser lint clean same-python
@@ -19,10 +21,10 @@ tutorial: $(VENV)/tutorial ## run every cell of tutorial/openvision2.py, and wri
 	$(BIN)/python tutorial/build.py
 
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
-	QUICK_COMPILE=1 $(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser --ignore=tests/long -n 2 --dist loadfile --no-loadscope-reorder
+	QUICK_COMPILE=1 $(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser --ignore=tests/long $(TWO) --no-loadscope-reorder
 
 test-long: $(VENV)/test    ## twenty kills, every division over hosts, a long run
-	$(BIN)/python -m pytest tests/long -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/long $(TWO)
 
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip, tokenizers and pycocoevalcap
 	$(BIN)/python -m pytest tests/parity

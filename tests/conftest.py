@@ -41,3 +41,11 @@ def cache(tmp_path_factory) -> dict[str, str]:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return dict(os.environ)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+    """Compiled programs take memory maps, 20,000 in some files. Linux allows a process 65,530, and
+    beyond them XLA ends with a segmentation fault."""
+    yield
+    jax.clear_caches()
