@@ -27,10 +27,9 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
-import data
 from caption import read_captioner
 from evaluation.explain import Explainer
-from inputs import images, sources
+from inputs import images, opening, sources
 from interop.encoder import load_pixels
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
@@ -85,7 +84,7 @@ class Demo:
         """The validation images of the first run and their previews; none where they are not
         here."""
         try:
-            source = data.open_validation_data(self.explainers[0].captioner.settings)
+            source = opening.open_validation_data(self.explainers[0].captioner.settings)
             count = min(NUM_EXAMPLES, len(source))
             previews = [png(load_pixels(source.image(i), 96)) for i in range(count)]
         except (UserError, OSError) as problem:

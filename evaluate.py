@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import data
 from evaluation import pair, probe, retrieval, search, visualize, vqa, zeroshot
 from evaluation.captioning import (
     compare_with_references,
@@ -24,7 +23,7 @@ from evaluation.captioning import (
 )
 from evaluation.context import EvalContext
 from evaluation.templates import read_templates
-from inputs import images, sources
+from inputs import images, opening, sources
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
 from runtime.errors import CheckpointError, CommandParser, ConfigError, run_command
@@ -86,7 +85,7 @@ def measure_zeroshot_vectors(context: EvalContext, templates: list[str]) -> dict
 def measure_retrieval(context: EvalContext) -> dict[str, Any]:
     count = context.args.num_samples or 1000
     cfg = override_config(context.run_config, context.changes, count)
-    pool = retrieval.Pool(data.open_validation_data(cfg), count)
+    pool = retrieval.Pool(opening.open_validation_data(cfg), count)
     if context.has_text_encoder:
         return retrieval.measure_vectors(context.pair, pool)
     return retrieval.measure_likelihood(context.captioner, context.encoder, pool)

@@ -74,11 +74,11 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     """The pmapped step (params, opt_state, batch) -> (params, opt_state, metrics).
 
     All have a leading axis of local devices. A device's batch is {"images" (B,R,R,3) uint8, "text"
-    (B,T), "sample_index" (B,)}, and "alt" (B,T) where the objective reads a second caption.
+    (B,T), "position" (B,)}, and "alt" (B,T) where the objective reads a second caption.
 
     Loss and token count are summed over all devices before one is divided by the other. So the
     update is that of the global batch, however it is divided over devices or cut into `grad_accum`
-    microbatches. Which patches of an image are kept depends on the seed and on sample_index, the
+    microbatches. Which patches of an image are kept depends on the seed and on "position", the
     image's position in the run.
 
     With `zero1`, each device keeps the optimizer state of its own shard of the parameters and
@@ -88,7 +88,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     loss_fn = jax.value_and_grad(objective_loss(model.objective), has_aux=True)
 
     def loss_and_grads(params: dict, batch: dict) -> tuple:
-        keys = jax.vmap(lambda index: jax.random.fold_in(root_key, index))(batch["sample_index"])
+        keys = jax.vmap(lambda index: jax.random.fold_in(root_key, index))(batch["position"])
         return loss_fn(cast_block_params(params, model), batch, keys, model)
 
     def accumulate(params: dict, batch: dict) -> tuple:

@@ -39,14 +39,14 @@ def machine() -> str:
 
 
 def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray]:
-    """Random images (B,R,R,3) uint8, captions without padding "text" (B,T) int32, "sample_index"
+    """Random images (B,R,R,3) uint8, captions without padding "text" (B,T) int32, "position"
     (B,), and with --alt-field a second caption "alt" (B,T)."""
     rng = np.random.default_rng(cfg.seed)
     text = rng.integers(3, cfg.vocab_size, (batch, cfg.max_text_len), dtype=np.int32)
     text[:, 0] = decoder.BOS
     text[:, -1] = decoder.EOS
     images = rng.integers(0, 256, (batch, resolution, resolution, 3), np.uint8)
-    arrays = {"images": images, "text": text, "sample_index": np.arange(batch, dtype=np.int32)}
+    arrays = {"images": images, "text": text, "position": np.arange(batch, dtype=np.int32)}
     if cfg.alt_field:
         arrays["alt"] = np.roll(text, 1, axis=0)
     return arrays

@@ -89,7 +89,7 @@ def step_arguments(cfg: Config, optimizer: Any, resolution: int, batch: int,
     B = batch // num_devices
     text = jax.ShapeDtypeStruct((B, cfg.max_text_len), np.int32)
     arrays = {"images": jax.ShapeDtypeStruct((B, resolution, resolution, 3), np.uint8),
-              "text": text, "sample_index": jax.ShapeDtypeStruct((B,), np.int32)}
+              "text": text, "position": jax.ShapeDtypeStruct((B,), np.int32)}
     if cfg.alt_field:
         arrays["alt"] = text
     return params, opt_state, arrays

@@ -18,7 +18,7 @@ import data
 from caption import load_run_checkpoint
 from config import Config, validate
 from evaluation.caption_metrics import caption_scores
-from inputs import tokenizer
+from inputs import opening, tokenizer
 from inputs.files import caption_weights
 from inputs.sources import SceneSource
 from objectives.registry import init_params, model_spec
@@ -59,7 +59,7 @@ def open_validation(path: str, changes: dict[str, Any], count: int,
     model = model_spec(cfg)
     target = jax.eval_shape(lambda: init_params(cfg, model))
     params = parallel.replicate(checkpoint.restore(arrays, target, path, prefix="params"))
-    source = data.open_validation_data(cfg)
+    source = opening.open_validation_data(cfg)
     if not changes and cfg == run_cfg and source.fingerprint() != meta["data"]["validation data"]:
         raise ConfigError(f"the validation data is now {source.fingerprint()}, and was "
                           f"{meta['data']['validation data']}: name the data with --data and --val")

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-import data
 from config import Config
 from evaluation.tasks import progress
-from inputs import images, scenes, sources
+from inputs import images, opening, scenes, sources
 from interop.encoder import Encoder, Features
 from runtime.errors import BadSample, DataError, run_command
 
@@ -143,8 +142,8 @@ def open_labeled_images(cfg: Config, labels: Sequence[str], count: int,
     cfg = dataclasses.replace(cfg, alt_field="", caption_field=labels[0])
     try:
         if not train:
-            return None, file_images(data.open_validation_data(cfg), labels, count)
-        train_source, val_source = data.open_data(cfg)
+            return None, file_images(opening.open_validation_data(cfg), labels, count)
+        train_source, val_source = opening.open_data(cfg)
     except DataError as problem:
         raise DataError(str(problem).replace("--caption-field", "--label-fields")) from None
     return file_images(train_source, labels, 4 * count), file_images(val_source, labels, count)

@@ -126,14 +126,15 @@ class FileSource:
     """A source (inputs/sources.py) of image and text files. `field` is "txt" for KEY.txt, or a
     field of KEY.json. A subclass sets `starts` and `crc`, calls `validate`, and has
     `byte_ranges`."""
-    chunk_length = 0
+    shuffle_by_chunk, chunk_length = False, 1
     has_columns = False  # texts are columns of a table, so that txt is a name as any other
 
     def __init__(self, where: str, field: str, options: ReadOptions = DEFAULT_OPTIONS):
         self.storage = open_storage(where, options)
         self.where, self.fields = where, list(caption_weights(field))
+        self.is_remote = "://" in where
         self.field = ",".join(self.fields)
-        self.text = "txt" if self.fields == ["txt"] else "json"
+        self.text_suffix = "txt" if self.fields == ["txt"] else "json"
         self.skipped: Counter = Counter()
         self.starts = np.zeros(1, np.int64)
         self.crc = 0
@@ -142,13 +143,15 @@ class FileSource:
         """Where the image and the text of sample i are."""
         raise NotImplementedError
 
-    def validate(self, pairs: list[int]) -> None:
-        """DataError if there is nothing to train on. pairs: [image and text, image only, text
-        only]."""
-        self.skipped += Counter({f"without a .{self.text}": pairs[1], "without an image": pairs[2]})
+    def validate(self, counts: list[int]) -> None:
+        """DataError if there is nothing to train on. counts: how many have [image and text, an
+        image only, a text only]."""
+        _, without_text, without_image = counts
+        self.skipped += Counter({f"without a .{self.text_suffix}": without_text,
+                                 "without an image": without_image})
         if not len(self):
             raise DataError(f"no captioned image in {self.where}{self.advice()}")
-        if self.text == "json" and "txt" in self.fields and not self.has_columns:
+        if self.text_suffix == "json" and "txt" in self.fields and not self.has_columns:
             raise DataError("--caption-field: txt cannot be mixed with the fields of KEY.json")
         for field in self.fields:
             self.check_field(field)
@@ -205,9 +208,6 @@ class FileSource:
         text_bytes = self.read_bytes(text, MAX_TEXT_BYTES)
         return self.read_bytes(image, MAX_IMAGE_BYTES), text_bytes
 
-    def prefetch(self, i: int, with_chunk: bool) -> None:
-        """Sample i will be needed soon. Files on this machine need no preparation."""
-
     def read_bytes(self, where: ByteRange, limit: int) -> bytes:
         """BadSample if they cannot be read, are cut off or are more than `limit`."""
         path, offset, size = where
@@ -228,7 +228,7 @@ class FileSource:
         names = (field or self.field).split(",")
         try:
             text = data.decode("utf-8-sig")
-            fields = json.loads(text) if self.text == "json" else {"txt": text}
+            fields = json.loads(text) if self.text_suffix == "json" else {"txt": text}
         except UnicodeDecodeError:
             raise BadSample("caption is not UTF-8 text") from None
         except (ValueError, RecursionError):  # a number with thousands of digits is a ValueError

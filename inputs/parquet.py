@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from inputs import files, parquet_groups, tar_index
+from inputs import files, order, parquet_groups, tar_index
 from inputs.disk_cache import DiskCache
 from inputs.files import DEFAULT_OPTIONS, ByteRange, ReadOptions, printable
 from inputs.images import read_image
 from inputs.parquet_columns import Column
 from inputs.parquet_groups import Footer
-from inputs.tars import NUM_LANES, TarSource
+from inputs.tars import TarSource
 from runtime.errors import BadSample, DataError
 
 MAX_CAPTION_BYTES, MAX_CAPTION_ROWS = 64 << 20, 100_000  # of a group whose captions are in memory
@@ -40,7 +40,7 @@ class ParquetSource(TarSource):
 
     def __init__(self, where: str, field: str, options: ReadOptions = DEFAULT_OPTIONS):
         files.FileSource.__init__(self, where, field, options)
-        self.text = "json"
+        self.text_suffix = "json"
         self.image_field = options.image_field
         self.text_fields = [*self.fields, *([options.alt_field] if options.alt_field else [])]
         self.disk = DiskCache(options.cache_dir, int(options.cache_gb * 1e9))
@@ -58,7 +58,7 @@ class ParquetSource(TarSource):
         self.check_cache_size(counts[:, 1])
         self.paths = GroupPaths(self)
         self.checking = threading.Lock()
-        self.unpacked_ahead: deque[int] = deque(maxlen=4 * NUM_LANES)
+        self.unpacked_ahead: deque[int] = deque(maxlen=4 * order.NUM_LANES)
         self.footer = functools.lru_cache(16)(self.read_footer)
         self.captions_of = functools.lru_cache(4)(self.read_captions)
         self.plan_reads(int(counts[:, 1].sum()))
@@ -102,11 +102,11 @@ class ParquetSource(TarSource):
 
     def check_cache_size(self, sizes: np.ndarray) -> None:
         """DataError if the groups that training uses at once do not fit into the cache."""
-        in_use = int(np.sort(sizes)[-NUM_LANES:].sum())
+        in_use = int(np.sort(sizes)[-order.NUM_LANES:].sum())
         if in_use > self.disk.limit:
             raise DataError(
                 f"{self.where} has row groups of up to {sizes.max() / 1e9:.2g} GB, and training "
-                f"keeps {min(NUM_LANES, len(sizes))} of them in the cache: set --cache-gb "
+                f"keeps {min(order.NUM_LANES, len(sizes))} of them in the cache: set --cache-gb "
                 f"{-(-in_use // 10**9)} or more, or write the files with smaller row groups")
 
     # ---- reading
@@ -175,10 +175,10 @@ class ParquetSource(TarSource):
                 self.load_rows(shard)  # if it was deleted to make room, it is made again
         raise BadSample(why.decode("utf-8", "replace"))
 
-    def prefetch(self, i: int, with_chunk: bool) -> None:
-        """Unpacks the group of a sample that will be needed soon, if it is a remote one."""
+    def prefetch_sample(self, i: int, with_chunk: bool) -> None:
+        """Unpacks the group of a sample that will be needed soon."""
         shard, _ = self.locate(i)
-        if self.origin.is_remote and shard not in self.unpacked_ahead:
+        if shard not in self.unpacked_ahead:
             self.unpacked_ahead.append(shard)
             self.unpack(shard)
 

@@ -8,8 +8,11 @@ import functools
 import io
 import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from inputs.disk_cache import DiskCache
 from inputs.files import ReadOptions, read_span
@@ -19,6 +22,8 @@ from runtime.errors import DataError
 SMALL_SET_BYTES = 1 << 30  # below it, chunks are shorter than a block, so blocks are read
 BLOCK_BYTES = 1 << 20
 NUM_THREADS = 16           # requests at once
+# How many samples are fetched before they are needed: at least, at most.
+MIN_AHEAD, MAX_AHEAD = 512, 4096
 
 
 def blocks(begin: int, end: int) -> range:
@@ -36,8 +41,8 @@ class RemoteStorage:
         self.pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="remote")
         self.in_blocks = False
 
-    def expect(self, total_bytes: int) -> None:
-        """How large all files are together, before they are read."""
+    def plan_reads(self, total_bytes: int) -> None:
+        """Decides how files are read that have so many bytes together: a small set in blocks."""
         self.in_blocks = total_bytes <= min(SMALL_SET_BYTES, self.disk.limit // 2)
 
     def matching_paths(self, patterns: list[str]) -> list[str]:
@@ -64,7 +69,7 @@ class RemoteStorage:
             return b"".join(self.read_block(url, n, begin, end) for n in blocks(begin, end))
         return self.cached_span(url, begin, end)
 
-    def prefetch(self, url: str, begin: int, end: int) -> None:
+    def prefetch_span(self, url: str, begin: int, end: int) -> None:
         """Brings into the cache what read_span will need."""
         if self.disk.find(self.key(url)):
             return
@@ -180,3 +185,29 @@ class RemoteFile(io.RawIOBase):
         buffer[:len(data)] = data
         self.position += len(data)
         return len(data)
+
+
+class FetchAhead:
+    """Fetches the samples of the next batches into the disk cache, in threads of its own. Much at
+    the start would delay the first batches, so with each batch it looks further ahead."""
+
+    def __init__(self, source: Any, order: Callable[[int], int], with_chunk: bool):
+        """order(position): the sample at a position of the run. with_chunk: see sources.Source."""
+        self.source, self.order, self.with_chunk = source, order, with_chunk
+        self.pool = ThreadPoolExecutor(16, thread_name_prefix="ahead")
+        self.num_ahead = 0  # positions behind the batch that are to be fetched
+        self.end = 0        # all positions before this one were requested
+
+    def announce(self, positions: range) -> None:
+        """These positions are read next. Requests them and num_ahead more, as far as they were not
+        requested before."""
+        batch_size = len(positions) * positions.step  # of all processes
+        self.num_ahead = int(np.clip(self.num_ahead + batch_size // 2, MIN_AHEAD, MAX_AHEAD))
+        end = positions.stop + self.num_ahead
+        for position in range(positions.start, end, positions.step):
+            if position >= self.end:
+                self.pool.submit(self.source.prefetch_sample, self.order(position), self.with_chunk)
+        self.end = end
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)

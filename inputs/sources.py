@@ -30,7 +30,6 @@ from inputs.files import (
     pair_files,
 )
 from inputs.tar_headers import FORKS, TEXT_SUFFIXES, is_sample_file
-from inputs.tars import TarSource
 from runtime.errors import BadSample, DataError, run_command
 
 
@@ -42,7 +41,9 @@ class Source(Protocol):
     skipped: Counter           # {reason: count}
     starts: np.ndarray | None  # (shards + 1,) first sample of each shard, then the number of all;
                                # None where samples are random draws, which need no shuffling
-    chunk_length: int            # consecutive samples that one read covers; 0: shuffle all as one
+    shuffle_by_chunk: bool     # training keeps the samples of a chunk together (inputs/order.py)
+    chunk_length: int          # samples in a chunk: consecutive ones, which one read covers
+    is_remote: bool            # on a server: samples are fetched before they are needed
 
     def __len__(self) -> int: ...
 
@@ -63,12 +64,11 @@ class Source(Protocol):
         """The caption of each field, and the image: the bytes of its file, or one that was drawn.
         choose(n) chooses one of n captions. with_chunk: those around this are needed soon."""
 
-    def prefetch(self, i: int, with_chunk: bool) -> None:
-        """Only where starts is not None: sample i will be needed soon. with_chunk: see `sample`."""
+    def prefetch_sample(self, i: int, with_chunk: bool) -> None:
+        """Only where is_remote: sample i will be needed soon. with_chunk: see `sample`."""
 
     def chunk_of(self, samples: np.ndarray) -> np.ndarray:
-        """Only where chunk_length > 0: the number of the chunk, in its shard, that each sample is
-        in."""
+        """Only where shuffle_by_chunk: the number of each sample's chunk in its shard."""
 
 
 cached_scene = functools.lru_cache(64)(scenes.sample_scene)  # for the caption, then for the image
@@ -76,7 +76,7 @@ cached_scene = functools.lru_cache(64)(scenes.sample_scene)  # for the caption, 
 
 class SceneSource:
     """The embedded scenes (inputs/scenes.py). A training split is endless: no image comes twice."""
-    starts, chunk_length = None, 0
+    starts, shuffle_by_chunk, chunk_length, is_remote = None, False, 1, False
 
     def __init__(self, seed: int, split: str, count: int | None = None, field: str = "txt"):
         self.seed, self.split, self.count = seed, split, count
@@ -133,10 +133,10 @@ class FolderSource(FileSource):
         pairs = np.zeros(3, int)
         for folder, files in walk_folders(where, self.skipped):
             samples, counts = pair_files(sample_files(files, self.skipped), self.skipped)
-            pairs += counts[self.text]
+            pairs += counts[self.text_suffix]
             below = os.path.relpath(folder, where)
             for image, *texts in samples:
-                text = texts[TEXT_SUFFIXES.index(self.text)]
+                text = texts[TEXT_SUFFIXES.index(self.text_suffix)]
                 if text:
                     path, suffix = os.path.join(below, image), text.rpartition(".")[2]
                     names.append(os.fsencode(path) + b"\0" + os.fsencode(suffix))
@@ -184,11 +184,11 @@ def sample_files(names: list[str], skipped: Counter) -> Iterator[tuple[str, str,
 # -------------------------------------------------------------------- a part of another source
 class Subset:
     """Some samples of a source, in a given order: a validation set."""
-    chunk_length = 0
+    shuffle_by_chunk, chunk_length = False, 1
 
     def __init__(self, source: FileSource, indices: np.ndarray):
         self.source, self.indices, self.skipped = source, indices, source.skipped
-        self.where = source.where
+        self.where, self.is_remote = source.where, source.is_remote
         self.starts = np.array([0, len(indices)])
 
     def source_index(self, i: Any) -> Any:
@@ -213,8 +213,8 @@ class Subset:
     def sample(self, i: int, *args: Any) -> tuple[list[str], bytes]:
         return self.source.sample(self.source_index(i), *args)
 
-    def prefetch(self, i: int, with_chunk: bool) -> None:
-        self.source.prefetch(self.source_index(i), with_chunk)
+    def prefetch_sample(self, i: int, with_chunk: bool) -> None:
+        self.source.prefetch_sample(self.source_index(i), with_chunk)
 
     def chunk_of(self, samples: np.ndarray) -> np.ndarray:
         return self.source.chunk_of(self.source_index(samples))
@@ -227,7 +227,7 @@ class Complement(Subset):
         super().__init__(source, np.sort(excluded))
         self.starts = source.starts - np.searchsorted(self.indices, source.starts)
         self.kept_before = self.indices - np.arange(len(excluded))  # samples before each exception
-        self.chunk_length = source.chunk_length
+        self.shuffle_by_chunk, self.chunk_length = source.shuffle_by_chunk, source.chunk_length
 
     def source_index(self, i: Any) -> Any:
         return i + np.searchsorted(self.kept_before, i, side="right")
@@ -266,12 +266,12 @@ def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "tra
     if where == "scenes":
         return SceneSource(seed, split, count, field)
     name = where.partition("?")[0] if "://" in where else where  # without an address's query
-    if name.endswith(".parquet"):  # by name, because the extra may be missing
+    if name.endswith(".parquet"):  # this and tars by name: a run needs one kind of source
         return importlib.import_module("inputs.parquet").ParquetSource(where, field, options)
     if os.path.isdir(where):
         return FolderSource(where, field)
     if name.endswith(".tar") or glob.has_magic(name) or "{" in name:
-        return TarSource(where, field, options)
+        return importlib.import_module("inputs.tars").TarSource(where, field, options)
     missing = "" if os.path.exists(where) else "; nothing of that name exists"
     raise DataError(f"{where} is no data: give scenes, a folder of images with captions, tars "
                     f"or parquet files (a glob or a {{00000..00011}} list){missing}")

@@ -2,7 +2,11 @@
 
 Memory does not grow with the number of samples. An index file beside each tar holds a row (offsets
 and sizes) per sample (inputs/tar_index.py). In memory are a few counts of each tar, and the rows of
-the tars used last. A chunk is a series of samples that one read covers.
+the tars used last.
+
+Words: a shard is the number of a tar, a row the number of a sample in its tar. A chunk is a series
+of chunk_length samples of a tar, which one read covers. A span is what one read gets: the bytes
+begin..end of a tar.
 """
 import contextlib
 import functools
@@ -15,7 +19,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from inputs import files, tar_index
+from inputs import files, order, tar_index
 from inputs.files import (
     DEFAULT_OPTIONS,
     ByteRange,
@@ -29,10 +33,10 @@ from inputs.tar_index import TarIndex, reason
 from runtime.errors import BadSample, DataError
 
 MAX_SHUFFLE_BYTES = 256 << 20  # of tars that a process keeps in memory for training
-NUM_LANES = 64                 # of data.LaneShuffle: a batch takes a sample from each in turn
-CHUNKS_AHEAD = 32              # are fetched from a server while captions are read in order
+MIN_CHUNKS = 16                # of a lane (order.LaneShuffle), where the tars do not fit in memory
+CHUNKS_AHEAD = 32              # fetched from a server before their captions are read
 CACHED_TARS = 80               # tars whose rows are in memory: one per lane, some for validation
-Span = tuple[int, int]         # the bytes begin..end of a tar
+Span = tuple[int, int]
 
 
 class TarSource(FileSource):
@@ -61,19 +65,19 @@ class TarSource(FileSource):
                 raise DataError(f"{path} cannot be read as an uncompressed tar: {why}")
             skip_reason = f"files that cannot be read as uncompressed tars, first {path} ({why})"
             self.skipped[skip_reason] += len(unreadable)
-        self.rows_in_memory = {n: index.rows for n, index in enumerate(indexes)
-                               if index.rows is not None}
+        self.unsaved_rows = {shard: index.rows for shard, index in enumerate(indexes)
+                             if index.rows is not None}  # of indexes that are in no file
         self.count_skipped(indexes)
-        # (tars, 3): samples with image and text, image only, text only
-        pairs = np.array([index.meta["pairs"][self.text] for index in indexes], np.int64)
-        self.starts = np.cumsum([0, *pairs[:, 0]])
+        # (tars, 3): how many have image and text, an image only, a text only
+        counts = np.array([index.meta["pairs"][self.text_suffix] for index in indexes], np.int64)
+        self.starts = np.cumsum([0, *counts[:, 0]])
         self.crcs = np.array([index.meta["crc"] for index in indexes], np.uint32)
         self.crc = zlib.crc32(self.crcs)
         total_bytes = sum(index.meta["size"] for index in indexes)
         if self.storage.is_remote:
-            self.storage.expect(total_bytes)
+            self.storage.plan_reads(total_bytes)
         self.plan_reads(total_bytes)
-        self.validate(pairs.sum(0).tolist())
+        self.validate(counts.sum(0).tolist())
 
     def index_tars(self, paths: list[str]) -> list[TarIndex | OSError | ValueError]:
         if not self.storage.is_remote:
@@ -95,25 +99,28 @@ class TarSource(FileSource):
                 self.skipped[why] += count
 
     def plan_reads(self, total_bytes: int) -> None:
-        """Chooses the length of a chunk. It takes half of a lane's memory on average, so that few
-        chunks exceed that memory. The chunk at a lane's end is read by the next lane too, so a lane
-        gets at least 16: then this costs at most 1/16. Tars that fit in memory are read once."""
-        lane_bytes = MAX_SHUFFLE_BYTES // NUM_LANES
+        """Chooses how many samples one read covers. Tars that fit in memory are read once, and all
+        samples are shuffled together. Otherwise each lane keeps one chunk in memory. The mean chunk
+        takes half of a lane's share of the memory, so that few chunks exceed the share. Two lanes
+        read the chunk in which one ends and the next begins. A lane has at least MIN_CHUNKS, so
+        this adds at most 1/MIN_CHUNKS to what is read."""
+        lane_bytes = MAX_SHUFFLE_BYTES // order.NUM_LANES
         fits = total_bytes <= MAX_SHUFFLE_BYTES
-        count = lane_bytes // 2 * len(self) // max(total_bytes, 1)
+        length = lane_bytes // 2 * len(self) // max(total_bytes, 1)
         if not fits:
-            count = min(count, len(self) // (16 * NUM_LANES))
-        self.read_length = max(1, count)
-        self.chunk_length = 0 if fits else self.read_length  # 0: shuffle all samples together
+            length = min(length, len(self) // (MIN_CHUNKS * order.NUM_LANES))
+        self.shuffle_by_chunk, self.chunk_length = not fits, max(1, length)
         self.max_span_bytes = MAX_SHUFFLE_BYTES if fits else lane_bytes
+        # rows and chunk_span are load_rows and find_chunk_span, with the last results kept
         self.rows = functools.lru_cache(None if fits else CACHED_TARS)(self.load_rows)
-        self.fetched_ahead: deque[tuple[int, int]] = deque(maxlen=4 * NUM_LANES)
-        self.chunk_span = functools.lru_cache(4 * NUM_LANES)(self.span)
-        self.cache = SpanCache(MAX_SHUFFLE_BYTES, self.storage.read_span)
+        self.chunk_span = functools.lru_cache(4 * order.NUM_LANES)(self.find_chunk_span)
+        self.span_cache = SpanCache(MAX_SHUFFLE_BYTES, self.storage.read_span)
+        self.fetched_chunks: deque[tuple[int, int]] = deque(maxlen=4 * order.NUM_LANES)  # the last
 
     def load_rows(self, shard: int) -> np.ndarray:
-        """(samples, 4) int64 of one tar: offset and size of the image and of the text."""
-        path, rows = self.paths[shard], self.rows_in_memory.get(shard)
+        """(samples, 4) int64 of one tar: offset and size of the image and of the text. BadSample if
+        the tar is gone, DataError if it has changed."""
+        path, rows = self.paths[shard], self.unsaved_rows.get(shard)
         if rows is None:
             try:
                 index = self.load_index(path)
@@ -123,11 +130,12 @@ class TarSource(FileSource):
             if index.meta["crc"] != self.crcs[shard]:
                 raise DataError(f"{printable(path)} has changed since it was opened: start again")
             rows = index.rows
-        column = 2 + 2 * TEXT_SUFFIXES.index(self.text)  # the text's offset; then comes its size
-        return rows[rows[:, column] > 0][:, [0, 1, column, column + 1]]
+        text_offset = 2 + 2 * TEXT_SUFFIXES.index(self.text_suffix)  # its column in the index
+        with_text = rows[rows[:, text_offset] > 0]
+        return with_text[:, [0, 1, text_offset, text_offset + 1]]
 
     def locate(self, i: int) -> tuple[int, int]:
-        """(tar, row): the tar that sample i is in, and its number among the samples there."""
+        """(shard, row) of sample i."""
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         return shard, int(i - self.starts[shard])
 
@@ -138,27 +146,34 @@ class TarSource(FileSource):
         return ByteRange(path, offset, size), ByteRange(path, text_offset, text_size)
 
     def chunk_of(self, samples: np.ndarray) -> np.ndarray:
-        """For each sample, the number of its chunk, counted in its tar."""
+        """The number of each sample's chunk in its tar."""
         shards = np.searchsorted(self.starts, samples, side="right") - 1
-        return (samples - self.starts[shards]) // self.read_length
+        return (samples - self.starts[shards]) // self.chunk_length
 
-    def span(self, shard: int, first: int, count: int) -> Span | None:
-        """Where `count` samples of a tar begin and end. None if too much else is between them."""
+    def find_span(self, shard: int, first: int, count: int) -> Span | None:
+        """The span of `count` rows of a tar. None if it would get twice what they need, or more."""
         rows = self.rows(shard)[first:first + count]
         begins, sizes = rows[:, [0, 2]], rows[:, [1, 3]]
         begin, end = int(begins.min()), int((begins + sizes).max())
         headers = 8192 * len(rows)  # about three headers a sample, and the padding of their data
         return (begin, end) if end - begin <= 2 * int(sizes.sum()) + headers else None
 
+    def find_chunk_span(self, shard: int, chunk: int) -> Span | None:
+        """The span of a chunk of a tar. None if one read cannot get it, or memory not hold it."""
+        span = self.find_span(shard, chunk * self.chunk_length, self.chunk_length)
+        if span is None or span[1] - span[0] > self.max_span_bytes:
+            return None
+        return span
+
     def read_sample(self, i: int, with_chunk: bool) -> tuple[bytes, bytes]:
         """Image and text, by one read if possible. With with_chunk, the complete chunk is read and
-        kept for its other samples, unless it is too long or cannot be read."""
+        kept for its other samples, unless it has no span or cannot be read."""
         image, text = self.byte_ranges(i)
         check_size(text.size, files.MAX_TEXT_BYTES)
         check_size(image.size, files.MAX_IMAGE_BYTES)
         begin, data = self.read_chunk(i) if with_chunk else (0, None)
         if data is None:
-            span = self.span(*self.locate(i), 1)
+            span = self.find_span(*self.locate(i), 1)
             if span is None:
                 return super().read_sample(i, with_chunk)
             begin, end = span
@@ -170,41 +185,42 @@ class TarSource(FileSource):
         return image_bytes, text_bytes
 
     def caption(self, i: int, field: str = "") -> str:
-        """From a server, with the samples around it: the vocabulary reads all, one by one. So a
-        later chunk is fetched meanwhile."""
+        """On a server, the complete chunk is read, because who needs captions without images reads
+        those of all samples in order: a vocabulary is built. So a later chunk is fetched too."""
         if not self.storage.is_remote:
             return super().caption(i, field)
         shard, row = self.locate(i)
-        later = row + CHUNKS_AHEAD * self.read_length
-        if row % self.read_length == 0 and later < len(self.rows(shard)):
-            self.storage.pool.submit(self.prefetch_span, shard, later, self.read_length)
+        chunk, row_in_chunk = divmod(row, self.chunk_length)
+        later = chunk + CHUNKS_AHEAD
+        if row_in_chunk == 0 and later * self.chunk_length < len(self.rows(shard)):
+            self.storage.pool.submit(self.prefetch_chunk, shard, later)
         return self.parse_caption(self.read_sample(i, True)[1], field)
 
     def read_chunk(self, i: int) -> tuple[int, bytes | None]:
         """(offset, bytes) of the chunk that sample i is in; (0, None) if one read cannot get it."""
         shard, row = self.locate(i)
-        span = self.chunk_span(shard, row - row % self.read_length, self.read_length)
-        if span and span[1] - span[0] <= self.max_span_bytes:
+        span = self.chunk_span(shard, row // self.chunk_length)
+        if span:
             with contextlib.suppress(OSError):
-                return span[0], self.cache.read(self.paths[shard], *span)
+                return span[0], self.span_cache.read(self.paths[shard], *span)
         return 0, None
 
-    def prefetch(self, i: int, with_chunk: bool) -> None:
+    def prefetch_sample(self, i: int, with_chunk: bool) -> None:
         """Brings a sample that will be needed soon, or its chunk, into the disk cache."""
-        if not self.storage.is_remote:
-            return
         shard, row = self.locate(i)
-        chunk = shard, row // self.read_length
+        chunk = row // self.chunk_length
         if not with_chunk:
-            self.prefetch_span(shard, row, 1)
-        elif chunk not in self.fetched_ahead:
-            self.fetched_ahead.append(chunk)
-            self.prefetch_span(shard, row - row % self.read_length, self.read_length)
+            span = self.find_span(shard, row, 1)
+            if span:
+                self.storage.prefetch_span(self.paths[shard], *span)
+        elif (shard, chunk) not in self.fetched_chunks:
+            self.fetched_chunks.append((shard, chunk))
+            self.prefetch_chunk(shard, chunk)
 
-    def prefetch_span(self, shard: int, first: int, count: int) -> None:
-        span = self.chunk_span(shard, first, count)
-        if span and span[1] - span[0] <= self.max_span_bytes:
-            self.storage.prefetch(self.paths[shard], *span)
+    def prefetch_chunk(self, shard: int, chunk: int) -> None:
+        span = self.chunk_span(shard, chunk)
+        if span:
+            self.storage.prefetch_span(self.paths[shard], *span)
 
     def name(self, i: int) -> str:
         try:
@@ -218,7 +234,8 @@ class SpanCache:
     Threads that need the same span wait for one read of it."""
 
     def __init__(self, limit: int, read_span: Callable[[str, int, int], bytes] = files.read_span):
-        self.limit, self.held, self.read_span = limit, 0, read_span
+        self.limit, self.read_span = limit, read_span
+        self.num_bytes = 0  # of all spans, those that are being read included
         self.lock = threading.Lock()
         self.spans: OrderedDict[tuple[str, int, int], Future] = OrderedDict()
 
@@ -230,8 +247,8 @@ class SpanCache:
             is_new = future is None
             if is_new:
                 future = self.spans[key] = Future()
-                self.held += end - begin
-                while self.held > self.limit and len(self.spans) > 1:
+                self.num_bytes += end - begin
+                while self.num_bytes > self.limit and len(self.spans) > 1:
                     self.drop(next(iter(self.spans)))
             else:
                 self.spans.move_to_end(key)
@@ -248,4 +265,4 @@ class SpanCache:
     def drop(self, key: tuple[str, int, int]) -> None:
         """Forgets a span. The caller holds the lock."""
         del self.spans[key]
-        self.held -= key[2] - key[1]
+        self.num_bytes -= key[2] - key[1]

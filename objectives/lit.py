@@ -128,7 +128,7 @@ def training_loader(run: Any, params: dict) -> data.Loader:
     """The run's loader, or one of features where they can be computed once. ConfigError if those of
     --feature-copies do not fit."""
     loader, enc, num_bytes = run.loader, run.model.encoder, 0
-    copies = run.cfg.feature_copies or int(not loader.is_random)
+    copies = run.cfg.feature_copies or int(not loader.has_random_augment)
     for stage in run.stages:
         num_tokens = (stage.resolution // enc.patch_size) ** 2
         num_bytes += copies * len(loader.source) * num_tokens * enc.width * 4

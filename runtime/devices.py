@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from runtime.errors import DistributedError
 
-STEP_KEYS = ("images", "text", "alt", "sample_index")  # what a training step reads of a batch
+STEP_KEYS = ("images", "text", "alt", "position")  # what a training step reads of a batch
 
 
 # ------------------------------------------------------------------------------------ zero1

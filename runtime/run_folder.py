@@ -26,7 +26,7 @@ import numpy as np
 
 import data
 from config import FIELDS, RESUMABLE, Config, flag, from_dict
-from inputs import images, sources, tokenizer
+from inputs import images, opening, order, sources, tokenizer
 from objectives.registry import init_params, model_spec
 from runtime import checkpoint, plots
 from runtime.curriculum import Stage, new_state, parse_stages
@@ -131,11 +131,11 @@ class Run:
         self.cfg, self.parallel, self.lock = cfg, parallel, lock or FolderLock(cfg.workdir)
         self.stages, self.model = parse_stages(cfg.stages), model_spec(cfg)
         parallel.broadcast_from_main(self.prepare_folder)
-        self.source, self.val_source = data.open_data(cfg)
+        self.source, self.val_source = opening.open_data(cfg)
         self.report_skipped_samples()
         self.fingerprints = {"training data": self.source.fingerprint(),
                              "validation data": self.val_source.fingerprint(),
-                             "order of the training data": data.order_name(self.source)}
+                             "order of the training data": order.order_name(self.source)}
         for name, fingerprint in parallel.broadcast_from_main(lambda: self.fingerprints).items():
             if fingerprint != self.fingerprints[name]:
                 raise ConfigError(f"the {name} here is {self.fingerprints[name]}, and in process 0 "
@@ -193,7 +193,7 @@ class Run:
     def open_tokenizer(self) -> Any:
         if self.state["vocabulary"] is None:
             self.state["vocabulary"] = self.parallel.broadcast_from_main(
-                lambda: data.open_tokenizer(self.cfg, self.source).state)
+                lambda: opening.open_tokenizer(self.cfg, self.source).state)
         try:
             return tokenizer.from_state(self.state["vocabulary"])
         except ValueError as problem:
@@ -216,7 +216,7 @@ class Run:
                 positions = range(first + jax.process_index(), first + stage.batch,
                                   self.parallel.num_processes)
                 yield positions, stage.resolution
-        return self.loader.prefetch(requests(), self.parallel.shard_batch)
+        return self.loader.prefetch_batches(requests(), self.parallel.shard_batch)
 
     # ---- checkpoints
     def load_checkpoint(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class Run:
             before, now = getattr(saved, name), getattr(self.cfg, name)
             if name not in RESUMABLE and before != now:
                 differences.append(f"{flag(name)} is {now!r}, was {before!r}")
-        data_before = {"order of the training data": data.former_order_name(self.source)}
+        data_before = {"order of the training data": order.former_order_name(self.source)}
         for name, before in (data_before | meta["data"]).items():
             if self.fingerprints[name] != before:
                 differences.append(f"the {name} is {self.fingerprints[name]}, was {before}")

@@ -40,7 +40,7 @@ NUM_SAMPLES = 12  # validation images in samples.png
 def validation_keys(batch: dict) -> jax.Array:
     """(B,), one key per image. It depends only on the image's position in the validation set, so
     every evaluation of every run keeps the same patches."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["sample_index"])
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["position"])
 
 
 def make_loss(model: Any, method_loss: Callable, parallel: DataParallel) -> Callable:
@@ -110,7 +110,7 @@ class ValidationSet:
                                                self.rows))
         for i in loader.bad.keys() - known:
             print(f"skipped in validation: {loader.source.name(i)}: {loader.bad[i]}")
-        self.source_index = self.gather("source_index")
+        self.samples = self.gather("sample")
         self.texts = {name: self.gather(name) for name in loader.fields}
         self.loss = make_loss(model, method_loss, parallel)
         self.generate = make_generate(model, cfg.max_text_len, parallel)
@@ -123,7 +123,7 @@ class ValidationSet:
 
     def losses(self, params: Any) -> dict[str, float]:
         """val_loss, and val_loss_shuffled: with the captions moved on by half of the set."""
-        order = np.arange(len(self.source_index))
+        order = np.arange(len(self.samples))
         real = np.flatnonzero(self.texts["text"].any(-1))
         order[real] = np.roll(real, len(real) // 2)
         shuffled = {name: text[order] for name, text in self.texts.items()}
@@ -167,7 +167,7 @@ class ValidationSet:
                           ) -> Iterator[tuple[int, str, np.ndarray]]:
         """(sample, greedy caption, kept patches (K,)) of the first `count` images, or all."""
         remaining = self.count if count is None else count
-        indices = iter(self.source_index.tolist())
+        indices = iter(self.samples.tolist())
         for batch, num_images in self.batches:
             if remaining <= 0:
                 return

@@ -43,7 +43,8 @@ def test_a_batch_follows_from_seed_and_position(source):
     for positions, batch in zip(steps, batches):
         parts = [reader(source).batch(positions[i:i + 4], 16) for i in (0, 4)]
         assert is_same(batch, joined(parts))
-    prefetched = reader(source).prefetch(((positions, 16) for positions in steps), lambda b: b)
+    requests = ((positions, 16) for positions in steps)
+    prefetched = reader(source).prefetch_batches(requests, lambda b: b)
     for batch, (other, bad) in zip(batches, prefetched):
         assert is_same(batch, other)
         assert bad == {}
@@ -55,11 +56,11 @@ def test_a_batch_follows_from_seed_and_position(source):
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(tmp_path):
     source = open_source(put(tmp_path / "a.tar", members(13)))
-    epochs = reader(source).batch(range(13 * 4), 8)["source_index"].reshape(4, 13)
+    epochs = reader(source).batch(range(13 * 4), 8)["sample"].reshape(4, 13)
     assert all(sorted(epoch) == list(range(13)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
     validation = reader(source, augment=None).batch(range(13), 8)
-    assert validation["source_index"].tolist() == list(range(13))
+    assert validation["sample"].tolist() == list(range(13))
 
 
 def test_each_process_takes_every_nth_position_of_a_batch(monkeypatch):
@@ -68,7 +69,7 @@ def test_each_process_takes_every_nth_position_of_a_batch(monkeypatch):
     for process in range(4):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
         parallel = SimpleNamespace(num_processes=4, shard_batch=None)
-        loader = SimpleNamespace(prefetch=lambda requests, transfer: list(requests))
+        loader = SimpleNamespace(prefetch_batches=lambda requests, transfer: list(requests))
         run = SimpleNamespace(step=3, parallel=parallel, loader=loader)
         requests.append(run_folder.Run.batches(run, stage))
     for step, shares in enumerate(zip(*requests)):
@@ -88,10 +89,10 @@ def test_a_broken_sample_is_reported_by_the_batch_of_its_own_turn(tmp_path):
     reported = [batch["bad"] for batch in batches]
     assert sorted(itertools.chain(*reported)) == [3, 4, 9]
     assert not any(reported[3:])  # once, in the first epoch
-    used = {i for batch in batches for i in batch["source_index"].tolist()}
+    used = {i for batch in batches for i in batch["sample"].tolist()}
     assert used == set(range(12)) - {3, 4, 9}
     requests = ((positions, 8) for positions in steps)
-    prefetched = reader(source, workers=4).prefetch(requests, lambda b: None)
+    prefetched = reader(source, workers=4).prefetch_batches(requests, lambda b: None)
     assert reported == [bad for _, bad in prefetched]
     for start in range(1, 9):  # continued, by a loader that has met no broken sample
         rest = reader(source)
@@ -108,13 +109,13 @@ def test_a_broken_sample_is_reported_by_the_batch_of_its_own_turn(tmp_path):
 # ----------------------------------------------------------------------------------- prefetch
 def test_prefetch_passes_errors_on():
     def transfer(batch):
-        if batch["sample_index"][0] == 4:
+        if batch["position"][0] == 4:
             raise DataError("no more")
         return batch
 
     requests = ((range(4 * n, 4 * n + 4), 8) for n in itertools.count())
-    batches = reader(open_source("scenes")).prefetch(requests, transfer)
-    assert len(next(batches)[0]["sample_index"]) == 4
+    batches = reader(open_source("scenes")).prefetch_batches(requests, transfer)
+    assert len(next(batches)[0]["position"]) == 4
     with pytest.raises(DataError, match="no more"):
         next(batches)
 
@@ -122,7 +123,7 @@ def test_prefetch_passes_errors_on():
 def test_prefetch_ends_when_its_user_does():
     before = set(threading.enumerate())
     requests = ((range(4), 8) for _ in itertools.count())
-    batches = reader(open_source("scenes")).prefetch(requests, lambda b: b)
+    batches = reader(open_source("scenes")).prefetch_batches(requests, lambda b: b)
     next(batches)
     new = set(threading.enumerate()) - before
     [thread] = [thread for thread in new if thread.name.startswith("batches")]
@@ -139,7 +140,7 @@ def test_prefetch_works_ahead_of_its_use():
         return batch
 
     requests = ((range(4), 8) for _ in itertools.count())
-    batches = reader(open_source("scenes")).prefetch(requests, transfer, depth=2)
+    batches = reader(open_source("scenes")).prefetch_batches(requests, transfer, depth=2)
     next(batches)
     assert all(made.acquire(timeout=30) for _ in range(3))  # the one in use and two ahead
     batches.close()

@@ -142,13 +142,13 @@ DEVICES = """
 import dataclasses, sys
 import jax, numpy as np, optax
 import config, data, train
-from inputs import images, sources
+from inputs import images, opening, sources
 from objectives import registry
 from runtime.devices import DataParallel
 
 cfg = dataclasses.replace(config.RECIPES["toy"], encoder="micro/8", scan_unroll=1)
 source = sources.SceneSource(0, "train")
-loader = data.Loader(source, data.open_tokenizer(cfg, source), 28, 0, images.Augment(1.0), 2)
+loader = data.Loader(source, opening.open_tokenizer(cfg, source), 28, 0, images.Augment(1.0), 2)
 model = registry.model_spec(cfg)
 initial, results = registry.init_params(cfg, model), {}
 for name, count, accum in (("one", 1, 1), ("eight", 8, 1), ("pieces", 1, 4), ("both", 2, 4)):
@@ -279,7 +279,7 @@ def test_mask_is_drawn_from_the_seed_and_the_position(monkeypatch):
     step = train.make_step(model, sgd, 7, devices=jax.local_devices()[:1])
     positions = np.array([[0, 1, 5000]], np.int32)
     state = jax.tree.map(lambda x: x[None], sgd.init(params))
-    _, _, metrics = step(params, state, {"sample_index": positions})
+    _, _, metrics = step(params, state, {"position": positions})
     root = jax.random.key(7)
     expected = sum(float(jax.random.uniform(jax.random.fold_in(root, n))) for n in positions[0])
     assert float(metrics["loss"][0]) == pytest.approx(expected, rel=1e-5)

@@ -44,6 +44,7 @@ from config import RECIPES
 from evaluation import visualize
 from evaluation.neighbors import l2_normalize
 from inputs.images import Augment
+from inputs.opening import open_tokenizer
 from inputs.sources import SceneSource
 from interop.encoder import Encoder, random_encoder, raw_pixel_encoder
 from masking import keep_random_tokens, num_kept_tokens, sample_keep_indices
@@ -103,7 +104,7 @@ parallel = DataParallel()
 
 train_source = SimpleScenes(cfg.seed, "train")
 val_source = SimpleScenes(cfg.seed, "val", cfg.val_samples)
-tokenizer = data.open_tokenizer(cfg, train_source)
+tokenizer = open_tokenizer(cfg, train_source)
 # min_crop_area is 1, so no crop can cut off the object or make "top left" untrue
 loader = data.Loader(train_source, tokenizer, cfg.max_text_len, cfg.seed,
                      Augment(min_crop_area=cfg.min_crop_area), cfg.workers)
@@ -126,7 +127,7 @@ for stage in stages:
 
 # %%
 batch = val_loader.batch(range(64), resolution)
-for name in ("images", "text", "sample_index"):
+for name in ("images", "text", "position"):
     print(f"{name}: {batch[name].shape} {batch[name].dtype}")
 SHOWN = (13, 5, 23)  # three validation images
 MAIN = SHOWN[-1]     # the one that most figures show
@@ -279,7 +280,7 @@ _ = show("03-attention", visualize.draw_sheet(rows))
 #
 # The encoder reads all N patches. Then `masking.keep_random_tokens` draws K of its N tokens, and
 # only these go to the decoder, in the order of their patches (the released recipes shuffle them).
-# The paper keeps 35%. The key of a draw is made from the seed and `sample_index`, which counts all
+# The paper keeps 35%. The key of a draw is made from the seed and `position`, which counts all
 # images of a run, over all epochs. So an image gets a new draw each time it is used.
 #
 # Two reasons. The decoder's sequence is shorter, so a step costs less. And the encoder cannot know
@@ -438,7 +439,7 @@ _ = show("06-losses", figures.draw_token_losses(targets, losses))
 step_stage = parse_stages(f"resolution={resolution} steps=10 batch=64 lr=1e-3")[0]  # no warm-up
 optimizer = make_optimizer(cfg, step_stage)
 root_key = jax.random.key(cfg.seed)  # as training makes its keys:
-step_keys = jax.vmap(lambda i: jax.random.fold_in(root_key, i))(batch["sample_index"])
+step_keys = jax.vmap(lambda i: jax.random.fold_in(root_key, i))(batch["position"])
 
 
 @jax.jit
@@ -453,7 +454,7 @@ def step_by_hand(params, batch):
     return optax.apply_updates(params, updates), loss, norm
 
 
-arrays = {name: batch[name] for name in ("images", "text", "sample_index")}
+arrays = {name: batch[name] for name in ("images", "text", "position")}
 stepped, loss, norm = step_by_hand(params, arrays)
 print(f"by hand:   loss {loss:.3f}, gradient norm {norm:.3f}")
 
@@ -555,7 +556,7 @@ def train(params, stage):
     opt_state = parallel.pmap(optimizer.init)(params)
     positions = range(stage.first_image, stage.first_image + stage.steps * stage.batch, stage.batch)
     requests = [(range(first, first + stage.batch), stage.resolution) for first in positions]
-    batches = loader.prefetch(requests, parallel.shard_batch)  # a thread works ahead
+    batches = loader.prefetch_batches(requests, parallel.shard_batch)  # a thread works ahead
     curve = None
     for step, (batch, _) in enumerate(batches, stage.start + 1):
         params, opt_state, metrics = train_step(params, opt_state, batch)

@@ -14,7 +14,7 @@ import evaluate
 from config import RECIPES
 from evaluation import captioning, labels, vqa
 from evaluation.questions import KINDS
-from inputs import scene_captions, scenes
+from inputs import opening, scene_captions, scenes
 from objectives import aimv2
 from objectives.registry import model_spec
 from runtime import checkpoint, devices, validation
@@ -86,7 +86,7 @@ def test_no_count_brings_in_training_images(run, tmp_path, monkeypatch):
     write_images(tmp_path, 60, caption=" {}")
     cfg = dataclasses.replace(RECIPES["toy"], encoder="micro/8", data=str(tmp_path),
                               caption_field="caption", val_samples=6)
-    val_source = data.open_validation_data(cfg)
+    val_source = opening.open_validation_data(cfg)
     val_names = {val_source.name(i) for i in range(6)}
     assert len(val_names) == 6
     for count in (3, 6, 2000):
@@ -107,7 +107,7 @@ def test_no_count_brings_in_training_images(run, tmp_path, monkeypatch):
     measured, losses = [], validation.ValidationSet.losses
 
     def record(self, params):
-        for i in self.source_index[:self.count].tolist():
+        for i in self.samples[:self.count].tolist():
             measured.append((self.count, self.loader.source.name(i) in val_names))
         return losses(self, params)
     monkeypatch.setattr(validation.ValidationSet, "losses", record)
@@ -188,7 +188,7 @@ sys.exit(evaluate.main(sys.argv[1:]))
 def test_only_a_loss_on_pixels_reads_them_for_its_blind_loss(objective, reads):
     cfg = dataclasses.replace(RECIPES["toy"], encoder="micro/8", objective=objective,
                               val_samples=8, max_text_len=80, vocab_size=150)
-    source, tok = data.open_validation_data(cfg), scene_vocabulary(cfg.vocab_size)
+    source, tok = opening.open_validation_data(cfg), scene_vocabulary(cfg.vocab_size)
     loader = data.Loader(source, tok, cfg.max_text_len, cfg.seed, None, 1)
     val_set = validation.ValidationSet(cfg, loader, 16, 4, model_spec(cfg),
                                        devices.DataParallel(1), openvision2_loss)

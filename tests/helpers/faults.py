@@ -18,7 +18,7 @@ def read(where, field="txt"):
     counts = dict(source.skipped)
     for why in batch["bad"].values():
         counts[why] = counts.get(why, 0) + 1
-    return {source.caption(int(i)) for i in batch["source_index"]}, counts
+    return {source.caption(int(i)) for i in batch["sample"]}, counts
 
 
 def check(result, reason, usable=False):

@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from data import Loader, open_tokenizer
+from data import Loader
 from inputs import sources
 from inputs.files import caption_weights
+from inputs.opening import open_tokenizer
 from runtime.errors import ConfigError, DataError
 from tests.helpers import samples
 from tests.helpers.samples import TOK, TRAINING, put, sample

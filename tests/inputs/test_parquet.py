@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 
-from data import Loader, vocab_captions
-from inputs import parquet, parquet_groups, tars
+from data import Loader
+from inputs import order, parquet, parquet_groups, tars
 from inputs.files import ReadOptions, choose_first
+from inputs.opening import vocab_captions
 from inputs.sources import open_source, train_val_split
 from runtime.errors import BadSample, DataError
 from tests.helpers.paths import ROOT, python
@@ -42,7 +43,7 @@ def write(path, rows, group_size=20, **options):
 
 
 def used(source, count=None):
-    return sorted(reader(source).batch(range(count or len(source)), 8)["source_index"].tolist())
+    return sorted(reader(source).batch(range(count or len(source)), 8)["sample"].tolist())
 
 
 # ---------------------------------------------------------------------------------- what is read
@@ -119,8 +120,7 @@ def test_captions_are_read_without_images(tmp_path, monkeypatch):
 def open_large(tmp_path, monkeypatch, **options):
     """600 samples in row groups of 50 that do not fit in the memory for reading: 4 lanes."""
     monkeypatch.setattr(tars, "MAX_SHUFFLE_BYTES", 1 << 18)
-    monkeypatch.setattr(tars, "NUM_LANES", 4)
-    monkeypatch.setattr(parquet, "NUM_LANES", 4)
+    monkeypatch.setattr(order, "NUM_LANES", 4)
     if not (tmp_path / "0.parquet").exists():
         for n in range(3):
             rows = [row(i) for i in range(200 * n, 200 * n + 200)]
@@ -141,7 +141,7 @@ def test_each_group_is_unpacked_once_per_epoch_and_each_sample_used_once(tmp_pat
     assert used(source) == list(range(600))
     assert len(unpacked) == len(set(unpacked)) == 12
     train, _ = train_val_split(open_large(tmp_path, monkeypatch), 60)
-    shares = [reader(train).batch(range(k, 540, 2), 8)["source_index"] for k in range(2)]
+    shares = [reader(train).batch(range(k, 540, 2), 8)["sample"] for k in range(2)]
     assert sorted(itertools.chain(*shares)) == list(range(540))
     assert len(unpacked) == 12  # it is all in the cache
 
@@ -248,7 +248,7 @@ def test_a_broken_row_is_replaced_and_counted(tmp_path, kind):
     rows = [row(i) | (change if i == 2 else {}) for i in range(5)]
     loader = reader(open_source(write(tmp_path / "a.parquet", rows), "caption"))
     batch = loader.batch(range(10), 8)
-    assert set(batch["source_index"].tolist()) == set(GOOD)
+    assert set(batch["sample"].tolist()) == set(GOOD)
     assert list(batch["bad"]) == [2] and reason in batch["bad"][2]
 
 
@@ -274,7 +274,7 @@ def test_damage_in_a_row_group_costs_only_its_rows(tmp_path):
     (tmp_path / "a.parquet").write_bytes(content)
     loader = reader(open_source(where, "caption"))
     batch = loader.batch(range(60), 8)
-    assert {0, 19, 40, 59} <= set(batch["source_index"].tolist())
+    assert {0, 19, 40, 59} <= set(batch["sample"].tolist())
     assert set(batch["bad"]) == set(range(20, 40))
     assert all("row group is damaged" in why for why in batch["bad"].values())
 

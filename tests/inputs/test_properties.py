@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import LaneShuffle
 from inputs import files, sources, tar_headers, tar_index
 from inputs.images import decode_and_augment
+from inputs.order import LaneShuffle
 from runtime.errors import BadSample, DataError
 from tests.helpers.properties import EVERY, MORE, at_most_a_gigabyte, file, mutated
 from tests.helpers.samples import AT, BOMB, HEADER, PNG_SIGNATURE, TAR, J, encoded, mended, photo
@@ -156,7 +156,7 @@ def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, n
         shuffle = LaneShuffle(starts, seed, chunk_of if length else None)
         return [shuffle(epoch * n + i) for i in range(n)]
 
-    with mock.patch("inputs.tars.NUM_LANES", num_lanes):
+    with mock.patch("inputs.order.NUM_LANES", num_lanes):
         samples = order()
         assert samples == order()
     assert sorted(samples) == list(range(n))

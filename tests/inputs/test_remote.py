@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inputs import http_ranges, remote, remote_storage, tar_index, tars
+from inputs import http_ranges, order, remote, remote_storage, tar_index, tars
 from inputs.files import ReadOptions, open_storage
 from inputs.sources import Subset, open_source
 from runtime.errors import DataError
@@ -50,7 +50,8 @@ def batches(source, count=2):
     loader = reader(source)
     n = len(source)
     requests = [(range(k * n, k * n + n), 8) for k in range(count)]
-    read = [batch for batch, bad in loader.prefetch(requests, lambda batch: batch) if not bad]
+    batches = loader.prefetch_batches(requests, lambda batch: batch)
+    read = [batch for batch, bad in batches if not bad]
     assert len(read) == count
     return read
 
@@ -124,7 +125,7 @@ def large_set(server, monkeypatch):
     monkeypatch.setattr(http_ranges, "SILENCE_SECONDS", 20)
     monkeypatch.setattr(remote_storage, "SMALL_SET_BYTES", 0)
     monkeypatch.setattr(tars, "MAX_SHUFFLE_BYTES", 1 << 16)
-    monkeypatch.setattr(tars, "NUM_LANES", 1)
+    monkeypatch.setattr(order, "NUM_LANES", 1)
     tar_index.index_tars([f"{server.folder}/{n:05}.tar" for n in range(4)])
     source = open_source(f"{server.url}/{TARS}")
     assert source.chunk_length > 1
@@ -135,7 +136,7 @@ def large_set(server, monkeypatch):
 
 def test_a_large_set_is_fetched_in_chunks_and_each_byte_once(server, monkeypatch):
     read = batches(large_set(server, monkeypatch))
-    assert sorted(read[0]["source_index"].tolist()) == list(range(60))
+    assert sorted(read[0]["sample"].tolist()) == list(range(60))
     sizes = [end - begin for _, begin, end in fetched(server)]
     total = sum(os.path.getsize(f"{server.folder}/{n:05}.tar") for n in range(4))
     assert sum(sizes) < 1.3 * total
@@ -145,7 +146,7 @@ def test_a_large_set_is_fetched_in_chunks_and_each_byte_once(server, monkeypatch
 def test_of_a_large_set_validation_fetches_its_samples_alone_and_once(server, monkeypatch):
     source = large_set(server, monkeypatch)
     loader = reader(Subset(source, np.arange(0, 60, 5)), augment=None)
-    (_, bad), = loader.prefetch([(range(12), 8)], lambda batch: batch)
+    (_, bad), = loader.prefetch_batches([(range(12), 8)], lambda batch: batch)
     assert not bad and len(fetched(server)) == 12
 
 
@@ -252,7 +253,7 @@ def test_an_object_that_is_replaced_during_a_run_stops_it(server, kind):
     shutil.copy(f"{server.folder}/00001.{kind}", f"{server.folder}/00000.{kind}")
     memory_copy(server)
     for source in sources:
-        source.cache.spans.clear()  # what opening has read
+        source.span_cache.spans.clear()  # what opening has read
         with pytest.raises(DataError, match="has changed since it was opened"):
             batches(source)
 

@@ -47,7 +47,7 @@ def test_a_second_text_comes_with_each_image(tmp_path):
     both = Loader(source, TOK, 12, 0, None, 2, alt_field="caption").batch(range(6), 16)
     one = reader(source, augment=None).batch(range(6), 16)
     assert np.array_equal(both["text"], one["text"])
-    assert np.array_equal(both["alt"], [TOK.encode(f"cat {i}", 12) for i in both["source_index"]])
+    assert np.array_equal(both["alt"], [TOK.encode(f"cat {i}", 12) for i in both["sample"]])
     with pytest.raises(DataError, match=r"no field 'none' .*--alt-field"):
         Loader(source, TOK, 12, 0, None, 2, alt_field="none").batch(range(2), 16)
 
@@ -77,7 +77,7 @@ def test_one_caption_of_a_list_is_drawn_in_each_epoch(tmp_path, kind):
     def drawn(positions, **options):
         batch = reader(source, **options).batch(positions, 8)
         pairs = [numbers[text.tobytes()] for text in batch["text"]]
-        assert [i for i, _ in pairs] == batch["source_index"].tolist()
+        assert [i for i, _ in pairs] == batch["sample"].tolist()
         assert not batch["bad"]
         return pairs
 
@@ -96,7 +96,7 @@ def test_validation_and_vocabulary_use_the_first_caption_of_a_list(tmp_path, kin
     source = source_of_lists(tmp_path, kind)
     assert captions(source) == [f"a cat {i}0" for i in range(6)]
     batch = reader(source, augment=None).batch(range(12), 8)
-    expected = [TOK.encode(f"a cat {i}0", 12) for i in batch["source_index"]]
+    expected = [TOK.encode(f"a cat {i}0", 12) for i in batch["sample"]]
     assert np.array_equal(batch["text"], expected)
 
 
@@ -271,8 +271,8 @@ def test_a_broken_sample_is_replaced_and_counted_with_a_reason(tmp_path, field, 
     loaders = [reader(source, workers=workers) for workers in (1, 4)]
     first, second = (loader.batch(range(8), 16) for loader in loaders)
     assert all(np.array_equal(first[name], second[name]) for name in first)
-    assert set(first["source_index"]) == {0, 2, 3}
-    assert np.bincount(first["source_index"])[2] == 4  # twice per epoch: for itself and for 1
+    assert set(first["sample"]) == {0, 2, 3}
+    assert np.bincount(first["sample"])[2] == 4  # twice per epoch: for itself and for 1
     assert loaders[0].bad == loaders[1].bad == first["bad"]
     assert list(first["bad"]) == [1] and "\n" not in first["bad"][1]
     with pytest.raises(DataError, match="not one usable sample"):
@@ -292,5 +292,5 @@ def test_odd_but_valid_samples_are_used(tmp_path):
     assert batch["text"][2][-1] == 2
     (tmp_path / "all" / "b.JPG").unlink()  # during the run
     loader = reader(source, augment=None)
-    assert loader.batch(range(3), 16)["source_index"].tolist() == [0, 2, 2]
+    assert loader.batch(range(3), 16)["sample"].tolist() == [0, 2, 2]
     assert "cannot be read" in loader.bad[1]

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import LaneShuffle
-from inputs import tars
+from inputs import order, tars
+from inputs.order import LaneShuffle
 from inputs.sources import open_source, train_val_split
 from tests.helpers.samples import members, put, reader
 
@@ -22,7 +22,7 @@ from tests.helpers.samples import members, put, reader
 def open_large(tmp_path, monkeypatch):
     """40 tars of 30 samples that do not fit in the memory for reading: 4 lanes of 256 KiB."""
     monkeypatch.setattr(tars, "MAX_SHUFFLE_BYTES", 1 << 20)
-    monkeypatch.setattr(tars, "NUM_LANES", 4)
+    monkeypatch.setattr(order, "NUM_LANES", 4)
     if not (tmp_path / "00.tar").exists():
         for n in range(40):
             put(tmp_path / f"{n:02}.tar", members(30, start=30 * n))
@@ -60,7 +60,7 @@ def epoch_of(source, num_processes=1, process=0):
     batches = []
     for start in range(0, len(source) // 24 * 24, 24):
         positions = range(start + process, start + 24, num_processes)
-        batches.append(loader.batch(positions, 8)["source_index"])
+        batches.append(loader.batch(positions, 8)["sample"])
     return np.concatenate(batches).tolist()
 
 
@@ -76,7 +76,7 @@ def test_training_reads_a_large_set_in_long_runs_and_each_once(tmp_path, monkeyp
     assert sorted(epoch_of(source)) == list(range(1200))
     assert sum(reads.opened.values()) == len(reads.sizes) <= 1200 / 8
     assert sum(reads.sizes) <= 1.2 * size
-    assert max(reads.sizes) <= tars.MAX_SHUFFLE_BYTES // tars.NUM_LANES
+    assert max(reads.sizes) <= tars.MAX_SHUFFLE_BYTES // order.NUM_LANES
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
@@ -126,7 +126,7 @@ def test_the_training_part_of_a_split_is_read_in_the_runs_of_its_tars(tmp_path, 
     assert len(reads.sizes) < 1100 / 8
     reads.sizes.clear()
     batch = reader(val, augment=None).batch(range(100), 8)
-    assert batch["source_index"].tolist() == list(range(100))
+    assert batch["sample"].tolist() == list(range(100))
     assert len(reads.sizes) == 100  # image and caption in one
     expected = [train.source.caption(int(i)) for i in val.indices[:3]]
     assert [val.caption(i) for i in range(3)] == expected
@@ -146,7 +146,7 @@ def test_a_run_that_cannot_be_read_costs_no_good_sample(tmp_path, monkeypatch):
     source.rows(0)
     monkeypatch.setattr("os.pread", failing_pread)
     loader = reader(source, workers=4)
-    used = set(loader.batch(range(1200), 8)["source_index"].tolist())
+    used = set(loader.batch(range(1200), 8)["sample"].tolist())
     assert used == set(range(1200)) - {7}
     assert loader.bad == {7: "cannot be read (Input/output error)"}
 
@@ -159,7 +159,7 @@ def test_a_set_that_fits_in_memory_is_read_once_and_shuffled_as_one(tmp_path, re
     size = total_bytes(source)
     reads.sizes.clear()
     loader = reader(source, workers=4)
-    epochs = loader.batch(range(3 * 240), 8)["source_index"].reshape(3, 240)
+    epochs = loader.batch(range(3 * 240), 8)["sample"].reshape(3, 240)
     assert sum(reads.sizes) <= size
     assert len(reads.sizes) <= 20
     assert all(sorted(epoch) == list(range(240)) for epoch in epochs.tolist())
@@ -181,15 +181,15 @@ def test_a_small_set_of_many_tars_keeps_all_its_rows(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------- the cache
 def test_samples_larger_than_a_run_may_be_are_read_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_SHUFFLE_BYTES", 1 << 20)
-    monkeypatch.setattr(tars, "NUM_LANES", 4)
+    monkeypatch.setattr(order, "NUM_LANES", 4)
     files = []
     for name, content in members(40):
         tail = bytes(300_000) if name.endswith("7.jpg") else b""  # a JPEG may have any tail
         files.append((name, content + tail))
     source = open_source(put(tmp_path / "a.tar", files))
-    assert sorted(reader(source).batch(range(40), 8)["source_index"]) == list(range(40))
-    held = sum(end - begin for _, begin, end in source.cache.spans)
-    assert held == source.cache.held <= 1 << 20
+    assert sorted(reader(source).batch(range(40), 8)["sample"]) == list(range(40))
+    held = sum(end - begin for _, begin, end in source.span_cache.spans)
+    assert held == source.span_cache.num_bytes <= 1 << 20
 
 
 def test_threads_that_need_the_same_bytes_wait_for_one_read(tmp_path, reads):
@@ -208,7 +208,7 @@ def test_threads_that_need_the_same_bytes_wait_for_one_read(tmp_path, reads):
     assert len(reads.sizes) == 1
     for begin in range(0, 90_000, 10_000):
         cache.read(path, begin, begin + 10_000)
-        assert cache.held == sum(end - start for _, start, end in cache.spans) <= 1 << 15
+        assert cache.num_bytes == sum(end - start for _, start, end in cache.spans) <= 1 << 15
     with pytest.raises(OSError, match="No such file"):
         cache.read(path + "x", 0, 9)
     assert (path + "x", 0, 9) not in cache.spans

@@ -47,7 +47,7 @@ def test_copies_of_an_image_come_in_turn(source):
     of_epoch = []
     for epoch in range(3):
         batch = loader.batch(range(6 * epoch, 6 * epoch + 6), 16)
-        of_epoch.append(batch["images"][np.argsort(batch["source_index"])])
+        of_epoch.append(batch["images"][np.argsort(batch["sample"])])
     assert (of_epoch[0] == of_epoch[2]).all() and len(loader.features) == 12
     assert np.abs(of_epoch[0] - of_epoch[1]).max(axis=(1, 2)).min() > 1e-3
 

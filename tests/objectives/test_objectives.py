@@ -148,7 +148,7 @@ def save_gradients(path: str) -> None:
     learning_rate, arrays = 0.05, {}
     batch = {name: np.concatenate([x, x[::-1]]) for name, x in make_batch().items()}
     batch["images"][B:] = 255 - batch["images"][:B]
-    batch["sample_index"] = np.arange(2 * B)
+    batch["position"] = np.arange(2 * B)
     cases = {"clip": (8, False), "siglip": (8, False), "lit": (8, False), "openvision": (2, True)}
     for objective, (num_devices, zero1) in cases.items():
         model, sgd = make_model(objective), optax.sgd(learning_rate)

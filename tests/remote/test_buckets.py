@@ -46,7 +46,7 @@ def fill(bucket, folder):
 def batches(source):
     n = len(source)
     requests = [(range(k * n, k * n + n), 8) for k in range(2)]
-    read = list(reader(source).prefetch(requests, lambda batch: batch))
+    read = list(reader(source).prefetch_batches(requests, lambda batch: batch))
     assert not any(bad for _, bad in read)
     return [batch for batch, _ in read]
 

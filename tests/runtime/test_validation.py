@@ -20,6 +20,6 @@ def test_a_broken_validation_image_is_reported_once_and_replaced(tmp_path, capsy
     for _ in range(2):  # at two resolutions
         validation_set = ValidationSet(cfg, loader, 16, 4, model_spec(cfg), DataParallel(1),
                                        openvision2_loss)
-        assert validation_set.source_index.tolist() == [0, 2, 2, 3]
+        assert validation_set.samples.tolist() == [0, 2, 2, 3]
     skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert len(skipped) == 1 and "000000001.jpg: image cannot be opened" in skipped[0], skipped

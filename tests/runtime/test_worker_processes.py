@@ -105,7 +105,7 @@ def test_no_worker_outlives_its_loader():
     before = workers_of(os.getpid())
     loader = process_reader(open_source("scenes"), 2)
     requests = ((range(64 * n, 64 * n + 64), 8) for n in itertools.count())
-    batches = loader.prefetch(requests, lambda batch: batch)
+    batches = loader.prefetch_batches(requests, lambda batch: batch)
     next(batches)
     started = workers_of(os.getpid()) - before
     assert len(started) == 2
