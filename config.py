@@ -42,7 +42,7 @@ class Config:
                              "lists them); out of memory: take a smaller one")
     decoder: str = model_arg("micro", "caption decoder (python decoder.py lists them)", DECODERS)
     objective: str = model_arg(registry.METHOD, "what is trained: the method, or a system it is "
-                               "compared with (objectives/)", (registry.METHOD, *registry.RIVALS))
+                               "compared with (objectives/)", registry.OBJECTIVES)
     keep_ratio: float = model_arg(0.35, "share of patch tokens that the decoder reads, drawn anew "
                                   "in each step; lower is faster", above=0, high=1)
     shuffle_kept: bool = model_arg(False, "give the kept tokens to the decoder in random order, as "

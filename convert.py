@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     command.add_argument("--out", required=True, metavar="DIR_OR_NPZ",
                          help="where the encoder goes")
     command.add_argument("--heads", type=int, default=0,
-                         help="number of attention heads, if the width is of no known size")
+                         help="number of attention heads, if it is not known for the width")
     command = commands.add_parser("export",
                                   help="a run's encoder in the layout of another library")
     command.add_argument("run", metavar="RUN_OR_NPZ",

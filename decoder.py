@@ -4,13 +4,14 @@ It predicts the caption and exists only to train the encoder. Image tokens stand
 "simple concatenation of visual tokens in the text decoder", where CapPa has cross-attention. In
 training it reads text[:, :-1] and predicts text[:, 1:], so T - 1 positions.
 
-The released layout: token embedding, image projection without bias, pre-norm blocks with tanh GELU,
-final norm, untied head without bias. There is no position embedding (except with --text-pos-embed):
-only the causal mask orders the tokens.
+The layout is as released (vit.py says what that means): token embedding, image projection without
+bias, pre-norm blocks with tanh GELU, final norm, untied head without bias. There is no position
+embedding (except with --text-pos-embed): only the causal mask orders the tokens.
 
 Letters: B images, K image tokens, T text positions, C text positions in a chunk of the loss,
-S = K + T, D width, H heads, V vocabulary size, E encoder width, L layers. Text is [bos] tokens
-[eos], padded with 0. Each token is predicted from all image tokens and the tokens before it.
+S = K + T, Q positions in a block's input, D width, H heads, Dh = D/H, V vocabulary size, E encoder
+width, L layers. Text is [bos] tokens [eos], padded with 0. Each token is predicted from all image
+tokens and the tokens before it.
 
     python decoder.py        prints the attention mask, and the decoders by size
 """
@@ -65,9 +66,9 @@ class DecoderConfig:
     mlp_dim: int
     vocab_size: int                   # V
     image_width: int                  # E
-    prefix_attention: str = "causal"  # "causal": the mask is causal everywhere (released v2; the
-                                      # paper's "vanilla autoregressive"); "bidirectional": image
-                                      # tokens attend to each other both ways (released v1)
+    prefix_attention: str = "causal"  # "causal": the mask is causal everywhere (OpenVision 2, as
+                                      # released); "bidirectional": image tokens attend to each
+                                      # other both ways (OpenVision 1, as released)
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
@@ -103,8 +104,8 @@ def init(key: jax.Array, cfg: DecoderConfig) -> dict:
 # -------------------------------------------------------------------------------- sequence
 def attention_mask(K: int, S: int, prefix_attention: str) -> jax.Array:
     """(S,S) bool, True where token i (row) attends to token j: to itself and to what is before it.
-    With a bidirectional prefix the K image tokens attend to each other too. Text attends to the
-    complete prefix and never to the future."""
+    With a bidirectional prefix (the K image tokens), these attend to each other too. Text attends
+    to the complete prefix and to no later token."""
     i, j = jnp.arange(S)[:, None], jnp.arange(S)[None, :]
     causal_mask = j <= i
     if prefix_attention == "causal":
@@ -114,7 +115,7 @@ def attention_mask(K: int, S: int, prefix_attention: str) -> jax.Array:
 
 def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig,
                  first_position: int = 0) -> jax.Array:
-    """text (B,T) to vectors (B,T,D). first_position is that of its first token."""
+    """text (B,T) to vectors (B,T,D). first_position: that of text[:, 0] in the caption."""
     x = params["embed"]["embedding"].astype(cfg.dtype)[text]
     if not cfg.text_pos_embed:
         return x
@@ -196,7 +197,7 @@ def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
 
     def add(total: jax.Array, chunk: tuple) -> tuple:
         return total + chunk_loss(*chunk), None
-    add = jax.checkpoint(add, prevent_cse=False)
+    add = jax.checkpoint(add, prevent_cse=False)  # the backward pass computes the logits again
     return jax.lax.scan(add, jnp.zeros(B, jnp.float32), chunks)[0]
 
 
@@ -225,14 +226,14 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
     key, otherwise top-p sampling. mask (K+length,K+length): in place of `attention_mask`.
 
     The keys and values of the tokens so far are cached, so that a step computes one new token only.
-    Without a key the result equals taking the best token of `caption_logits` again and again."""
+    Without a key, each token is the one with the largest of the `caption_logits`."""
     B, K, _ = image_tokens.shape
     S, Dh = K + length, cfg.width // cfg.num_heads
     mask = attention_mask(K, S, cfg.prefix_attention) if mask is None else mask
 
     def run_blocks(x: jax.Array, cache: tuple, position: Any) -> tuple:
-        """Runs x (B,Q,D), tokens that begin at `position`. Logits (B,V) after the last of them, and
-        the new cache."""
+        """Runs the tokens x (B,Q,D), the first of which is at `position`. Returns the logits (B,V)
+        of the token after the last one, and the new cache: keys and values (L,B,S,H,Dh)."""
         rows = jax.lax.dynamic_slice_in_dim(mask, position, x.shape[1], axis=0)          # (Q,S)
 
         def body(x: jax.Array, layer: tuple) -> tuple:

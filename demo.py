@@ -267,15 +267,16 @@ class Handler(BaseHTTPRequestHandler):
 
 # ------------------------------------------------------------------------------------ command
 def serve(args: argparse.Namespace) -> int:
+    if not 0 <= args.port <= 65535:
+        raise ConfigError(f"--port {args.port} is no port: give a number from 0 to 65535")
     tune_cpu(checkpoint.model_size(args.runs[0]))
     enable_compilation_cache()
     demo = Demo(args.runs)
     try:
         server = Server((args.host, args.port), demo)
-    except (OSError, OverflowError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise ConfigError(f"--host {args.host} --port {args.port} cannot be used ({reason}): take "
-                          "another --port") from None
+    except OSError as problem:
+        raise ConfigError(f"--host {args.host} --port {args.port} cannot be used "
+                          f"({problem.strerror or problem}): take another --port") from None
     host, port = server.server_address[:2]
     print(f"open http://{host}:{port} in a browser; Ctrl-C ends the demo", flush=True)
     with server:

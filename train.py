@@ -49,17 +49,16 @@ def openvision2_loss(params: dict, batch: dict, keys: jax.Array,
     return losses.sum(), decoder.count_targets(batch["text"]).sum()
 
 
-def objective_loss(name: str) -> Callable:
-    """The loss function of an objective: the method's, or that of a module in objectives/."""
-    if name == registry.METHOD:
-        return openvision2_loss
-    return registry.rival(name).loss
+def objective_loss(objective: str) -> Callable:
+    """The loss function of --objective: the method's, or that of a module in objectives/."""
+    module = registry.objective_module(objective)
+    return openvision2_loss if module is None else module.loss
 
 
 def cast_block_params(params: dict, model: ModelSpec) -> dict:
     """params, with the matmul weights of the blocks cast to the dtype of the matmuls. The scan over
-    layers makes XLA keep such copies anyway. The cast is outside of the function that is
-    differentiated: so the gradients have this dtype too, half the memory until they are added."""
+    layers makes XLA keep such copies anyway. The loss is differentiated with respect to the cast
+    weights, so the gradients have this dtype too: with bfloat16, half the memory."""
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         in_block = any(entry.key == "blocks" for entry in path)
         in_norm = path[-2].key.startswith("norm") if len(path) > 1 else False
@@ -74,12 +73,12 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     """The pmapped step (params, opt_state, batch) -> (params, opt_state, metrics).
 
     All have a leading axis of local devices. A device's batch is {"images" (B,R,R,3) uint8, "text"
-    (B,T), "position" (B,)}, and "alt" (B,T) where the objective reads a second caption.
+    (B,T) int32, "position" (B,) int32}, and "alt" (B,T) where the objective reads a second caption.
 
-    Loss and token count are summed over all devices before one is divided by the other. So the
-    update is that of the global batch, however it is divided over devices or cut into `grad_accum`
-    microbatches. Which patches of an image are kept depends on the seed and on "position", the
-    image's position in the run.
+    Loss and count (of tokens, or of images for a contrastive loss) are summed over all devices
+    before one is divided by the other. So the update is that of the global batch, however it is
+    divided over devices or cut into `grad_accum` microbatches. Which patches of an image are kept
+    depends on the seed and on the image's position in the run.
 
     With `zero1`, each device keeps the optimizer state of its own shard of the parameters and
     updates that shard; then all devices exchange the new shards (ZeRO stage 1, arXiv:1910.02054).
@@ -88,7 +87,8 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     loss_fn = jax.value_and_grad(objective_loss(model.objective), has_aux=True)
 
     def loss_and_grads(params: dict, batch: dict) -> tuple:
-        keys = jax.vmap(lambda index: jax.random.fold_in(root_key, index))(batch["position"])
+        """((summed loss, count), gradients of the summed loss)."""
+        keys = jax.vmap(lambda p: jax.random.fold_in(root_key, p))(batch["position"])
         return loss_fn(cast_block_params(params, model), batch, keys, model)
 
     def accumulate(params: dict, batch: dict) -> tuple:
@@ -101,28 +101,28 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
         return jax.lax.scan(add, start, microbatches)[0]
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
-        local_params = params
-        if zero1:  # sliced before the forward pass; else the full parameters live until the update
+        own_params = params  # those that this device updates: all, or its shards
+        if zero1:  # the barrier: sliced before the forward pass, so that full ones can be freed
             shards = jax.tree.map(local_shard, params)
-            local_params, params = jax.lax.optimization_barrier((shards, params))
+            own_params, params = jax.lax.optimization_barrier((shards, params))
         if grad_accum == 1:
             sums, grads = loss_and_grads(params, batch)
         else:
             sums, grads = accumulate(params, batch)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        loss, num_tokens = jax.lax.psum(sums, "devices")
-        num_tokens = jnp.maximum(num_tokens, 1)
+        loss, count = jax.lax.psum(sums, "devices")
+        count = jnp.maximum(count, 1)
         grads = jax.tree.map(reduce_scatter, grads) if zero1 else jax.lax.psum(grads, "devices")
-        grads = jax.tree.map(lambda g: g / num_tokens, grads)
+        grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = global_norm(grads, params) if zero1 else optax.tree.norm(grads)
         if grad_clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, grad_clip / grad_norm), grads)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, opt_state, local_params)
-            local_params = optax.apply_updates(local_params, updates)
+            updates, opt_state = optimizer.update(grads, opt_state, own_params)
+            new_params = optax.apply_updates(own_params, updates)
         if zero1:
-            local_params = jax.tree.map(lambda x, p: all_gather(x, p.shape), local_params, params)
-        return local_params, opt_state, {"loss": loss / num_tokens, "grad_norm": grad_norm}
+            new_params = jax.tree.map(lambda x, p: all_gather(x, p.shape), new_params, params)
+        return new_params, opt_state, {"loss": loss / count, "grad_norm": grad_norm}
 
     return jax.pmap(step, axis_name="devices", donate_argnums=(0, 1), devices=devices)
 
@@ -132,21 +132,21 @@ def train(cfg: Config) -> int:
     """Trains a run, or what is left of it. Returns the exit status: 0, or 128 + the signal that
     stopped it. Raises UserError, whose message says what the user can change."""
     validate(cfg)
-    device_batches = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
-    tune_cpu(sum(registry.param_counts(cfg).values()), [] if cfg.distributed else device_batches,
+    microbatch_sizes = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
+    tune_cpu(sum(registry.param_counts(cfg).values()), [] if cfg.distributed else microbatch_sizes,
              cfg.num_devices)
     distributed.initialize_distributed(cfg.distributed, cfg.workdir)
     try:
         parallel = DataParallel(cfg.num_devices)
     except ValueError as problem:
         raise ConfigError(f"--num-devices: {problem}") from None
-    validate(cfg, parallel.num_devices)
+    validate(cfg, parallel.num_devices)  # again, now that their number is known
     if cfg.tensorboard:
         parallel.broadcast_from_main(check_tensorboard)
     with open_folder(cfg) as (cfg, lock):  # of a bucket, cfg.workdir is now a local copy
         try:
             return train_run(Run(cfg, parallel, lock))
-        except OSError as problem:  # of an open file (disk full), it carries no name
+        except OSError as problem:  # that of a full disk names no file
             problem.filename = problem.filename or cfg.workdir
             raise
 
@@ -164,8 +164,8 @@ def train_run(run: Run) -> int:
         params = run.restore(shapes, "params")
     else:
         params = registry.initial_params(run.cfg, run.model)
-    if run.cfg.objective == "lit":  # its frozen encoder's features can be cached
-        run.loader = registry.rival("lit").training_loader(run, params)
+    if run.cfg.objective == "lit":  # the features of its frozen encoder can be kept
+        run.loader = registry.objective_module("lit").training_loader(run, params)
     params = run.parallel.replicate(params)
     monitor = Monitor(run)
     evaluator = Evaluator(run, monitor, openvision2_loss)  # other objectives have their own loss
@@ -209,7 +209,7 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                   "opt": parallel.gather(opt_state, opt_shapes)})
 
     pending = None  # the step that runs on the device, whose metrics are not read yet
-    signal = 0
+    signal = 0      # that a process received (SIGTERM, SIGINT); 0 for none
     try:
         if run.state["evaluation_pending"]:
             evaluator.evaluate(params)
@@ -242,7 +242,7 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                         evaluator.evaluate(params)
                     if save_now:
                         save()
-    except distributed.Preempted:  # an evaluation raises it too: the next start repeats that
+    except distributed.Preempted:  # an evaluation raises it too; the next start repeats that one
         save()
         raise
     monitor.bar.close()

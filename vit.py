@@ -2,7 +2,8 @@
 
 This file's parameters are the product: OpenVision 2 keeps nothing else after pretraining. The file
 does not depend on captions, masking, devices or data. The transformer block is here too; the
-decoder uses the same one with a causal mask.
+decoder uses the same one with a causal mask. "Released" means the code and the weights that the
+paper's authors published; docs/fidelity.md compares them with this code.
 
 Letters: B images, R pixels per side, P patch size, G = R/P grid side, N = G*G patches, S = N (+1
 with a CLS token), Q tokens in a block's input, D width, M MLP width, H heads, Dh = D/H, L layers.
@@ -31,7 +32,7 @@ from layers import (
     norm_specs,
 )
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in 0..1, as in the authors' released code
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in 0..1, as released
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "micro": (4, 96, 3, 384),          # ours: the toy trains it in minutes
@@ -48,7 +49,7 @@ REMAT = {  # activations of a block that are saved for the backward pass; "none"
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-RELEASED_INIT = {  # --init-scale released: distribution, and std from (fan_in, fan_out)
+RELEASED_INIT = {  # --init-scale released: {array: (distribution, std from the array's fans)}
     "patch": ("uniform", lambda fan_in, fan_out: math.sqrt(2 / fan_in)),
     "cls": ("normal", lambda fan_in, fan_out: 1e-6),
     "qkv": ("normal", lambda fan_in, fan_out: 0.02),
@@ -87,7 +88,7 @@ def vit_config(name: str, **changes: Any) -> ViTConfig:
 
 # ------------------------------------------------------------------------------ parameters
 def block_specs(depth: int, width: int, mlp_dim: int, gated: bool = False) -> dict:
-    """`depth` transformer blocks, stacked: the layout of encoder and decoder."""
+    """The arrays of `depth` transformer blocks, stacked, for the encoder or the decoder."""
     stack = (depth,)
     gate = {"gate": dense_specs(width, width, stack)} if gated else {}
     return gate | {
@@ -126,17 +127,17 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
     """x = x + attention(norm(x)); x = x + mlp(norm(x)). x (B,Q,D) in and out. With a "gate" in w,
     the attention outputs are multiplied by sigmoid(linear(norm(x))) (arXiv:2505.06708).
 
-    The mask is broadcastable to (B,H,Q,S), as in dot_product_attention. cache, during generation:
-    (keys, values, position). Keys and values are (B,S,H,Dh); the first token of x goes to
-    `position`. select, in a last block: picks the tokens (axis 1) whose outputs are computed, the
-    same ones of each array that it is called on; a mask is then (Q,S). Also returns {"keys",
-    "values", "attention_weights"}; XLA computes nothing that the caller drops."""
+    mask: broadcastable to (B,H,Q,S), as in dot_product_attention. cache, in generation: (keys,
+    values, position): those of the S tokens, (B,S,H,Dh) each, and where x begins among them.
+    select, in a last block: select(array) takes some tokens on axis 1, always the same. Outputs are
+    computed for these alone, and the mask must be (Q,S). Also returns {"keys", "values",
+    "attention_weights"}; XLA computes only those that the caller uses."""
     B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
     q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
     if select is not None:
         x, normed, q = select(x), select(normed), select(q)
-        mask = None if mask is None else select(mask[None])
+        mask = None if mask is None else select(mask[None])                     # (1,Q,S): rows
     q, k, v = (a.reshape(B, -1, num_heads, D // num_heads) for a in (q, k, v))
     if cache is not None:
         keys, values, position = cache
@@ -156,11 +157,11 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
                       block: Callable = transformer_block, select: Callable | None = None,
                       **options: Any) -> tuple[jax.Array, dict]:
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
-    depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x and those of each
-    block's extras that extra_names lists, with a leading L.
-
-    With `select`, x is what it picks of the tokens (axis 1), without extras. In a fully unrolled
-    scan, the last block computes only these; others would copy all weights for that."""
+    depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x (B,Q,D) and those of
+    each block's extras that extra_names lists, with a leading L.
+    With `select`, x has only the tokens that it takes (axis 1). If the scan is fully unrolled, the
+    last block computes only these. In a loop it computes all, because to split it off would copy
+    the weights of the others."""
     def body(x: jax.Array, w: dict, **more: Any) -> tuple[jax.Array, dict]:
         x, extras = block(x, w, cfg.num_heads, **options, **more)
         return x, {name: extras[name] for name in extra_names}
@@ -178,7 +179,7 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
 def sincos_position_embedding(grid: Grid, width: int) -> np.ndarray:
     """2-D sin-cos table (N,D) fp32 in the form of MoCo v3, as released: columns [sin x, cos x,
     sin y, cos y], omega_i = 10000^(-i/(D/4-1)). The formula fits any grid, so a change of
-    resolution needs no surgery. ValueError for a width that cannot hold it."""
+    resolution needs no resized table. ValueError for a width that cannot hold it."""
     rows, columns = np.broadcast_to(grid, 2)
     if width % 4 or width < 8:
         raise ValueError(f"a sin-cos table's width is a multiple of 4, at least 8, not {width}")
@@ -189,8 +190,7 @@ def sincos_position_embedding(grid: Grid, width: int) -> np.ndarray:
 
 
 def position_embedding(params: dict, grid: Grid, cfg: ViTConfig) -> Any:
-    """The table (N,D) that is added to the patches: the formula's, or a learned one, which is
-    resized (cubic) for another grid."""
+    """The table (N,D) that is added to the patches: sin-cos, or a learned one, resized (cubic)."""
     if not cfg.learned_pos_grid:
         return sincos_position_embedding(grid, cfg.width)
     table, learned_grid = params["positions"]["table"], cfg.learned_pos_grid
@@ -203,17 +203,16 @@ def position_embedding(params: dict, grid: Grid, cfg: ViTConfig) -> Any:
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels to fp32, minus ImageNet's mean and divided by its standard deviation. It runs on
-    the device, so that bytes travel there, not floats."""
+    """uint8 pixels to fp32, minus ImageNet's mean and divided by its standard deviation. This runs
+    on the device, so that bytes are transferred, not floats."""
     mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """(B,R,R,3), or rectangles, to (B,N,P*P*3): a matmul on these is the patch convolution.
-
-    Pixels at the right and bottom that fill no patch are dropped, as by the released models'
-    convolution: 384 px hold 27 x 27 patches of 14. ValueError for an image below one patch."""
+    Pixels at the right and bottom that fill no patch are dropped, as released: 384 px hold 27 x 27
+    patches of 14. ValueError for an image below one patch."""
     B, height, width, C = images.shape
     rows, columns, P = height // patch_size, width // patch_size, patch_size
     if min(rows, columns) < 1:
@@ -246,14 +245,13 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
 
     tokens (B,N,D)         patch tokens before the final norm (after it with cfg.norm_tokens): what
                            the decoder reads, and what a multimodal model should read
-    pooled (B,D)           mean of the patch tokens, then the final norm (released pooling; without
-                           CLS). The caption loss gives that norm no gradient, because the decoder
-                           reads what comes before it
+    pooled (B,D)           mean of the patch tokens, then the final norm, as released. The caption
+                           loss does not train that norm: the decoder reads what comes before it
     cls (B,D)              the CLS token before the final norm, if the config has one
     attention (L,B,H,S,S)  on request: row i holds the attention weights of token i
     With `select`, only the tokens, and of these only what it picks on axis 1."""
     x = embed_patches(params, images, cfg)
-    first_patch = int(cfg.cls_token)
+    first_patch = int(cfg.cls_token)  # the CLS token is before it
     if select is not None:
         x, _ = transformer_stack(x, params["blocks"], cfg, mask=mask,
                                  select=lambda x: select(x[:, first_patch:]))

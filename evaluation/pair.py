@@ -14,7 +14,7 @@ import numpy as np
 from caption import load_run_checkpoint
 from config import Config
 from inputs import tokenizer
-from objectives.registry import CONTRASTIVE, ModelSpec, init_params, model_spec, rival
+from objectives.registry import CONTRASTIVE, ModelSpec, init_params, model_spec, objective_module
 from runtime import checkpoint
 from runtime.errors import CheckpointError
 
@@ -52,7 +52,7 @@ def read_pair(path: str) -> Pair:
 # ---------------------------------------------------------------------------------- vectors
 @functools.partial(jax.jit, static_argnames=("model", "kind"))
 def embed(params: dict, inputs: jax.Array, model: ModelSpec, kind: str) -> jax.Array:
-    return getattr(rival(model.objective), kind)(params, inputs, model)
+    return getattr(objective_module(model.objective), kind)(params, inputs, model)
 
 
 def embed_in_batches(pair: Pair, inputs: np.ndarray, kind: str) -> np.ndarray:

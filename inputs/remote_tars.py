@@ -30,7 +30,7 @@ def index_tars(storage: Any, urls: list[str]) -> list[TarIndex | ValueError]:
 
     def index(url: str) -> TarIndex | ValueError:
         try:
-            return load_index(storage, url, rows=False)
+            return load_index(storage, url, with_rows=False)
         except ValueError as problem:
             return problem
     with ThreadPoolExecutor(NUM_TARS, thread_name_prefix="index") as pool:
@@ -38,7 +38,7 @@ def index_tars(storage: Any, urls: list[str]) -> list[TarIndex | ValueError]:
                          unit=" tars", delay=1, leave=False))
 
 
-def load_index(storage: Any, url: str, rows: bool = True) -> TarIndex:
+def load_index(storage: Any, url: str, with_rows: bool = True) -> TarIndex:
     """From the cache, or made. ValueError if the file is no tar."""
     key = f"index {INDEX_VERSION}\n{storage.key(url)}"
 
@@ -47,7 +47,7 @@ def load_index(storage: Any, url: str, rows: bool = True) -> TarIndex:
         out.write(content or made_index(storage, url))
     for _ in range(3):
         path = storage.disk.get(key, make)
-        index = tar_index.read_index(path, rows)
+        index = tar_index.read_index(path, with_rows)
         if index is not None:
             return index
         if os.path.exists(path):
@@ -62,7 +62,7 @@ def index_beside(storage: Any, url: str, info: Info) -> bytes | None:
         content = storage.fetch_small(beside)
     except DataError:
         return None
-    index = tar_index.read_index(io.BytesIO(content), rows=True)
+    index = tar_index.read_index(io.BytesIO(content), with_rows=True)
     return content if index is not None and index.meta["size"] == info.size else None
 
 

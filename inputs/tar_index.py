@@ -1,8 +1,8 @@
 """The index of a tar: which samples are in it, in a small file TAR.index.npz beside it.
 
-The index has rows (offsets and sizes), counts of what was left out and why, and the size and time
-of the tar, so that it is made again when the tar changes. Any number of processes and machines may
-make the same index at once: each writes a file of its own, and the last rename wins.
+The index has a row (offsets and sizes) per sample, counts of what was left out and why, and the
+size and time of the tar, so that it is made again when the tar changes. Any number of processes and
+machines may make the same index at once: each writes a file of its own, and the last rename wins.
 
     python -m inputs.tar_index TAR...        indexes tars and prints what they contain
 """
@@ -29,7 +29,8 @@ from inputs.tar_headers import DAMAGED, NO_END, TEXT_SUFFIXES, Member, list_memb
 
 INDEX_SUFFIX = ".index.npz"
 INDEX_VERSION = 1  # of the rules in this file and tar_headers.py: a new one makes all indexes anew
-MISSING = "missing from shards, by the _stats.json beside them"
+NUM_COLUMNS = 2 + 2 * len(TEXT_SUFFIXES)  # of rows: offset and size of the image and of each text
+MISSING = "missing from shards, by the _stats.json beside them"  # a reason in `skipped`
 WITH_TAR_NAME = (DAMAGED, NO_END, MISSING)  # reasons that are reported with the first such tar
 LOAD_ERRORS = (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, RuntimeError,
                MemoryError, zipfile.BadZipFile, zlib.error)  # what a damaged index can raise
@@ -38,7 +39,8 @@ NUMPY_HEADERS = threading.Lock()
 
 
 class TarIndex(NamedTuple):
-    """meta: version, size and mtime_ns of the tar, pairs, skipped {reason: count}, crc.
+    """meta: version; size and mtime_ns of the tar; skipped {reason: count}; pairs {text suffix: how
+    many have [image and text, image only, text only]}; crc, a checksum of names and rows.
     rows: (samples, 6) int64, offset and size of the image, the .txt and the .json; offset 0 for one
     that is missing. None where they stay on disk."""
     meta: dict[str, Any]
@@ -46,12 +48,14 @@ class TarIndex(NamedTuple):
 
 
 def reason(problem: Exception) -> str:
+    """What an error says, without the path that an OSError adds."""
     return getattr(problem, "strerror", None) or str(problem)
 
 
 # ------------------------------------------------------------------------------------ names
 def expand_braces(pattern: str) -> list[str]:
-    """Braces as in a shell: a{1,2}b and a{00..11}b, left to right. ValueError for ten million."""
+    """Braces as in a shell: a{1,2}b and a{00..11}b, left to right. ValueError for a range whose end
+    has more than 7 digits."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if not braces:
         return [pattern]
@@ -70,7 +74,7 @@ def expand_braces(pattern: str) -> list[str]:
 def matching_paths(where: str, storage: Any = LOCAL) -> list[str]:
     """The files of a glob, a brace list or a plain name, sorted, without indexes. A plain name need
     not exist. ValueError for a brace list that is too long."""
-    patterns = [where] if os.path.exists(where) else expand_braces(where)
+    patterns = [where] if os.path.exists(where) else expand_braces(where)  # braces in a file's name
     if storage.is_remote:
         return [path for path in storage.matching_paths(patterns) if INDEX_SUFFIX not in path]
     paths: set[str] = set()
@@ -84,8 +88,8 @@ def matching_paths(where: str, storage: Any = LOCAL) -> list[str]:
 
 # --------------------------------------------------------------------------------- one index
 def scan_tar(path: str, expected: int | None = None) -> TarIndex:
-    """Read a tar's headers. OSError if it cannot be read, ValueError if it is no tar. expected: how
-    many samples it should have, if that is not to be looked up."""
+    """The index of a tar, from its headers. OSError if it cannot be read, ValueError if it is no
+    tar. expected: how many samples it should have; None to look that up in its _stats.json."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name must not block
     try:
         stat = os.fstat(fd)
@@ -96,12 +100,13 @@ def scan_tar(path: str, expected: int | None = None) -> TarIndex:
     finally:
         os.close(fd)
     samples, pairs = pair_files(map(split_name, members), skipped)
-    missing = (0, 0)
-    cells = [part or missing for sample in samples for part in sample]
-    rows = np.array(cells, np.int64).reshape(-1, 6)
-    lost = (expected_samples(path) if expected is None else expected) - len(rows)
-    if lost > 0:
-        skipped[MISSING] += lost
+    rows = np.zeros((len(samples), NUM_COLUMNS), np.int64)
+    for row, locations in zip(rows, samples):
+        for n, location in enumerate(locations):
+            row[2 * n:2 * n + 2] = location or (0, 0)
+    expected = expected_samples(path) if expected is None else expected
+    if expected > len(rows):
+        skipped[MISSING] += expected - len(rows)
     crc = zlib.crc32(b"\0".join(member.name for member in members), zlib.crc32(rows))
     meta = {"version": INDEX_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
             "pairs": pairs, "skipped": dict(skipped), "crc": crc}
@@ -109,6 +114,7 @@ def scan_tar(path: str, expected: int | None = None) -> TarIndex:
 
 
 def split_name(member: Member) -> tuple[bytes, str, tuple[int, int]]:
+    """(key, suffix, (offset, size)) for `pair_files`."""
     key, _, suffix = member.name.rpartition(b".")
     return key, suffix.lower().decode("latin-1"), (member.offset, member.size)
 
@@ -123,43 +129,43 @@ def expected_samples(path: str) -> int:
         return 0
 
 
-def load_index(path: str, rows: bool = False) -> TarIndex | None:
-    """The index beside a tar, with its rows if wanted. None if it is missing, damaged, of another
+def load_index(path: str, with_rows: bool = False) -> TarIndex | None:
+    """The index beside a tar, with or without its rows. None if it is missing, damaged, of another
     tar or of another version."""
     try:
         stat = os.stat(path)
     except OSError:
         return None
-    index = read_index(path + INDEX_SUFFIX, rows)
+    index = read_index(path + INDEX_SUFFIX, with_rows)
     if index and (index.meta["size"], index.meta["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
         return None
     return index
 
 
-def read_index(file: str | BinaryIO, rows: bool) -> TarIndex | None:
-    """An index in a file, with its rows if wanted. None if it is missing, damaged or of another
+def read_index(file: str | BinaryIO, with_rows: bool) -> TarIndex | None:
+    """An index in a file, with or without its rows. None if it is missing, damaged or of another
     version."""
     try:
         with NUMPY_HEADERS, np.load(file, allow_pickle=False) as f:
             meta = json.loads(f["meta"].tobytes())
             if meta["version"] != INDEX_VERSION:
                 return None
-            table = f["rows"] if rows else None
-        counts = [meta["crc"], meta["size"], meta["mtime_ns"], *meta["skipped"].values()]
+            rows = f["rows"] if with_rows else None
+        numbers = [meta["crc"], meta["size"], meta["mtime_ns"], *meta["skipped"].values()]
         for text in TEXT_SUFFIXES:
-            counts += [meta["pairs"][text][n] for n in range(3)]
-        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            numbers += [meta["pairs"][text][n] for n in range(3)]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
             return None
-        if rows and (table.dtype != np.int64 or table.shape[1:] != (6,)):
+        if with_rows and (rows.dtype != np.int64 or rows.shape[1:] != (NUM_COLUMNS,)):
             return None
-        return TarIndex(meta, table)
+        return TarIndex(meta, rows)
     except LOAD_ERRORS:
         return None
 
 
 def save_index(path: str, index: TarIndex) -> None:
     """Write an index beside its tar, completely or not at all. OSError if the folder forbids it."""
-    if not os.stat(os.path.dirname(path) or ".").st_mode & 0o222:  # which would not stop root
+    if not os.stat(os.path.dirname(path) or ".").st_mode & 0o222:  # root could write there anyway
         raise PermissionError(errno.EACCES, "write-protected")
     temporary = f"{path}{INDEX_SUFFIX}.{uuid.uuid4().hex}.part"
     try:
@@ -178,8 +184,8 @@ def write_index(file: BinaryIO, index: TarIndex) -> None:
 
 # ------------------------------------------------------------------------------ many indexes
 def index_tar(path: str) -> TarIndex | OSError | ValueError:
-    """A tar's index, made if necessary, without its rows if they are on disk. For a tar that cannot
-    be read, the error."""
+    """A tar's index, which is made and saved if necessary. Its rows are None, unless it could not
+    be saved. For a tar that cannot be read, the error."""
     try:
         if index := load_index(path):
             return index

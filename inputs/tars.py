@@ -4,7 +4,7 @@ Memory does not grow with the number of samples. An index file beside each tar h
 and sizes) per sample (inputs/tar_index.py). In memory are a few counts of each tar, and the rows of
 the tars used last.
 
-Words: a shard is the number of a tar, a row the number of a sample in its tar. A chunk is a series
+Words: a shard is the number of a tar, a row that of a sample in its tar. A chunk is a series
 of chunk_length samples of a tar, which one read covers. A span is what one read gets: the bytes
 begin..end of a tar.
 """
@@ -87,7 +87,7 @@ class TarSource(FileSource):
     def load_index(self, path: str) -> TarIndex:
         if self.storage.is_remote:
             return importlib.import_module("inputs.remote_tars").load_index(self.storage, path)
-        return tar_index.load_index(path, rows=True) or tar_index.scan_tar(path)
+        return tar_index.load_index(path, with_rows=True) or tar_index.scan_tar(path)
 
     def count_skipped(self, indexes: list[TarIndex]) -> None:
         """Sums the counts of all tars. Reasons in WITH_TAR_NAME also name the first such tar."""

@@ -267,8 +267,9 @@ def train_vocab(captions: Iterable[str], size: int) -> WordPiece:
     continuations = ["##" + c for c in chars if not is_punctuation(c)]
     pieces = dict.fromkeys([*SPECIAL_TOKENS, *chars, *continuations])
     if len(pieces) > size:
-        raise ValueError(f"a vocabulary of {size} cannot hold the {len(pieces)} characters of "
-                         "these captions: raise --vocab-size")
+        raise ValueError(f"--vocab-size {size} is too small: the characters of the captions alone "
+                         f"make {len(pieces)} pieces (each at the start of a word and within one): "
+                         f"give {len(pieces)} or more")
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
     if len(pieces) + len(ranked) > size:
         num_words = max(size - len(pieces) - size // 10, 0)

@@ -144,8 +144,8 @@ def from_library(arrays: dict[str, np.ndarray], cfg: vit.ViTConfig, layout: Layo
 
 
 def sizes(arrays: dict[str, np.ndarray], layout: Layout, heads: int) -> tuple[vit.ViTConfig, int]:
-    """(config, G) from the shapes. No shape depends on the number of heads: `heads`, or 0 for that
-    of the model family at this width, else for heads of width 64."""
+    """(config, G) from the shapes. No shape depends on the number of heads: it is `heads`, or
+    `default_heads` if that is 0."""
     def shape(name: str, num_axes: int) -> tuple[int, ...]:
         if name not in arrays:
             raise LayoutError(f"{name} is missing")
@@ -167,20 +167,28 @@ def sizes(arrays: dict[str, np.ndarray], layout: Layout, heads: int) -> tuple[vi
     if num_patches != G * G or not G:
         raise LayoutError(f"{layout.positions} has rows for {num_patches} patches, which make no "
                           "square grid")
-    heads = heads or default_heads(D)
-    if not heads or D % heads:
-        raise LayoutError(f"width {D} is of no known size and cannot be divided into "
-                          f"{heads or 'heads of 64'}: set the number of heads with --heads")
+    depth = max(L, 1)
+    heads = heads or default_heads(depth, D, M)
+    if not heads:
+        raise LayoutError(f"the number of heads is not known for width {D}: set it with --heads")
+    if D % heads:
+        raise LayoutError(f"width {D} cannot be divided into {heads} heads: change --heads")
     if D % 4 or D < 8:
         raise LayoutError(f"width {D} is no multiple of 4")
-    return vit.ViTConfig(max(L, 1), D, heads, M, P, has_cls), G
+    return vit.ViTConfig(depth, D, heads, M, P, has_cls), G
 
 
-def default_heads(width: int) -> int:
-    """Those of the model family, else heads of width 64; 0 if the width has neither."""
-    for _, family_width, num_heads, _ in vit.ENCODER_SIZES.values():
-        if family_width == width:
+def default_heads(depth: int, width: int, mlp_dim: int) -> int:
+    """The number of heads of the model family's size with these dimensions; else of its sizes with
+    this width, if all have the same; else for heads of width 64. 0 if none of these is known."""
+    of_width = set()
+    for size_depth, size_width, num_heads, size_mlp_dim in vit.ENCODER_SIZES.values():
+        if (size_depth, size_width, size_mlp_dim) == (depth, width, mlp_dim):
             return num_heads
+        if size_width == width:
+            of_width.add(num_heads)
+    if of_width:
+        return of_width.pop() if len(of_width) == 1 else 0
     return width // 64 if width % 64 == 0 else 0
 
 

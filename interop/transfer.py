@@ -15,6 +15,7 @@ from runtime.errors import ConvertError, LayoutError, MissingExtra
 
 WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
                 "pytorch_model.bin")  # of a folder, the first that is there
+TORCH_FILE = (b"PK\x03\x04", b"\x80")  # how it begins: a zip archive, or a pickle
 
 
 def require(module: str, purpose: str) -> Any:
@@ -40,7 +41,13 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
         raise ConvertError(f"{path} does not exist")
     if path.endswith(".npz"):
         raise ConvertError(f"{path} is an .npz: what this project wrote needs no import")
-    return load_safetensors(path) if path.endswith(".safetensors") else load_torch(path)
+    if path.endswith(".safetensors"):
+        return load_safetensors(path)
+    with open(path, "rb") as f:
+        if not f.read(4).startswith(TORCH_FILE):
+            raise ConvertError(f"{path} is no file of weights: give a .safetensors file, a torch "
+                               "file (.bin, .pt, .pth), or a folder with one")
+    return load_torch(path)
 
 
 def load_safetensors(path: str) -> dict[str, np.ndarray]:

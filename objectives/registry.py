@@ -53,7 +53,8 @@ METHOD = "openvision2"
 # Folded into the seed's key for initial parameters. Masks fold in sample indices, which are below
 # it. So no key serves both.
 INIT_DOMAIN = 1 << 31
-RIVALS = ("clip", "siglip", "lit", "openvision", "cappa", "aimv2", "genlip")
+OTHER_OBJECTIVES = ("clip", "siglip", "lit", "openvision", "cappa", "aimv2", "genlip")
+OBJECTIVES = (METHOD, *OTHER_OBJECTIVES)
 CONTRASTIVE = ("clip", "siglip", "lit", "openvision")  # these compare the images of a batch
 
 
@@ -77,15 +78,15 @@ class BlindFacts(NamedTuple):
         return float(total / sum(self.batch_sizes))
 
 
-def rival(name: str) -> ModuleType | None:
-    """The module of a system that is compared, None for the method itself. Only the module that is
-    used gets imported, so that reading or running the method needs no other."""
+def objective_module(name: str) -> ModuleType | None:
+    """The module of another objective; None for the method itself, whose loss is in train.py. Only
+    the module that is used gets imported, so that reading or running the method needs no other."""
     return None if name == METHOD else importlib.import_module(f"objectives.{name}")
 
 
 def param_specs(model: Any) -> dict:
     """{part: parameter specs} that the model's objective has beside the encoder."""
-    module = rival(model.objective)
+    module = objective_module(model.objective)
     if module is None:
         return {"decoder": decoder.param_specs(model.decoder)}
     return module.param_specs(model)
@@ -102,7 +103,7 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
     """Forward FLOPs of each part for one image whose captions have `text_len` positions: 2 per
     multiply-add, matmuls only. The scores of a contrastive batch, 4 B D per image and caption, are
     left out."""
-    module = rival(model.objective)
+    module = objective_module(model.objective)
     if module is not None:
         return module.flops(model, resolution, text_len)
     num_patches = (resolution // model.encoder.patch_size) ** 2
@@ -113,12 +114,12 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
 
 def blind_loss(objective: str, facts: BlindFacts) -> float | None:
     """The best possible validation loss without the image, None where it is not known."""
-    module = rival(objective)
+    module = objective_module(objective)
     return facts.nats_per_token if module is None else module.blind_loss(facts)
 
 
 def can_caption(objective: str) -> bool:
-    return objective == METHOD or hasattr(rival(objective), "generate")
+    return objective == METHOD or hasattr(objective_module(objective), "generate")
 
 
 class ModelSpec(NamedTuple):
@@ -176,7 +177,8 @@ def param_counts(cfg: Any) -> dict[str, int]:
 
 
 def init_params(cfg: Any, model: ModelSpec) -> dict:
-    """{"encoder": ..., "decoder": ...} (other parts for a rival): what a new run starts from."""
+    """Initialized parameters: {"encoder": ..., "decoder": ...}, or the parts of another
+    objective."""
     key = jax.random.fold_in(jax.random.key(cfg.seed), INIT_DOMAIN)
     parts = {"encoder": vit.param_specs(model.encoder)} | param_specs(model)
     params = {}
@@ -196,7 +198,8 @@ def initial_params(cfg: Any, model: ModelSpec) -> dict:
         return params
     if cfg.objective == "lit" and cfg.init_encoder in ("random", "pixels"):
         if cfg.init_encoder == "pixels":
-            params["encoder"] = rival("lit").pixel_encoder(params["encoder"], model.encoder)
+            lit = objective_module("lit")
+            params["encoder"] = lit.pixel_encoder(params["encoder"], model.encoder)
         return params
     params["encoder"], imported, _ = read_encoder(local_encoder(cfg))
     differences = []

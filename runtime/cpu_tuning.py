@@ -21,9 +21,9 @@ MALLOPT = ((-4, 0), (-1, -1), (-8, 1))  # malloc.h: M_MMAP_MAX 0, M_TRIM_THRESHO
 
 
 def tune_cpu(num_params: int, batches: Sequence[int] = (), num_devices: int = 0) -> None:
-    """Makes training steps faster on a CPU; nothing else changes. batches: those that two devices
-    may share. num_devices: CPU devices that the user wants, whatever the model's size; 0: no
-    number."""
+    """Makes training steps faster on a CPU; nothing else changes. batches: the sizes of those that
+    two devices may share. num_devices: CPU devices that the user wants, whatever the model's size;
+    0: no number."""
     sys.setswitchinterval(0.0005)  # seconds: threads that make batches delay the loop less
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_prefer_vector_width" not in flags:  # XLA's default is half of AVX-512's width

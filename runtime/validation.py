@@ -40,15 +40,15 @@ NUM_SAMPLES = 12  # validation images in samples.png
 def validation_keys(batch: dict) -> jax.Array:
     """(B,), one key per image. It depends only on the image's position in the validation set, so
     every evaluation of every run keeps the same patches."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["position"])
+    return jax.vmap(lambda p: jax.random.fold_in(jax.random.key(0), p))(batch["position"])
 
 
 def make_loss(model: Any, method_loss: Callable, parallel: DataParallel) -> Callable:
     """pmapped (params, batch) -> (summed loss, count) over the batches of all devices. method_loss
     is train.openvision2_loss; another objective has its own. A contrastive loss is that within the
     evaluated batch."""
-    rival = registry.rival(model.objective)
-    loss = method_loss if rival is None else getattr(rival, "validation_loss", rival.loss)
+    module = registry.objective_module(model.objective)
+    loss = method_loss if module is None else getattr(module, "validation_loss", module.loss)
 
     def summed_loss(params, batch):
         return jax.lax.psum(loss(params, batch, validation_keys(batch), model), "devices")
@@ -58,10 +58,10 @@ def make_loss(model: Any, method_loss: Callable, parallel: DataParallel) -> Call
 def make_generate(model: Any, max_text_len: int, parallel: DataParallel) -> Callable:
     """pmapped (params, batch) -> greedy captions (B,T) and kept patches (B,K) of the global batch,
     on every device. The captions are empty where the objective makes none."""
-    rival = registry.rival(model.objective)
+    module = registry.objective_module(model.objective)
 
     def captions_and_patches(params, batch):
-        if rival is None:
+        if module is None:
             tokens = vit(params["encoder"], batch["images"], model.encoder)["tokens"]
             kept, keep_indices = keep_random_tokens(validation_keys(batch), tokens,
                                                     model.keep_ratio, model.shuffle_kept)
@@ -70,7 +70,7 @@ def make_generate(model: Any, max_text_len: int, parallel: DataParallel) -> Call
         all_patches = jnp.broadcast_to(jnp.arange(N), (B, N))
         if not registry.can_caption(model.objective):
             return jnp.zeros_like(batch["text"]), all_patches
-        return rival.generate(params, batch, model), all_patches
+        return module.generate(params, batch, model), all_patches
 
     def gathered(params, batch):
         gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
@@ -160,7 +160,7 @@ class ValidationSet:
     def pixel_targets(self) -> np.ndarray:
         """(n,N,P*P*3) of all images: for the objective that predicts pixels."""
         pixels = np.concatenate([batch["images"][:num] for batch, num in self.batches])
-        targets = registry.rival(self.model.objective).pixel_targets
+        targets = registry.objective_module(self.model.objective).pixel_targets
         return np.asarray(targets(pixels, self.model.encoder.patch_size))
 
     def generate_captions(self, params: Any, count: int | None = None

@@ -233,6 +233,8 @@ def test_what_cannot_be_served_is_named(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert demo.main([str(tmp_path / "run"), "--port", port]) == 1
+    assert demo.main([str(tmp_path / "run"), "--port", "99999"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
     assert "only runs of openvision2" in lines[1] and f"--port {port}" in lines[2]
+    assert lines[3].endswith("--port 99999 is no port: give a number from 0 to 65535")

@@ -45,7 +45,7 @@ def test_scenes_and_a_part_of_a_set(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["absent/*.tar"], "no file matches"), (["a.tar", "--num-samples", "0"], "out of range"),
     (["a.tar", "--caption-field", "a", "--vocab", "absent"], "--vocab"),
-    (["a.tar", "--caption-field", "a", "--vocab-size", "9"], "raise --vocab-size")])
+    (["a.tar", "--caption-field", "a", "--vocab-size", "9"], "--vocab-size 9 is too small")])
 def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.tar")

@@ -15,6 +15,8 @@ from tests.helpers.encoders import small_encoder
 def test_mistakes_are_reported_in_one_line(run, tmp_path, capsys, monkeypatch):
     weights, out = str(tmp_path / "x.safetensors"), str(tmp_path / "out")
     (tmp_path / "x.safetensors").write_bytes(b"0" * 99)
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04" + b"0" * 99)
+    torch_file = str(tmp_path / "weights.pt")
     for package in ("safetensors", "torch"):
         monkeypatch.setitem(sys.modules, package, None)       # as if it were not installed
     extra = "pip install -e '.[hf]'"
@@ -22,7 +24,8 @@ def test_mistakes_are_reported_in_one_line(run, tmp_path, capsys, monkeypatch):
             (["import", str(tmp_path / "absent.bin")], "absent.bin does not exist"),
             (["import", str(tmp_path)], "holds none of model.safetensors"),
             (["import", weights], extra),
-            (["import", __file__], extra),
+            (["import", torch_file], extra),
+            (["import", __file__], "is no file of weights: give a .safetensors file, a torch"),
             (["export", run, "--to", "timm"], extra),
             (["export", run, "--to", "open_clip"], "always has a CLS token"),
             (["export", run, "--to", "timm", "--resolution", "3"], "3 is below the patch size 8"),

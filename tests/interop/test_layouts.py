@@ -5,7 +5,7 @@ import pytest
 
 import layers
 import vit
-from interop.layouts import LAYOUTS, detect, sizes, to_library
+from interop.layouts import LAYOUTS, default_heads, detect, sizes, to_library
 from runtime.errors import LayoutError
 from tests.helpers.encoders import equal_trees, small_encoder, zero_params
 
@@ -116,3 +116,12 @@ def test_learned_positions_are_used_and_resized_to_other_grids():
     constant = {"positions": {"table": np.full((9, 48), 0.5, np.float32)}}
     resized = vit.position_embedding(constant, 5, learned)
     assert resized.shape == (25, 48) and np.allclose(resized, 0.5)
+
+
+def test_the_number_of_heads_is_that_of_the_family(monkeypatch):
+    for depth, width, num_heads, mlp_dim in vit.ENCODER_SIZES.values():
+        assert default_heads(depth, width, mlp_dim) == num_heads
+    assert default_heads(2, 192, 99) == 3  # of its width
+    assert default_heads(2, 640, 99) == 10 and default_heads(2, 50, 99) == 0
+    monkeypatch.setitem(vit.ENCODER_SIZES, "other", (7, 192, 6, 99))
+    assert default_heads(7, 192, 99) == 6 and default_heads(2, 192, 99) == 0

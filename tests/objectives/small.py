@@ -47,7 +47,7 @@ def loss_and_count(objective: str, batch: dict, devices: int = 1, **options) -> 
     model = make_model(objective)
 
     def loss(params, batch, keys):
-        return registry.rival(objective).loss(params, batch, keys, model, **options)
+        return registry.objective_module(objective).loss(params, batch, keys, model, **options)
     parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (batch, KEYS))
     mapped = jax.jit(jax.vmap(loss, (None, 0, 0), axis_name="devices"))
     total, count = mapped(make_params(model), *parts)

@@ -320,7 +320,7 @@ def test_genlip_is_one_transformer_over_patches_and_tokens(gated):
 
 
 # --------------------------------------------------------------------------------------- all
-@pytest.mark.parametrize("objective", registry.RIVALS)
+@pytest.mark.parametrize("objective", registry.OTHER_OBJECTIVES)
 def test_images_that_only_fill_up_a_batch_do_not_count(objective):
     batch = make_batch()
     batch["text"][-1] = batch["alt"][-1] = 0

@@ -35,8 +35,8 @@ from tests.objectives.small import (
     make_params,
 )
 
-ALL = (registry.METHOD, *registry.RIVALS)
-CAPTIONING = tuple(name for name in registry.RIVALS if registry.can_caption(name))
+ALL = registry.OBJECTIVES
+CAPTIONING = tuple(name for name in registry.OTHER_OBJECTIVES if registry.can_caption(name))
 ALT_FIELD = {"openvision": ["--alt-field", "web"]}
 TINY = [*SMALL_RUN, "--stages", "resolution=16 steps=2 batch=8 lr=1e-3 warmup=1",
         "--log-every", "1"]
@@ -66,7 +66,7 @@ def test_generated_captions_are_greedy(objective):
     """Each token is the likeliest after those before it."""
     model, batch = make_model(objective), make_batch()
     params = make_params(model)
-    text = np.asarray(registry.rival(objective).generate(params, batch, model))
+    text = np.asarray(registry.objective_module(objective).generate(params, batch, model))
     assert text.shape == (B, T) and (text[:, 0] == decoder.BOS).all()
     likeliest = np.asarray(next_token_logits(objective, params, batch, text).argmax(-1))
     unfinished = np.cumsum(text == decoder.EOS, axis=-1)[:, :-1] == 0
@@ -101,7 +101,7 @@ def test_only_the_method_drops_patch_tokens():
         assert registry.num_decoder_tokens(model, 100) == kept
 
 
-@pytest.mark.parametrize("objective", registry.RIVALS)
+@pytest.mark.parametrize("objective", registry.OTHER_OBJECTIVES)
 def test_dry_run_prints_the_cost_of_each_part(objective, capsys):
     needs = {"openvision": ["--alt-field", "org_caption"], "lit": ["--init-encoder", "runs/l14"]}
     flags = ["--objective", objective, *needs.get(objective, []), "--dry-run"]

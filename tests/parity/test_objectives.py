@@ -53,7 +53,7 @@ def jax_results(objective, cls_token=False):
     params = jax.tree.map(draw, specs, is_leaf=layers.is_spec)
 
     def mean_loss(params, batch, keys):
-        total, count = registry.rival(objective).loss(params, batch, keys, model)
+        total, count = registry.objective_module(objective).loss(params, batch, keys, model)
         return total / count
     arguments = jax.tree.map(lambda x: x[None], (params, BATCH, KEYS))
     step = jax.pmap(jax.value_and_grad(mean_loss), "devices", devices=jax.local_devices()[:1])
