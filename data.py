@@ -6,7 +6,7 @@ never used and never stops a run: it is counted, listed with a reason, and repla
 
 Words: a sample is a captioned image, numbered in its source from 0. A position counts the images of
 the run from 0; inputs/order.py says which sample is at each.
-Letters: B images, R pixels per side, T text positions.
+Letters: B images, R pixels per side, T text positions, i the number of a sample.
 
     python data.py [WHERE [FIELD]]     draws contact.png: crops and captions as training gets them
 """
@@ -47,6 +47,7 @@ class Loader:
         self.source, self.tokenizer, self.max_text_len = source, tokenizer, max_text_len
         self.seed, self.augment = seed, augment
         self.is_training = augment is not None
+        # Without it, an image is only resized, and nothing is drawn.
         self.has_random_augment = augment not in (None, Augment(min_crop_area=1.0))
         self.fields = {"text": ""}  # {batch key: field}; "" is the source's own
         if alt_field:
@@ -64,8 +65,8 @@ class Loader:
         """{"images" (B,R,R,3) uint8; "text", and "alt" if it is read, (B,T) int32; "position" (B,)
         int32; "sample" (B,), the one that is used; "bad" {sample: reason}}.
 
-        A bad sample is only in the "bad" of the batch that has its own position in the first epoch.
-        So each is counted once, also with several hosts and in a continued run."""
+        A bad sample is in the "bad" of one batch alone: the one that should read it in the first
+        epoch. So it is counted once, also with several hosts and in a continued run."""
         jobs = [(position, self.order(position)) for position in positions]
         tasks = [jobs[n:n + SAMPLES_PER_TASK] for n in range(0, len(jobs), SAMPLES_PER_TASK)]
         loaded = itertools.chain(*self.pool.map(self.run_task, tasks, itertools.repeat(resolution)))
@@ -83,11 +84,12 @@ class Loader:
         return [self.load(position, first, resolution) for position, first in task]
 
     def load(self, position: int, first: int, resolution: int) -> tuple:
-        """(image, texts, i) as `prepare` makes them, of sample i = `first` or, if that is bad, of
-        the next good one."""
+        """(pixels, texts, i) of sample i: `first` or, if that is bad, the next good one."""
         for i in self.candidates(first):
             try:
-                return *self.prepare(position, i, *self.read(position, i), resolution), i
+                captions, image = self.read(position, i)
+                pixels, texts = self.prepare(position, i, captions, image, resolution)
+                return pixels, texts, i
             except BadSample as problem:
                 self.bad[i] = str(problem)
 
@@ -129,7 +131,8 @@ class Loader:
 
     def prepare(self, position: int, i: int, captions: list[str], image: bytes | Image.Image,
                 resolution: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Image (R,R,3) uint8 and texts, each (T,) int32, of sample i, or BadSample."""
+        """Pixels (R,R,3) uint8 and texts, each (T,) int32, of what `read` returned, or
+        BadSample."""
         opened = read_image(image)
         texts = [self.tokenizer.encode(caption, self.max_text_len) for caption in captions]
         if any(text[1] == EOS for text in texts):  # nothing but control characters
@@ -137,7 +140,8 @@ class Loader:
         return self.decode(position, i, opened, resolution), texts
 
     def decode(self, position: int, i: int, image: Image.Image, resolution: int) -> np.ndarray:
-        """The pixels (R,R,3) uint8 of sample i at a position of the run."""
+        """The pixels (R,R,3) uint8 of sample i at a position of the run. objectives/lit.py has the
+        encoder's tokens in place of pixels, and keeps them by i."""
         rng = None
         if self.has_random_augment:
             rng = np.random.default_rng((self.seed, AUGMENTATION, position))
@@ -147,8 +151,9 @@ class Loader:
     def prefetch_batches(self, requests: Iterable[tuple[range, int]],
                          transfer: Callable[[dict], Any],
                          depth: int = 2) -> Iterator[tuple[Any, dict[int, str]]]:
-        """(transfer(batch), batch["bad"]) for each (positions, resolution). A thread works `depth`
-        batches ahead: during a step, it decodes the next batches and transfers them."""
+        """(transfer(batch), batch["bad"]) for each (positions, resolution). transfer sends a batch
+        to the devices. A thread works `depth` batches ahead: during a step, it makes the next
+        batches and transfers them."""
         ahead = None
         if self.source.is_remote:  # by name, because few runs need it
             fetch_ahead = importlib.import_module("inputs.remote_storage").FetchAhead
