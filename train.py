@@ -174,7 +174,7 @@ def train_run(run: Run) -> int:
         try:
             for stage in run.stages:
                 # An evaluation that is due at a stage's end is made at that stage's resolution. The
-                # last stage is entered in any case, because its end is evaluated by `finish`.
+                # last stage is entered in any case: it loads the images that `finish` evaluates.
                 evaluation_pending = run.step == stage.end and run.state["evaluation_pending"]
                 if run.step < stage.end or evaluation_pending or stage is run.stages[-1]:
                     params = train_stage(run, monitor, evaluator, stage, params, preemption)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from inputs.disk_cache import DiskCache
 from inputs.files import ReadOptions, read_span
 from inputs.remote import PIECE_BYTES, fetch, file_info, is_http, matching_urls
@@ -202,7 +200,7 @@ class FetchAhead:
         """These positions are read next. Requests them and num_ahead more, as far as they were not
         requested before."""
         batch_size = len(positions) * positions.step  # of all processes
-        self.num_ahead = int(np.clip(self.num_ahead + batch_size // 2, MIN_AHEAD, MAX_AHEAD))
+        self.num_ahead = min(max(self.num_ahead + batch_size // 2, MIN_AHEAD), MAX_AHEAD)
         end = positions.stop + self.num_ahead
         for position in range(positions.start, end, positions.step):
             if position >= self.end:

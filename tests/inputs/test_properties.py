@@ -142,7 +142,7 @@ SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(any)
 
 @EVERY
 @given(SIZES, st.integers(0, 99), st.integers(0, 3), st.integers(1, 9), st.integers(0, 5))
-def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, num_lanes, length):
+def test_every_epoch_is_a_permutation_with_few_chunks_in_use(sizes, seed, epoch, num_lanes, length):
     starts = np.cumsum([0, *sizes])
     n = int(starts[-1])
 
@@ -164,7 +164,7 @@ def test_every_epoch_is_a_permutation_with_few_runs_in_use(sizes, seed, epoch, n
         return
     chunks = list(zip(shard_of(samples).tolist(), chunk_of(np.array(samples)).tolist()))
     num_reads = 0
-    for lane in range(num_lanes):  # each lane leaves a run, and a tar, when it has used it
+    for lane in range(num_lanes):  # each lane leaves a chunk, and a tar, when it has used it
         chunks_in_turn = [chunk for chunk, _ in itertools.groupby(chunks[lane::num_lanes])]
         assert len(chunks_in_turn) == len(set(chunks_in_turn))
         tars_in_turn = [tar for tar, _ in itertools.groupby(tar for tar, _ in chunks_in_turn)]

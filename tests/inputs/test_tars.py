@@ -65,8 +65,8 @@ def epoch_of(source, num_processes=1, process=0):
 
 
 # -------------------------------------------------------------------------- what does not fit
-def test_training_reads_a_large_set_in_long_runs_and_each_once(tmp_path, monkeypatch, reads):
-    """1,200 samples in 40 tars: one read per run, image and caption together, few bytes twice."""
+def test_training_reads_a_large_set_in_long_chunks_and_each_once(tmp_path, monkeypatch, reads):
+    """1,200 samples in 40 tars: one read per chunk, image and caption together, few bytes twice."""
     source = open_large(tmp_path, monkeypatch)
     size = total_bytes(source)
     assert size > 4 * tars.MAX_SHUFFLE_BYTES
@@ -97,7 +97,7 @@ def test_each_process_reads_only_its_share(tmp_path, monkeypatch, reads, num_pro
         assert sorted(batch) == sorted(expected[step * 24:(step + 1) * 24])
 
 
-def test_the_samples_of_a_run_are_spread_and_its_runs_come_from_all_tars(tmp_path, monkeypatch):
+def test_the_samples_of_a_run_are_spread_and_come_from_all_tars(tmp_path, monkeypatch):
     source = open_large(tmp_path, monkeypatch)
     order = LaneShuffle(source.starts, 5, source.chunk_of)
     samples = [order(position) for position in range(3600)]
@@ -114,9 +114,9 @@ def test_the_samples_of_a_run_are_spread_and_its_runs_come_from_all_tars(tmp_pat
                                                                  samples[2000]]
 
 
-def test_the_training_part_of_a_split_is_read_in_the_runs_of_its_tars(tmp_path, monkeypatch,
-                                                                      reads):
-    """Validation samples are taken out of tars: the others are still read in one read per run."""
+def test_the_training_part_of_a_split_is_read_in_the_chunks_of_its_tars(tmp_path, monkeypatch,
+                                                                        reads):
+    """Validation samples are taken out of tars: the others are still read in one read per chunk."""
     train, val = train_val_split(open_large(tmp_path, monkeypatch), 100)
     size = total_bytes(train.source)
     reads.sizes.clear()
@@ -132,7 +132,7 @@ def test_the_training_part_of_a_split_is_read_in_the_runs_of_its_tars(tmp_path, 
     assert [val.caption(i) for i in range(3)] == expected
 
 
-def test_a_run_that_cannot_be_read_costs_no_good_sample(tmp_path, monkeypatch):
+def test_a_chunk_that_cannot_be_read_costs_no_good_sample(tmp_path, monkeypatch):
     source = open_large(tmp_path, monkeypatch)
     _, begin, size = source.byte_ranges(7)[0]
     plain_pread = os.pread
@@ -179,7 +179,7 @@ def test_a_small_set_of_many_tars_keeps_all_its_rows(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------- the cache
-def test_samples_larger_than_a_run_may_be_are_read_one_by_one(tmp_path, monkeypatch):
+def test_samples_larger_than_a_chunk_may_be_are_read_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_SHUFFLE_BYTES", 1 << 20)
     monkeypatch.setattr(order, "NUM_LANES", 4)
     files = []
