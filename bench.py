@@ -2,6 +2,8 @@
 
     python bench.py step --encoder Ti/16 --resolution 160 --batch 32
                                       time of a training step, and its share of the matmul rate
+    python bench.py parts --encoder Ti/16 --resolution 160 --batch 32
+                                      where its time goes: milliseconds per part of the step
     python bench.py clipa --encoder L/14          what the mask and the curriculum save (Table 5)
     python bench.py flops                         FLOPs per image, by formula (Table 3)
     python bench.py memory l14 --resolution 224 --batch 2048
@@ -10,7 +12,7 @@
     python bench.py ablate                        the paper's ablations on the toy (Tables 5 to 7)
     python bench.py gpu-report --json FILE        all measurements of a GPU, by one command
 
-The first four take the name of a recipe (python train.py -h) and flags that change it. Each command
+The first five take the name of a recipe (python train.py -h) and flags that change it. Each command
 prints a table; --json FILE also stores it.
 """
 import argparse
@@ -22,7 +24,7 @@ from collections.abc import Callable
 
 import config
 import decoder
-from benchmarks import ablations, gpu_report, loader, step_time, tpu_memory
+from benchmarks import ablations, gpu_report, loader, part_times, step_time, tpu_memory
 from config import RECIPES, Config
 from objectives import registry
 from runtime import checkpoint
@@ -74,6 +76,13 @@ def settings(args: argparse.Namespace, stage_index: int = 0,
 # --------------------------------------------------------------------------------- commands
 def step(args: argparse.Namespace) -> list[dict]:
     return step_time.rows(*settings(args), args.compare, args.repeats)
+
+
+def parts(args: argparse.Namespace) -> list[dict]:
+    cfg, resolution, batch = settings(args)
+    part_times.check_settings(cfg)
+    steps, _ = step_time.make_steps(cfg, resolution, batch, args.compare)
+    return part_times.rows(cfg, resolution, batch, steps, args.repeats)
 
 
 def clipa(args: argparse.Namespace) -> list[dict]:
@@ -158,7 +167,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="bench.py", description=__doc__.split("\n\n")[0],
                            epilog="Each command has its own -h.")
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="{step,clipa,flops,memory,data,ablate,gpu-report}")
+                                     metavar="{step,parts,clipa,flops,memory,data,ablate,gpu-report}")
 
     def command(function: Callable, text: str, name: str = "") -> CommandParser:
         sub = commands.add_parser(name or function.__name__, help=text,
@@ -192,6 +201,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
                           "in turn with JAX")
     sub.add_argument("--repeats", type=positive, default=7,
                      help="timed steps, of which the table has the median (default: 7)")
+    sub = command(parts, "time of each part of a training step, against its FLOPs at the matmul "
+                         "rate and its bytes at the memory bandwidth")
+    add_model_flags(sub, toy, toy_text)
+    sub.add_argument("--compare", choices=("torch",),
+                     help="also time the same parts in PyTorch, in turn with JAX")
+    sub.add_argument("--repeats", type=positive, default=15,
+                     help="timed calls of each part, of which the table has the median (default: "
+                          "15)")
     sub = command(clipa, "speedup by the mask and the curriculum, from measured steps")
     add_model_flags(sub, Config(encoder="L/14", decoder="L"), "L/14 with the defaults of the flags",
                     "images per step at the high resolution; at the low one as many pixels "

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import decoder
 import train
+from benchmarks.timing import large_matmul, time_interleaved
 from config import Config
 from objectives import registry
 from runtime.cpu_tuning import tune_cpu
@@ -116,24 +116,6 @@ class JaxStep:
         return counted.get("peak_bytes_in_use") or planned * self.parallel.num_devices
 
 
-def large_matmul(dtype: str) -> tuple[Callable, float]:
-    """A large matmul to be timed, and its FLOPs: the most that this device can do."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    a, matmul = jnp.ones((n, n), dtype), jax.jit(jnp.matmul)
-    return lambda: jax.block_until_ready(matmul(a, a)), 2.0 * n**3
-
-
-def time_interleaved(runs: dict[Any, Callable], repeats: int) -> dict[Any, list[float]]:
-    """Seconds of each call. The runs take turns, so that disturbances of the machine affect all."""
-    seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(repeats), desc="steps", leave=False, disable=not sys.stderr.isatty()):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 # ----------------------------------------------------------------------------- bench.py step
 def check_compare(cfg: Config, compare: str | None) -> None:
     """ConfigError for settings that the PyTorch step does not have."""
@@ -152,33 +134,41 @@ def check_compare(cfg: Config, compare: str | None) -> None:
         raise ConfigError("--compare needs PyTorch: pip install -e '.[bench]'")
 
 
-def rows(cfg: Config, resolution: int, batch: int, compare: str | None,
-         repeats: int) -> list[dict]:
-    """The table of `bench.py step`. compare: "torch", "torch-compile" or None."""
+def make_steps(cfg: Config, resolution: int, batch: int,
+               compare: str | None) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """{"jax": JaxStep, compare: TorchStep} and the losses of their five steps so far. compare:
+    "torch", "torch-compile" or None. ConfigError if the two do not compute the same."""
     check_compare(cfg, compare)
     if compare:  # JAX must leave a part of a GPU's memory to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax_step = JaxStep(cfg, resolution, batch, benchmark_devices([cfg], [batch]))
-    runs: dict[str, Any] = {"jax": jax_step}
+    steps: dict[str, Any] = {"jax": jax_step}
     if compare:
         from benchmarks.torch_step import TorchStep
         params = jax_step.parallel.unreplicate(jax_step.state[0])
-        runs[compare] = TorchStep(cfg, make_batch(cfg, resolution, batch), params,
-                                  compare == "torch-compile")
-    matmul, matmul_flops = large_matmul("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    matmul()
+        steps[compare] = TorchStep(cfg, make_batch(cfg, resolution, batch), params,
+                                   compare == "torch-compile")
     losses = {}
-    for name, run in runs.items():  # a warm-up: after five steps all memory has been touched
-        losses[name] = [run() for _ in range(5)]
+    for name, step in steps.items():  # a warm-up: after five steps all memory has been touched
+        losses[name] = [step() for _ in range(5)]
     if compare:  # the third loss is the first one after an update
         first, second = losses["jax"][:3], losses[compare][:3]
         if not np.allclose(first, second, rtol=LOSS_TOLERANCE[cfg.dtype], atol=0):
             raise ConfigError(f"--compare {compare} does not compute the same: losses {losses}")
+    return steps, losses
+
+
+def rows(cfg: Config, resolution: int, batch: int, compare: str | None,
+         repeats: int) -> list[dict]:
+    """The table of `bench.py step`."""
+    runs, losses = make_steps(cfg, resolution, batch, compare)
+    matmul, matmul_flops = large_matmul()
+    matmul()
     seconds = time_interleaved({"matmul": matmul, **runs}, repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     matmul_rate = matmul_flops / median["matmul"]
     # One matmul occupies all cores of a CPU, but only one of several accelerators.
-    units = 1 if jax.default_backend() == "cpu" else jax_step.parallel.num_devices
+    units = 1 if jax.default_backend() == "cpu" else runs["jax"].parallel.num_devices
     table = []
     for name, run in runs.items():
         rate = model_flops(cfg, resolution) * batch / median[name]

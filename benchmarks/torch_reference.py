@@ -20,8 +20,8 @@ def from_jax(params, device="cpu"):
     """A tree of arrays as the same tree of fp32 leaves that collect gradients."""
     if isinstance(params, dict):
         return {name: from_jax(child, device) for name, child in params.items()}
-    array = np.asarray(params)
-    return torch.tensor(array, dtype=torch.float32, device=device, requires_grad=True)
+    array = np.asarray(params, np.float32)
+    return torch.tensor(array, device=device, requires_grad=True)
 
 
 def tensor(array, device="cpu"):
@@ -53,12 +53,12 @@ def layer_norm(x, w):
     return F.layer_norm(x, x.shape[-1:], scale, bias, LAYER_NORM_EPS)
 
 
-def self_attention(x, w, num_heads, weights_list, mask_args):
-    """x (B,S,D). mask_args go to torch's fused kernel. If weights_list is a list, the attention
-    weights (B,H,S,S) are appended to it; then the softmax is written out and takes no mask."""
-    B, S, D = x.shape
-    qkv = linear(x, w["qkv"]).view(B, S, 3, num_heads, D // num_heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def attention(qkv, num_heads, weights_list, mask_args):
+    """Queries, keys and values side by side (B,S,3*D) to outputs (B,S,D). mask_args go to torch's
+    fused kernel. If weights_list is a list, the attention weights (B,H,S,S) are appended to it;
+    then the softmax is written out and takes no mask."""
+    B, S, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = qkv.view(B, S, 3, num_heads, D // num_heads).permute(2, 0, 3, 1, 4)
     if weights_list is None:
         outputs = F.scaled_dot_product_attention(q, k, v, **mask_args)
     else:
@@ -67,15 +67,19 @@ def self_attention(x, w, num_heads, weights_list, mask_args):
         attention_weights = F.softmax(scores, dim=-1)
         weights_list.append(attention_weights)
         outputs = attention_weights.to(v.dtype) @ v
-    return linear(outputs.transpose(1, 2).reshape(B, S, D), w["out"])
+    return outputs.transpose(1, 2).reshape(B, S, D)
+
+
+def mlp(x, w, gelu):
+    return linear(F.gelu(linear(x, w["fc1"]), approximate=gelu), w["fc2"])
 
 
 def transformer(x, blocks, num_heads, gelu, weights_list=None, **mask_args):
     """Pre-norm blocks. gelu: "none" for the exact one, or "tanh"."""
     for w in unstack_layers(blocks):
-        x = x + self_attention(layer_norm(x, w["norm1"]), w, num_heads, weights_list, mask_args)
-        hidden = F.gelu(linear(layer_norm(x, w["norm2"]), w["fc1"]), approximate=gelu)
-        x = x + linear(hidden, w["fc2"])
+        qkv = linear(layer_norm(x, w["norm1"]), w["qkv"])
+        x = x + linear(attention(qkv, num_heads, weights_list, mask_args), w["out"])
+        x = x + mlp(layer_norm(x, w["norm2"]), w, gelu)
     return x
 
 
@@ -88,9 +92,8 @@ def sincos_position_embedding(grid, width, device):
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float().to(device)
 
 
-def encoder(params, images, cfg, weights_list=None, **mask_args):
-    """uint8 images (B,R,R,3) to all tokens (B,S,D), patch tokens (B,N,D) and pooled (B,D).
-    mask_args may hold an attn_mask."""
+def embed_patches(params, images, cfg):
+    """uint8 images (B,R,R,3) to the input (B,S,D) of the first block."""
     dtype, P = getattr(torch, cfg.dtype), cfg.patch_size
     mean = torch.tensor((0.485, 0.456, 0.406), device=images.device).view(3, 1, 1)
     std = torch.tensor((0.229, 0.224, 0.225), device=images.device).view(3, 1, 1)
@@ -99,12 +102,18 @@ def encoder(params, images, cfg, weights_list=None, **mask_args):
     x = F.conv2d(pixels.to(dtype), kernel.to(dtype), stride=P)                   # (B,D,G,G)
     table = sincos_position_embedding(x.shape[-1], x.shape[1], x.device)
     x = x.flatten(2).transpose(1, 2) + table.to(dtype)                           # (B,N,D)
-    N = x.shape[1]
     if "cls" in params:
         cls = params["cls"]["embedding"].to(dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1)
+    return x
+
+
+def encoder(params, images, cfg, weights_list=None, **mask_args):
+    """uint8 images (B,R,R,3) to all tokens (B,S,D), patch tokens (B,N,D) and pooled (B,D).
+    mask_args may hold an attn_mask."""
+    x = embed_patches(params, images, cfg)
     x = transformer(x, params["blocks"], cfg.num_heads, "none", weights_list, **mask_args)
-    tokens = x[:, -N:]
+    tokens = x[:, int("cls" in params):]
     return x, tokens, layer_norm(tokens.mean(1), params["norm"])
 
 
@@ -113,17 +122,26 @@ def gather_tokens(tokens, keep_indices):
     return tokens.gather(1, keep_indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def embed_sequence(params, image_tokens, text, cfg):
+    """image_tokens (B,K,E) and text (B,T) to the sequence (B,K+T,D)."""
+    dtype = getattr(torch, cfg.dtype)
+    image = linear(image_tokens.to(dtype), params["project"])
+    return torch.cat([image, F.embedding(text, params["embed"]["embedding"].to(dtype))], dim=1)
+
+
+def decoder_mask(K, S, cfg, device):
+    """mask_args for K image tokens in a sequence of S."""
+    if cfg.prefix_attention == "causal":
+        return {"is_causal": True}
+    mask = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+    mask[:K, :K] = True
+    return {"attn_mask": mask}
+
+
 def hidden_states(params, image_tokens, text, cfg):
     """image_tokens (B,K,E) and text (B,T) to (B,K+T,D), after the final norm."""
-    dtype, K = getattr(torch, cfg.dtype), image_tokens.shape[1]
-    image = linear(image_tokens.to(dtype), params["project"])
-    x = torch.cat([image, F.embedding(text, params["embed"]["embedding"].to(dtype))], dim=1)
-    if cfg.prefix_attention == "causal":
-        mask_args = {"is_causal": True}
-    else:
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        mask[:K, :K] = True
-        mask_args = {"attn_mask": mask}
+    x = embed_sequence(params, image_tokens, text, cfg)
+    mask_args = decoder_mask(image_tokens.shape[1], x.shape[1], cfg, x.device)
     x = transformer(x, params["blocks"], cfg.num_heads, "tanh", **mask_args)
     return layer_norm(x, params["norm"])
 
@@ -134,10 +152,15 @@ def decoder(params, image_tokens, text, cfg):
     return linear(text_states, params["head"]).float()
 
 
+def token_cross_entropy(logits, targets):
+    """Mean over the targets (B,T) that are not padding (0), of logits (B,T,V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
+
+
 def mean_loss(encoder_params, decoder_params, images, keep_indices, text, encoder_cfg,
               decoder_cfg):
-    """Mean cross-entropy over the tokens and eos of the batch. Padding (0) is no target."""
+    """Mean cross-entropy over the tokens and eos of the batch."""
     _, tokens, _ = encoder(encoder_params, images, encoder_cfg)
     kept = gather_tokens(tokens, keep_indices)
     logits = decoder(decoder_params, kept, text[:, :-1], decoder_cfg)
-    return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), ignore_index=0)
+    return token_cross_entropy(logits, text[:, 1:])

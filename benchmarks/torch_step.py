@@ -3,6 +3,9 @@
 It is written as one would in PyTorch: a parameter per layer; fused kernels for layer norm, GELU,
 attention and AdamW.
 """
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from runtime.curriculum import parse_stages
 
 class TorchStep:
     """One training step per call."""
+    reference = torch_reference
     compile_seconds = float("nan")  # torch.compile compiles during the first calls
 
     def __init__(self, cfg: Config, batch: dict[str, np.ndarray], params: dict, compiled: bool):
@@ -57,16 +61,40 @@ class TorchStep:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss()
         loss.backward()
+        self.update()
+        return float(loss.detach())
+
+    def update(self) -> None:
+        """Updates the parameters with the gradients that they hold."""
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         for group in self.optimizer.param_groups:  # a warm-up of one step, as in JAX
             group["lr"] = self.peak_lr if self.steps_done else 0.0
         self.optimizer.step()
         self.steps_done += 1
-        value = float(loss.detach())
+        self.synchronize()
+
+    def forward_backward(self, part: Any, dtype: str) -> Callable:
+        """A call that computes the outputs of a step_parts.Part and, from random gradients of
+        these, those of its weights and inputs."""
+        w = torch_reference.from_jax(part.weights, self.device)
+        options = {"dtype": getattr(torch, dtype), "device": self.device, "requires_grad": True}
+        inputs = [torch.randn(shape, **options) for shape in part.inputs]
+
+        def outputs() -> list[torch.Tensor]:
+            out = part.torch(w, inputs, self.inputs)
+            return [out] if isinstance(out, torch.Tensor) else list(out)
+        grads = [torch.randn_like(out) for out in outputs()]
+
+        def run() -> None:
+            torch.autograd.grad(outputs(), [*jax.tree.leaves(w), *inputs], grads)
+            self.synchronize()
+        return run
+
+    def synchronize(self) -> None:
+        """Waits until a GPU has done its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return value
 
     def peak_bytes(self) -> float:
         """NaN on a CPU, where PyTorch does not count."""
