@@ -134,5 +134,6 @@ class Explainer:
 
 
 def caption_length(text: np.ndarray) -> int:
-    """Tokens of a generated row (T,), the end included, without the start."""
-    return int((text != decoder.PAD).sum()) - 1
+    """Tokens of a generated row (T,), the end included, without the start. An untrained decoder may
+    generate padding before other tokens."""
+    return int(np.flatnonzero(text != decoder.PAD)[-1])
