@@ -24,7 +24,7 @@ test: $(VENV)/test         ## light: no torch, no accelerator; two files at a ti
 	QUICK_COMPILE=1 $(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser --ignore=tests/long $(TWO) --no-loadscope-reorder
 
 test-long: $(VENV)/test    ## twenty kills, every division over hosts, a long run
-	$(BIN)/python -m pytest tests/long $(TWO)
+	QUICK_COMPILE=1 $(BIN)/python -m pytest tests/long $(TWO)
 
 test-parity: $(VENV)/parity ## against PyTorch, transformers, timm, open_clip, tokenizers and pycocoevalcap
 	$(BIN)/python -m pytest tests/parity

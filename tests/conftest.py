@@ -3,7 +3,7 @@ session. Nothing is kept for the next one.
 
 With QUICK_COMPILE=1 in the environment, XLA's optimizations are off, and most programs compile in a
 fifth of the time. Tests that are about the compiler's results ask for what users get: with
-`optimized` (helpers/compiling.py), and all of tests/parity and tests/long."""
+`optimized` (helpers/compiling.py), and all of tests/parity."""
 import os
 
 import jax
@@ -11,7 +11,6 @@ import pytest
 
 from tests.helpers.compiling import QUICK_FLAGS
 
-OPTIMIZED = ("parity", "long")  # folders of tests that compile as users do
 SLOWEST = ("test_survive.py", "test_train.py", "test_hosts.py", "test_loop.py", "test_vqa.py",
            "test_objectives.py", "test_command.py", "test_numerics.py", "test_losses.py")
 
@@ -19,7 +18,7 @@ SLOWEST = ("test_survive.py", "test_train.py", "test_hosts.py", "test_loop.py", 
 def pytest_configure(config):
     """Before JAX starts, in every worker too."""
     quick = os.environ.get("QUICK_COMPILE") == "1"
-    if quick and not any(folder in arg for arg in config.args for folder in OPTIMIZED):
+    if quick and not any("parity" in arg for arg in config.args):
         os.environ["XLA_FLAGS"] = QUICK_FLAGS
 
 

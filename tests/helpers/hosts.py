@@ -42,7 +42,7 @@ def start(env: dict, folder: Path, processes: int, devices: int,
     return launch(env, command, processes, devices)
 
 
-def wait(run: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str, str]]:
+def wait(run: list[subprocess.Popen], seconds: float = 600) -> list[tuple[int, str, str]]:
     """(exit status, output, errors) of each process."""
     deadline, results = time.time() + seconds, []
     try:
