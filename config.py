@@ -192,7 +192,7 @@ RECIPES = {
         encoder="micro/4", data="scenes", min_crop_area=1.0, max_text_len=28, vocab_size=192,
         grad_clip=1.0, weight_decay=0.05, scan_unroll=4,
         stages="resolution=24 steps=300 batch=32 lr=2e-3 warmup=100, "
-               "resolution=32 steps=1900 batch=32 lr=1.5e-3 warmup=20"),
+               "resolution=32 steps=2200 batch=32 lr=2.5e-3 warmup=20"),
     "images": SMALL_IMAGES,
     "emoji": dataclasses.replace(SMALL_IMAGES, data="emoji/google/*.tar",
                                  val="emoji/twitter/*.tar", caption_field="re_caption"),

@@ -38,7 +38,7 @@ PAD, BOS, EOS = 0, 1, 2  # those of inputs/tokenizer.py; a test compares them
 # The paper names no decoder for So400m and g. We take those that OpenVision 1 released: So400m's
 # has the size of its encoder, and with it our FLOPs equal the paper's; g's is the same as H's.
 DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
-    "micro": (3, 96, 3, 384),          # ours: for the toy
+    "micro": (3, 96, 3, 256),          # ours: for the toy
     "Ti": (12, 192, 3, 768),
     "S": (12, 384, 6, 1536),
     "B": (12, 512, 8, 2048),

@@ -35,7 +35,7 @@ from layers import (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in 0..1, as released
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_SIZES = {  # depth, width, num_heads, mlp_dim
-    "micro": (4, 96, 3, 384),          # ours: the toy trains it in minutes
+    "micro": (4, 96, 3, 256),          # ours: the toy trains it in minutes
     "Ti": (12, 192, 3, 768),
     "S": (12, 384, 6, 1536),
     "B": (12, 768, 12, 3072),
