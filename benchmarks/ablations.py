@@ -24,42 +24,47 @@ from benchmarks.ablation_tables import BASELINES, ROOT, TABLES, load, store
 from config import RECIPES, Config, flag
 from evaluation import labels, probe, vqa
 from interop.encoder import Encoder, load_encoder, random_encoder, raw_pixel_encoder
+from runtime.cpu_tuning import keep_freed_memory
 from runtime.errors import ConfigError
 
-# Two thirds of the toy's steps, with 8-pixel patches: what the committed figures were made with.
-# Then what learns fast is ahead and what learns slowly has not caught up, and a night is enough.
-BASE = dataclasses.replace(
-    RECIPES["toy"], encoder="micro/8",
-    stages="resolution=24 steps=250 batch=64 lr=2e-3 warmup=100, "
-           "resolution=32 steps=550 batch=64 lr=2e-3 warmup=20")
+BASE = RECIPES["toy"]
 READER_STEPS = 800  # training steps of the small language model
 RECIPE = f"{BASE.stages}; a reader of {READER_STEPS} steps"  # all figures of a file share it
-ONE_STAGE = "resolution=32 steps=800 batch=64 lr=2e-3 warmup=100"  # as many images, all at 32 px
+ONE_STAGE = "resolution=32 steps=2500 batch=32 lr=2.5e-3 warmup=100"  # as many images, all at 32 px
+LENGTHS = {"third": 1 / 3, "double": 2.0}  # of BASE's training
 RIVALS = {"clip": {"objective": "clip"}, "siglip": {"objective": "siglip"},
           "openvision": {"objective": "openvision", "alt_field": "web"},
           "cappa": {"objective": "cappa"}, "aimv2": {"objective": "aimv2"},
-          "genlip": {"objective": "genlip", "gated_attention": True}}
+          "genlip": {"objective": "genlip", "gated_attention": True},
+          "genlip-ungated": {"objective": "genlip"}}
+KEEP = {"base": {}, **{f"keep-{percent}": {"keep_ratio": percent / 100}
+                       for percent in (100, 50, 25, 10)}}
 CELLS: dict[str, dict[str, Any]] = {  # the settings in which a cell differs from BASE
-    "base": {},
-    **{f"keep-{percent}": {"keep_ratio": percent / 100} for percent in (100, 90, 75, 50, 25, 10)},
+    **KEEP,
+    **{f"{cell}-{length}": KEEP[cell] for cell in ("base", "keep-100") for length in LENGTHS},
     **{f"captions-{kind}": {"caption_field": kind} for kind in ("web", "conditioned")},
     "one-stage": {"stages": ONE_STAGE},
     "one-stage-all": {"stages": ONE_STAGE, "keep_ratio": 1.0},
-    **RIVALS,
-    "genlip-ungated": {"objective": "genlip"},
+    "openvision": RIVALS["openvision"],
     **{f"{name}-time": changes for name, changes in RIVALS.items()},  # trained as long as base
     "prefix-both": {"prefix_attention": "bidirectional"},
     "shuffled": {"shuffle_kept": True},
     "positions": {"text_pos_embed": True},
 }
+TIMED = [*RIVALS, *(cell for cell in CELLS if not cell.endswith(("-time", *LENGTHS)))]
 
 
 def settings(cell: str, costs: dict) -> Config:
-    """The Config of a cell. For equal time, the measured costs scale its steps and warm-ups."""
-    cfg = dataclasses.replace(BASE, eval_every=10**6, **CELLS[cell])
-    if not cell.endswith("-time"):
+    """The Config of a cell. A LENGTH or, for equal time, the measured costs scale its steps and
+    warm-ups."""
+    cfg = dataclasses.replace(BASE, eval_every=10**6, **(RIVALS | CELLS)[cell])
+    name, _, ending = cell.rpartition("-")
+    if ending == "time":
+        scale = costs["base"]["seconds"] / costs[name]["seconds"]
+    elif ending in LENGTHS:
+        scale = LENGTHS[ending]
+    else:
         return cfg
-    scale = costs["base"]["seconds"] / costs[cell.removesuffix("-time")]["seconds"]
 
     def scaled(match: re.Match) -> str:
         return f"{match[1]}={round(int(match[2]) * scale)}"
@@ -148,11 +153,11 @@ def run_missing(names: list[str], seeds: int, folder: str, measure_costs: Callab
         raise ConfigError(f"{ablation_tables.RESULTS} was made with another recipe "
                           f"({results['recipe']}): move it and the runs in {folder} away to start "
                           "again")
-    measured = [cell for cell in CELLS if not cell.endswith("-time")]
-    if any(cell not in results["costs"] for cell in measured):
-        results |= measure_costs({cell: settings(cell, {}) for cell in measured})
+    if any(cell not in results["costs"] for cell in TIMED):
+        results |= measure_costs({cell: settings(cell, {}) for cell in TIMED})
         store(results)
     os.makedirs(folder, exist_ok=True)
+    keep_freed_memory()
     ablation_tables.write(results)  # there may be new costs, or a run stopped before this
     wanted = {"base", *BASELINES}
     for name in names:
