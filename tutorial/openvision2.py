@@ -146,7 +146,7 @@ _ = show("00-scenes", visualize.draw_sheet([tiles]))
 #
 # If it is above the loss with the right captions, the model uses the image. But it is not the blind
 # loss: a model that relies on the image pays for a wrong one, far more than a blind model. At its
-# lowest, early in training, it is nearest (1.09 against 0.79 in section 8). So where the blind loss
+# lowest, early in training, it is nearest (1.10 against 0.79 in section 8). So where the blind loss
 # is unknown, `train.py` reports the lowest shuffled loss of the run.
 # </details>
 
