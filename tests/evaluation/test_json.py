@@ -63,7 +63,7 @@ def test_vqa_and_bench_write_null(run, tmp_path, monkeypatch):
 def test_ablations_keep_null_and_leave_it_out_of_means(tmp_path, monkeypatch):
     path = tmp_path / "results" / "ablations.json"
     monkeypatch.setattr(ablation_tables, "RESULTS", str(path))
-    cells = {"base": {"0": {"answers": NAN}, "1": {"answers": 0.5}}}
+    cells = {"base": {"0": {"answers": NAN}, "1": {"answers": 0.5}}, "openvision": {"0": {}}}
     ablation_tables.store({"machine": "", "costs": {"base": {"MiB": NAN}}, "cells": cells})
     assert read_strictly(path)["cells"]["base"]["0"] == {"answers": None}
     results = ablation_tables.load()
