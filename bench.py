@@ -166,8 +166,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Ends the program with one sentence if it cannot be parsed."""
     parser = CommandParser(prog="bench.py", description=__doc__.split("\n\n")[0],
                            epilog="Each command has its own -h.")
-    commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="{step,parts,clipa,flops,memory,data,ablate,gpu-report}")
+    names = "{step,parts,clipa,flops,memory,data,ablate,gpu-report}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     def command(function: Callable, text: str, name: str = "") -> CommandParser:
         sub = commands.add_parser(name or function.__name__, help=text,
