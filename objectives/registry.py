@@ -50,8 +50,8 @@ from runtime.curriculum import parse_stages
 from runtime.errors import ConfigError
 
 METHOD = "openvision2"
-# Folded into the seed's key for initial parameters. Masks fold in sample indices, which are below
-# it. So no key serves both.
+# Folded into the seed's key for initial parameters. Masks fold in positions in the run, which are
+# below it. So no key serves both.
 INIT_DOMAIN = 1 << 31
 OTHER_OBJECTIVES = ("clip", "siglip", "lit", "openvision", "cappa", "aimv2", "genlip")
 OBJECTIVES = (METHOD, *OTHER_OBJECTIVES)
