@@ -2,7 +2,8 @@
 
 Which samples a step reads, how each is cropped and what replaces a broken one depend on the seed
 and on the position in the run: not on workers, devices, hosts or earlier steps. A broken sample is
-never used and never stops a run: it is counted, listed with a reason, and replaced by the next.
+never used and does not stop a run (too many do: --max-bad-fraction). It is counted, listed with a
+reason, and replaced by the next.
 
 Words: a sample is a captioned image, numbered in its source from 0. A position counts the images of
 the run from 0; inputs/order.py says which sample is at each.
@@ -42,12 +43,12 @@ class Loader:
                  augment: Augment | None, workers: int, alt_field: str = "",
                  caption_field: str = ""):
         """augment: None for validation, where nothing is random. workers: threads. alt_field: the
-        field of each sample's second text, if one is needed. caption_field: as the source's; of
-        several fields, training draws one per epoch and sample."""
+        field of each sample's second text, if one is needed. caption_field: the one that the source
+        was opened with; if it names several, training draws one per epoch and sample."""
         self.source, self.tokenizer, self.max_text_len = source, tokenizer, max_text_len
         self.seed, self.augment = seed, augment
         self.is_training = augment is not None
-        # Without it, an image is only resized, and nothing is drawn.
+        # If false, images are only resized, which needs no random numbers.
         self.has_random_augment = augment not in (None, Augment(min_crop_area=1.0))
         self.fields = {"text": ""}  # {batch key: field}; "" is the source's own
         if alt_field:
@@ -56,7 +57,7 @@ class Loader:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
         self.order: Callable[[int], int] = lambda position: position % len(source)
-        if self.is_training and source.starts is not None:
+        if self.is_training and source.starts is not None:  # None: samples are random draws
             chunk_of = source.chunk_of if source.shuffle_by_chunk else None
             self.order = LaneShuffle(source.starts, seed, chunk_of)
 
@@ -65,17 +66,18 @@ class Loader:
         """{"images" (B,R,R,3) uint8; "text", and "alt" if it is read, (B,T) int32; "position" (B,)
         int32; "sample" (B,), the one that is used; "bad" {sample: reason}}.
 
-        A bad sample is in the "bad" of one batch alone: the one that should read it in the first
-        epoch. So it is counted once, also with several hosts and in a continued run."""
-        jobs = [(position, self.order(position)) for position in positions]
-        tasks = [jobs[n:n + SAMPLES_PER_TASK] for n in range(0, len(jobs), SAMPLES_PER_TASK)]
+        "bad" lists a bad sample only in the first epoch, and only in the batch whose positions
+        include the sample's own. So it is counted once, also with several hosts and in a continued
+        run."""
+        pairs = [(position, self.order(position)) for position in positions]
+        tasks = [pairs[n:n + SAMPLES_PER_TASK] for n in range(0, len(pairs), SAMPLES_PER_TASK)]
         loaded = itertools.chain(*self.pool.map(self.run_task, tasks, itertools.repeat(resolution)))
         images, texts, samples = zip(*loaded)
         batch = {"images": np.stack(images), "sample": np.array(samples)}
         batch |= {name: np.stack(column) for name, column in zip(self.fields, zip(*texts))}
-        # Random keys are made of positions, and those from 2^31 on are for initial parameters.
+        # The masks' keys are made from positions, which must be below registry.INIT_DOMAIN.
         batch["position"] = np.array([position % 2**31 for position in positions], np.int32)
-        batch["bad"] = {i: self.bad[i] for position, i in jobs
+        batch["bad"] = {i: self.bad[i] for position, i in pairs
                         if position < len(self.source) and i in self.bad}
         return batch
 
@@ -104,8 +106,9 @@ class Loader:
     # ---- one sample
     def read(self, position: int, i: int) -> tuple[list[str], bytes | Image.Image]:
         """The captions of sample i, and its image as `Source.sample` gives it, or BadSample."""
+        with_chunk = self.is_training  # training soon needs the samples around it
         return self.source.sample(i, self.text_fields(position, i),
-                                  self.caption_chooser(position, i), self.is_training)
+                                  self.caption_chooser(position, i), with_chunk)
 
     def text_fields(self, position: int, i: int) -> list[str]:
         """The fields to read. In training, if --caption-field has several, one of them is drawn. It
@@ -126,7 +129,7 @@ class Loader:
         return lambda n: int(self.epoch_rng(CAPTION_OF_LIST, position, i).integers(n))
 
     def epoch_rng(self, stream: int, position: int, i: int) -> np.random.Generator:
-        """What is drawn for sample i in the epoch of this position."""
+        """The generator of a random stream for sample i in the epoch of this position."""
         return np.random.default_rng((self.seed, stream, position // len(self.source), i))
 
     def prepare(self, position: int, i: int, captions: list[str], image: bytes | Image.Image,
@@ -140,8 +143,8 @@ class Loader:
         return self.decode(position, i, opened, resolution), texts
 
     def decode(self, position: int, i: int, image: Image.Image, resolution: int) -> np.ndarray:
-        """The pixels (R,R,3) uint8 of sample i at a position of the run. objectives/lit.py has the
-        encoder's tokens in place of pixels, and keeps them by i."""
+        """The pixels (R,R,3) uint8 of sample i at a position of the run. objectives/lit.py
+        overrides this: its batches hold the tokens of the frozen encoder, which it caches by i."""
         rng = None
         if self.has_random_augment:
             rng = np.random.default_rng((self.seed, AUGMENTATION, position))
@@ -155,7 +158,7 @@ class Loader:
         to the devices. A thread works `depth` batches ahead: during a step, it makes the next
         batches and transfers them."""
         ahead = None
-        if self.source.is_remote:  # by name, because few runs need it
+        if self.source.is_remote:  # imported here, because few runs need it
             fetch_ahead = importlib.import_module("inputs.remote_storage").FetchAhead
             ahead = fetch_ahead(self.source, self.order, self.is_training)
 

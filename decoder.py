@@ -1,8 +1,8 @@
 """The decoder: a causal transformer over [image tokens ; caption tokens] (paper section 2.2).
 
-It predicts the caption and exists only to train the encoder. Image tokens stand before the text:
-"simple concatenation of visual tokens in the text decoder", where CapPa has cross-attention. In
-training it reads text[:, :-1] and predicts text[:, 1:], so T - 1 positions.
+It predicts the caption and exists only to train the encoder. Image tokens stand before the text, a
+"simple concatenation", as the paper says, where CapPa has cross-attention. In training it reads
+text[:, :-1] and predicts text[:, 1:], so T - 1 positions.
 
 The layout is as released (vit.py says what that means): token embedding, image projection without
 bias, pre-norm blocks with tanh GELU, final norm, untied head without bias. There is no position
@@ -162,8 +162,8 @@ def caption_logits(params: dict, image_tokens: jax.Array, text: jax.Array,
 def caption_loss(params: dict, image_tokens: jax.Array, text: jax.Array,
                  cfg: DecoderConfig) -> jax.Array:
     """Cross-entropy of each caption, (B,) fp32, summed over its tokens and eos. bos and pad are not
-    targets. The loss of a batch is the sum of these over the sum of `count_targets`: a mean over
-    tokens. The released code multiplies that by 2, which changes nothing under Adam."""
+    targets. The loss of a batch is the sum of these divided by the sum of `count_targets`: a mean
+    over tokens. The released code multiplies that by 2, which changes nothing under Adam."""
     features = text_features(params, image_tokens, text[:, :-1], cfg)
     return token_cross_entropy(params, features, text[:, 1:], cfg)
 
@@ -189,7 +189,7 @@ def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
     C = cfg.loss_chunk
     if not 0 < C < T:
         return chunk_loss(features, targets)
-    padding = -T % C  # pads cost 0
+    padding = -T % C  # pads add 0 to the loss
     features = jnp.pad(features, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     chunks = (features.reshape(B, -1, C, D).swapaxes(0, 1),                       # (T/C,B,C,D)
@@ -226,7 +226,7 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
     key, otherwise top-p sampling. mask (K+length,K+length): in place of `attention_mask`.
 
     The keys and values of the tokens so far are cached, so that a step computes one new token only.
-    Without a key, each token is the one with the largest of the `caption_logits`."""
+    This changes no caption: each greedy token is the one with the largest of `caption_logits`."""
     B, K, _ = image_tokens.shape
     S, Dh = K + length, cfg.width // cfg.num_heads
     mask = attention_mask(K, S, cfg.prefix_attention) if mask is None else mask

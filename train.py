@@ -56,9 +56,9 @@ def objective_loss(objective: str) -> Callable:
 
 
 def cast_block_params(params: dict, model: ModelSpec) -> dict:
-    """params, with the matmul weights of the blocks cast to the dtype of the matmuls. The scan over
-    layers makes XLA keep such copies anyway. The loss is differentiated with respect to the cast
-    weights, so the gradients have this dtype too: with bfloat16, half the memory."""
+    """params, with the blocks' kernels and biases (not the norms) in the dtype of the activations,
+    to which `linear` would cast them anyway. The loss is differentiated with respect to the cast
+    arrays, so their gradients have this dtype too: with bfloat16, half the memory."""
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         in_block = any(entry.key == "blocks" for entry in path)
         in_norm = path[-2].key.startswith("norm") if len(path) > 1 else False
@@ -70,10 +70,11 @@ def cast_block_params(params: dict, model: ModelSpec) -> dict:
 def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: int,
               grad_accum: int = 1, devices: list | None = None, zero1: bool = False,
               grad_clip: float = 0.0) -> Callable:
-    """The pmapped step (params, opt_state, batch) -> (params, opt_state, metrics).
-
-    All have a leading axis of local devices. A device's batch is {"images" (B,R,R,3) uint8, "text"
-    (B,T) int32, "position" (B,) int32}, and "alt" (B,T) where the objective reads a second caption.
+    """The step (params, opt_state, batch) -> (params, opt_state, metrics). jax.pmap runs it on all
+    devices at once: all arrays have a leading axis of local devices. A device's batch is {"images"
+    (B,R,R,3) uint8, "text" (B,T) int32, "position" (B,) int32}, and "alt" (B,T) where the objective
+    reads a second caption. The new params and opt_state take the memory of those passed in, which
+    cannot be used again.
 
     Loss and count (of tokens, or of images for a contrastive loss) are summed over all devices
     before one is divided by the other. So the update is that of the global batch, however it is
@@ -84,12 +85,12 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     updates that shard; then all devices exchange the new shards (ZeRO stage 1, arXiv:1910.02054).
     The update is the same, in less memory."""
     root_key = jax.random.key(seed)
-    loss_fn = jax.value_and_grad(objective_loss(model.objective), has_aux=True)
+    value_and_grad = jax.value_and_grad(objective_loss(model.objective), has_aux=True)
 
     def loss_and_grads(params: dict, batch: dict) -> tuple:
         """((summed loss, count), gradients of the summed loss)."""
         keys = jax.vmap(lambda p: jax.random.fold_in(root_key, p))(batch["position"])
-        return loss_fn(cast_block_params(params, model), batch, keys, model)
+        return value_and_grad(cast_block_params(params, model), batch, keys, model)
 
     def accumulate(params: dict, batch: dict) -> tuple:
         microbatches = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
@@ -102,7 +103,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
         own_params = params  # those that this device updates: all, or its shards
-        if zero1:  # the barrier: sliced before the forward pass, so that full ones can be freed
+        if zero1:  # the barrier makes XLA slice first, so that the full arrays can be freed
             shards = jax.tree.map(local_shard, params)
             own_params, params = jax.lax.optimization_barrier((shards, params))
         if grad_accum == 1:
@@ -133,20 +134,21 @@ def train(cfg: Config) -> int:
     stopped it. Raises UserError, whose message says what the user can change."""
     validate(cfg)
     microbatch_sizes = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
-    tune_cpu(sum(registry.param_counts(cfg).values()), [] if cfg.distributed else microbatch_sizes,
-             cfg.num_devices)
+    if cfg.distributed:  # several processes use all cores already, with one CPU device each
+        microbatch_sizes = []
+    tune_cpu(sum(registry.param_counts(cfg).values()), microbatch_sizes, cfg.num_devices)
     distributed.initialize_distributed(cfg.distributed, cfg.workdir)
     try:
         parallel = DataParallel(cfg.num_devices)
     except ValueError as problem:
         raise ConfigError(f"--num-devices: {problem}") from None
-    validate(cfg, parallel.num_devices)  # again, now that their number is known
-    if cfg.tensorboard:
+    validate(cfg, parallel.num_devices)  # again, now that the number of devices is known
+    if cfg.tensorboard:  # only process 0 needs the package, but its error ends all processes
         parallel.broadcast_from_main(check_tensorboard)
-    with open_folder(cfg) as (cfg, lock):  # of a bucket, cfg.workdir is now a local copy
+    with open_folder(cfg) as (cfg, lock):  # if the run is in a bucket, cfg.workdir is now a copy
         try:
             return train_run(Run(cfg, parallel, lock))
-        except OSError as problem:  # that of a full disk names no file
+        except OSError as problem:  # the error of a full disk names no file
             problem.filename = problem.filename or cfg.workdir
             raise
 
@@ -222,6 +224,7 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                 # This starts the step and does not wait for it.
                 params, opt_state, metrics = monitor.profiler.run_step(step, train_step, params,
                                                                        opt_state, batch)
+                # So that all processes stop after the same step, and count the same bad samples.
                 status = parallel.all_reduce_status(preemption.signal, len(bad))
                 lr = learning_rate(stage, step - 1 - stage.start)
 
@@ -235,14 +238,14 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                 if evaluate_now or save_now or signal:
                     signal = monitor.finish_step(pending) or signal
                     pending = None
-                    run.state["evaluation_pending"] = evaluate_now  # until evaluator.evaluate
+                    run.state["evaluation_pending"] = evaluate_now  # evaluate() clears it
                     if signal:
                         raise distributed.Preempted(signal)
                     if evaluate_now:
                         evaluator.evaluate(params)
                     if save_now:
                         save()
-    except distributed.Preempted:  # an evaluation raises it too; the next start repeats that one
+    except distributed.Preempted:  # also from within an evaluation, which the next start repeats
         save()
         raise
     monitor.bar.close()

@@ -44,10 +44,10 @@ ENCODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "H": (32, 1280, 16, 5120),
     "g": (40, 1408, 16, 6144),
 }
-REMAT = {  # activations of a block that are saved for the backward pass; "none" saves all
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
+REMAT = {  # what a block saves for the backward pass, which computes the rest again
+    "none": None,                                                      # all activations
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those of linear layers
+    "block": jax.checkpoint_policies.nothing_saveable,                 # only the block's input
 }
 RELEASED_INIT = {  # --init-scale released: {array: (distribution, std from the array's fans)}
     "patch": ("uniform", lambda fan_in, fan_out: math.sqrt(2 / fan_in)),
@@ -55,7 +55,7 @@ RELEASED_INIT = {  # --init-scale released: {array: (distribution, std from the 
     "qkv": ("normal", lambda fan_in, fan_out: 0.02),
     "out": ("normal", lambda fan_in, fan_out: 0.02),
     "fc1": ("normal", lambda fan_in, fan_out: 0.02),
-    "fc2": ("truncated", lambda fan_in, fan_out: 0.02 * math.sqrt(768 / fan_out)),
+    "fc2": ("truncated", lambda fan_in, fan_out: 0.02 * math.sqrt(768 / fan_out)),  # 768: B's width
 }
 
 Grid = int | tuple[int, int]  # patches per side, or rows and columns
@@ -71,10 +71,10 @@ class ViTConfig:
     cls_token: bool = False      # the released weights have one; nothing reads its output
     learned_pos_grid: int = 0    # grid side of a learned position table (imported); 0: sin-cos
     gated_attention: bool = False  # each block gates its attention outputs, as GenLIP's do
-    norm_tokens: bool = False    # the tokens that leave the encoder are after the final norm
+    norm_tokens: bool = False    # "tokens" are taken after the final norm, as in GenLIP
     dtype: str = "float32"       # of activations and matmul inputs; parameters stay fp32
     remat: str = "none"          # a key of REMAT
-    scan_unroll: int = 1         # layers per scan step: compiles longer, copies less
+    scan_unroll: int = 1         # layers per scan step; more can run faster and compile longer
 
 
 def vit_config(name: str, **changes: Any) -> ViTConfig:
@@ -128,16 +128,16 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
     the attention outputs are multiplied by sigmoid(linear(norm(x))) (arXiv:2505.06708).
 
     mask: broadcastable to (B,H,Q,S), as in dot_product_attention. cache, in generation: (keys,
-    values, position): those of the S tokens, (B,S,H,Dh) each, and where x begins among them.
-    select, in a last block: select(array) takes some tokens on axis 1, always the same. Outputs are
-    computed for these alone, and the mask must be (Q,S). Also returns {"keys", "values",
-    "attention_weights"}; XLA computes only those that the caller uses."""
+    values, position), keys and values (B,S,H,Dh) of the whole sequence, and x's first position in
+    it. select, in the last block: select(array) picks tokens on axis 1, the same in each call, and
+    only their outputs are computed. A mask must then be (Q,S), and all images pick the same.
+    Also returns {"keys", "values", "attention_weights"}; XLA computes only what the caller uses."""
     B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
     q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
     if select is not None:
         x, normed, q = select(x), select(normed), select(q)
-        mask = None if mask is None else select(mask[None])                     # (1,Q,S): rows
+        mask = None if mask is None else select(mask[None])                    # (1,Q,S): their rows
     q, k, v = (a.reshape(B, -1, num_heads, D // num_heads) for a in (q, k, v))
     if cache is not None:
         keys, values, position = cache
@@ -157,21 +157,23 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
                       block: Callable = transformer_block, select: Callable | None = None,
                       **options: Any) -> tuple[jax.Array, dict]:
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
-    depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x (B,Q,D) and those of
-    each block's extras that extra_names lists, with a leading L.
-    With `select`, x has only the tokens that it takes (axis 1). If the scan is fully unrolled, the
-    last block computes only these. In a loop it computes all, because to split it off would copy
-    the weights of the others."""
+    depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x (B,Q,D) and, without
+    `select`, the extras of all blocks that extra_names lists, with a leading L.
+    With `select`, x has only the tokens that it picks on axis 1. If the scan is fully unrolled, the
+    last block computes only these. In a loop, every block computes all tokens: to loop over all
+    blocks but the last, XLA would have to copy their weights."""
     def body(x: jax.Array, w: dict, **more: Any) -> tuple[jax.Array, dict]:
         x, extras = block(x, w, cfg.num_heads, **options, **more)
         return x, {name: extras[name] for name in extra_names}
     scanned = body
     if cfg.remat != "none":
+        # A scan needs no prevent_cse: XLA does not merge its forward and backward loops.
         scanned = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
     if select is None or cfg.scan_unroll < cfg.depth:
         x, extras = jax.lax.scan(scanned, x, blocks, unroll=min(cfg.scan_unroll, cfg.depth))
         return x if select is None else select(x), extras
     x, _ = jax.lax.scan(scanned, x, jax.tree.map(lambda a: a[:-1], blocks), unroll=cfg.depth)
+    # Without remat, which would save little: the backward pass begins with this block.
     return body(x, jax.tree.map(lambda a: a[-1], blocks), select=select)
 
 
@@ -241,7 +243,7 @@ def embed_patches(params: dict, images: jax.Array, cfg: ViTConfig) -> jax.Array:
 def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False,
         mask: jax.Array | None = None, select: Callable | None = None) -> dict:
     """images (B,R,R,3), or rectangles, uint8 or already normalized floats. mask, broadcastable to
-    (B,H,S,S): which tokens may attend to which (None, the method: all to all). Returns by name:
+    (B,H,S,S): which tokens may attend to which; None, as in the method, for all. Returns by name:
 
     tokens (B,N,D)         patch tokens before the final norm (after it with cfg.norm_tokens): what
                            the decoder reads, and what a multimodal model should read
@@ -249,7 +251,7 @@ def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False
                            loss does not train that norm: the decoder reads what comes before it
     cls (B,D)              the CLS token before the final norm, if the config has one
     attention (L,B,H,S,S)  on request: row i holds the attention weights of token i
-    With `select`, only the tokens, and of these only what it picks on axis 1."""
+    With `select`, it returns only "tokens": those that select(tokens) picks on axis 1."""
     x = embed_patches(params, images, cfg)
     first_patch = int(cfg.cls_token)  # the CLS token is before it
     if select is not None:

@@ -1,8 +1,8 @@
 """The order in which training reads the samples of a source, and the random streams of a run.
 
-Samples are numbered in the order of the source. A shard is a part of it that is a file of its own:
-a tar, or a row group of a parquet file. A chunk is a series of samples that one read of a shard
-covers. A position counts the images of the run, from 0.
+Samples are numbered in the order of the source. A shard is a part of the source: a tar, or a row
+group of a parquet file. A chunk is a series of samples that one read of a shard covers. A position
+counts the images of the run, from 0.
 """
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy as np
 # one purpose does not depend on the draws for another.
 SHARD_ORDER, AUGMENTATION, SAMPLE_ORDER, CAPTION_OF_LIST, CAPTION_FIELD = 1, 2, 3, 4, 5
 
-NUM_LANES = 64  # chunks that a batch mixes, where all samples do not fit in memory
+NUM_LANES = 64  # chunks that a batch mixes, where the samples do not all fit in memory
 
 
 class LaneShuffle:
@@ -44,11 +44,11 @@ class LaneShuffle:
         row, lane = divmod(offset, NUM_LANES)
         length, num_longer = divmod(num_samples, NUM_LANES)
         lane_begin = lane * length + min(lane, num_longer)  # the longer lanes have one sample more
-        in_sequence = lane_begin + row
+        index = lane_begin + row  # in the sequence of all samples
         shards, begins = self.shuffle_shards(epoch)
-        turn = int(np.searchsorted(begins, in_sequence, side="right")) - 1
-        samples = self.shuffle_chunks(epoch, int(shards[turn]))
-        return int(samples[in_sequence - begins[turn]])
+        rank = int(np.searchsorted(begins, index, side="right")) - 1  # of its shard in the sequence
+        samples = self.shuffle_chunks(epoch, int(shards[rank]))
+        return int(samples[index - begins[rank]])
 
     def shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in this epoch's order, and where each begins in the sequence."""

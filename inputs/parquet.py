@@ -61,7 +61,7 @@ class ParquetSource(TarSource):
         self.unpacked_ahead: deque[int] = deque(maxlen=4 * order.NUM_LANES)
         self.footer = functools.lru_cache(16)(self.read_footer)
         self.captions_of = functools.lru_cache(4)(self.read_captions)
-        self.plan_reads(int(counts[:, 1].sum()))
+        self.plan_chunks(int(counts[:, 1].sum()))
         self.validate([len(self), 0, 0])
 
     # ---- opening

@@ -4,9 +4,10 @@ Memory does not grow with the number of samples. An index file beside each tar h
 and sizes) per sample (inputs/tar_index.py). In memory are a few counts of each tar, and the rows of
 the tars used last.
 
-Words: a shard is the number of a tar, a row that of a sample in its tar. A chunk is a series
-of chunk_length samples of a tar, which one read covers. A span is what one read gets: the bytes
-begin..end of a tar.
+Words: in the code, `shard` is the number of a tar, and `row` the number of a sample in its tar. A
+chunk is chunk_length consecutive samples of a tar, which one read covers. A span is what one read
+gets: the bytes begin..end of a tar. Where the tars do not fit in memory, training takes one sample
+in turn from each of 64 lanes, which are sequences of samples (order.LaneShuffle).
 """
 import contextlib
 import functools
@@ -33,7 +34,7 @@ from inputs.tar_index import TarIndex, reason
 from runtime.errors import BadSample, DataError
 
 MAX_SHUFFLE_BYTES = 256 << 20  # of tars that a process keeps in memory for training
-MIN_CHUNKS = 16                # of a lane (order.LaneShuffle), where the tars do not fit in memory
+MIN_CHUNKS = 16                # per lane, where the tars do not fit in memory
 CHUNKS_AHEAD = 32              # fetched from a server before their captions are read
 CACHED_TARS = 80               # tars whose rows are in memory: one per lane, some for validation
 Span = tuple[int, int]
@@ -53,12 +54,12 @@ class TarSource(FileSource):
         self.paths: list[str] = []
         indexes: list[TarIndex] = []
         unreadable: list[tuple[str, str]] = []
-        for path, index in zip(paths, self.index_tars(paths)):
-            if isinstance(index, TarIndex):
+        for path, index_or_error in zip(paths, self.index_tars(paths)):
+            if isinstance(index_or_error, TarIndex):
                 self.paths.append(path)
-                indexes.append(index)
+                indexes.append(index_or_error)
             else:
-                unreadable.append((printable(path), reason(index)))
+                unreadable.append((printable(path), reason(index_or_error)))
         if unreadable:
             path, why = unreadable[0]
             if not indexes:
@@ -66,7 +67,7 @@ class TarSource(FileSource):
             skip_reason = f"files that cannot be read as uncompressed tars, first {path} ({why})"
             self.skipped[skip_reason] += len(unreadable)
         self.unsaved_rows = {shard: index.rows for shard, index in enumerate(indexes)
-                             if index.rows is not None}  # of indexes that are in no file
+                             if index.rows is not None}  # of tars whose index could not be saved
         self.count_skipped(indexes)
         # (tars, 3): how many have image and text, an image only, a text only
         counts = np.array([index.meta["pairs"][self.text_suffix] for index in indexes], np.int64)
@@ -75,8 +76,8 @@ class TarSource(FileSource):
         self.crc = zlib.crc32(self.crcs)
         total_bytes = sum(index.meta["size"] for index in indexes)
         if self.storage.is_remote:
-            self.storage.plan_reads(total_bytes)
-        self.plan_reads(total_bytes)
+            self.storage.plan_reads(total_bytes)  # in fixed blocks, or not
+        self.plan_chunks(total_bytes)
         self.validate(counts.sum(0).tolist())
 
     def index_tars(self, paths: list[str]) -> list[TarIndex | OSError | ValueError]:
@@ -98,24 +99,24 @@ class TarSource(FileSource):
                     why = f"{why}, first {first.setdefault(why, printable(path))}"
                 self.skipped[why] += count
 
-    def plan_reads(self, total_bytes: int) -> None:
+    def plan_chunks(self, total_bytes: int) -> None:
         """Chooses how many samples one read covers. Tars that fit in memory are read once, and all
         samples are shuffled together. Otherwise each lane keeps one chunk in memory. The mean chunk
-        takes half of a lane's share of the memory, so that few chunks exceed the share. Two lanes
-        read the chunk in which one ends and the next begins. A lane has at least MIN_CHUNKS, so
-        this adds at most 1/MIN_CHUNKS to what is read."""
+        takes half of a lane's share of the memory, so that few chunks exceed the share. A chunk
+        that a lane ends in is read twice, because the next lane begins in it. A lane has at least
+        MIN_CHUNKS, so this adds at most 1/MIN_CHUNKS to what is read."""
         lane_bytes = MAX_SHUFFLE_BYTES // order.NUM_LANES
         fits = total_bytes <= MAX_SHUFFLE_BYTES
-        length = lane_bytes // 2 * len(self) // max(total_bytes, 1)
+        chunk_length = lane_bytes // 2 * len(self) // max(total_bytes, 1)
         if not fits:
-            length = min(length, len(self) // (MIN_CHUNKS * order.NUM_LANES))
-        self.shuffle_by_chunk, self.chunk_length = not fits, max(1, length)
+            chunk_length = min(chunk_length, len(self) // (MIN_CHUNKS * order.NUM_LANES))
+        self.shuffle_by_chunk, self.chunk_length = not fits, max(1, chunk_length)
         self.max_span_bytes = MAX_SHUFFLE_BYTES if fits else lane_bytes
-        # rows and chunk_span are load_rows and find_chunk_span, with the last results kept
+        # rows and chunk_span are load_rows and find_chunk_span with a cache.
         self.rows = functools.lru_cache(None if fits else CACHED_TARS)(self.load_rows)
         self.chunk_span = functools.lru_cache(4 * order.NUM_LANES)(self.find_chunk_span)
         self.span_cache = SpanCache(MAX_SHUFFLE_BYTES, self.storage.read_span)
-        self.fetched_chunks: deque[tuple[int, int]] = deque(maxlen=4 * order.NUM_LANES)  # the last
+        self.last_prefetched: deque[tuple[int, int]] = deque(maxlen=4 * order.NUM_LANES)
 
     def load_rows(self, shard: int) -> np.ndarray:
         """(samples, 4) int64 of one tar: offset and size of the image and of the text. BadSample if
@@ -130,9 +131,9 @@ class TarSource(FileSource):
             if index.meta["crc"] != self.crcs[shard]:
                 raise DataError(f"{printable(path)} has changed since it was opened: start again")
             rows = index.rows
-        text_offset = 2 + 2 * TEXT_SUFFIXES.index(self.text_suffix)  # its column in the index
-        with_text = rows[rows[:, text_offset] > 0]
-        return with_text[:, [0, 1, text_offset, text_offset + 1]]
+        text_column = 2 + 2 * TEXT_SUFFIXES.index(self.text_suffix)  # of its offset, then its size
+        with_text = rows[rows[:, text_column] > 0]
+        return with_text[:, [0, 1, text_column, text_column + 1]]
 
     def locate(self, i: int) -> tuple[int, int]:
         """(shard, row) of sample i."""
@@ -151,7 +152,7 @@ class TarSource(FileSource):
         return (samples - self.starts[shards]) // self.chunk_length
 
     def find_span(self, shard: int, first: int, count: int) -> Span | None:
-        """The span of `count` rows of a tar. None if it would get twice what they need, or more."""
+        """The span of `count` rows of a tar. None if more than half of it would be of no use."""
         rows = self.rows(shard)[first:first + count]
         begins, sizes = rows[:, [0, 2]], rows[:, [1, 3]]
         begin, end = int(begins.min()), int((begins + sizes).max())
@@ -159,14 +160,14 @@ class TarSource(FileSource):
         return (begin, end) if end - begin <= 2 * int(sizes.sum()) + headers else None
 
     def find_chunk_span(self, shard: int, chunk: int) -> Span | None:
-        """The span of a chunk of a tar. None if one read cannot get it, or memory not hold it."""
+        """The span of a chunk of a tar. None if `find_span` gives none or it is too large."""
         span = self.find_span(shard, chunk * self.chunk_length, self.chunk_length)
         if span is None or span[1] - span[0] > self.max_span_bytes:
             return None
         return span
 
     def read_sample(self, i: int, with_chunk: bool) -> tuple[bytes, bytes]:
-        """Image and text, by one read if possible. With with_chunk, the complete chunk is read and
+        """Image and text, by one read if possible. If with_chunk, the complete chunk is read and
         kept for its other samples, unless it has no span or cannot be read."""
         image, text = self.byte_ranges(i)
         check_size(text.size, files.MAX_TEXT_BYTES)
@@ -185,8 +186,8 @@ class TarSource(FileSource):
         return image_bytes, text_bytes
 
     def caption(self, i: int, field: str = "") -> str:
-        """On a server, the complete chunk is read, because who needs captions without images reads
-        those of all samples in order: a vocabulary is built. So a later chunk is fetched too."""
+        """From a server, the complete chunk is read, and a later one fetched ahead: captions alone
+        are read to build a vocabulary, which takes all samples in order."""
         if not self.storage.is_remote:
             return super().caption(i, field)
         shard, row = self.locate(i)
@@ -197,7 +198,8 @@ class TarSource(FileSource):
         return self.parse_caption(self.read_sample(i, True)[1], field)
 
     def read_chunk(self, i: int) -> tuple[int, bytes | None]:
-        """(offset, bytes) of the chunk that sample i is in; (0, None) if one read cannot get it."""
+        """(offset, bytes) of the chunk that sample i is in; (0, None) if it has no span or cannot
+        be read."""
         shard, row = self.locate(i)
         span = self.chunk_span(shard, row // self.chunk_length)
         if span:
@@ -213,8 +215,8 @@ class TarSource(FileSource):
             span = self.find_span(shard, row, 1)
             if span:
                 self.storage.prefetch_span(self.paths[shard], *span)
-        elif (shard, chunk) not in self.fetched_chunks:
-            self.fetched_chunks.append((shard, chunk))
+        elif (shard, chunk) not in self.last_prefetched:
+            self.last_prefetched.append((shard, chunk))
             self.prefetch_chunk(shard, chunk)
 
     def prefetch_chunk(self, shard: int, chunk: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: one .npz file each, readable with numpy alone, never written by halves.
+"""Checkpoints: one .npz file each, readable with numpy alone, written completely or not at all.
 
 A file holds arrays by path, such as "params/encoder/blocks/qkv/kernel", and "meta", a JSON text as
 bytes: the step, the settings, the vocabulary, fingerprints of the data. Nothing is pickled, so a
@@ -196,7 +196,7 @@ def latest(folder: str, check: Callable[[str, dict, dict], None] = lambda *_: No
         except CheckpointError as problem:
             print(f"warning: {problem}; trying the checkpoint before it", flush=True)
             continue
-        check(path, *header)  # its error is no damage
+        check(path, *header)  # an error here means another run or model, not damage
         try:
             return path, *load(path)
         except CheckpointError as problem:
@@ -250,8 +250,8 @@ def encoder_config(meta: dict[str, Any]) -> tuple[vit.ViTConfig, int]:
     settings = meta["config"]
     options = ("cls_token", "learned_pos_grid", "dtype", "remat", "scan_unroll")
     changes = {name: settings[name] for name in options if name in settings}
-    reached = [s for s in parse_stages(settings["stages"]) if meta["step"] <= s.end]
-    return vit.vit_config(settings["encoder"], **changes), reached[0].resolution
+    remaining = [s for s in parse_stages(settings["stages"]) if meta["step"] <= s.end]
+    return vit.vit_config(settings["encoder"], **changes), remaining[0].resolution
 
 
 def with_new_names(meta: Any) -> Any:
@@ -264,15 +264,15 @@ def model_size(path: str) -> int:
     """Parameters of the model in a run's folder, a checkpoint, an encoder's .npz or an export. Only
     headers are read, and JAX is not started, so that cpu_tuning.tune_cpu can be called after it."""
     if not os.path.isdir(path):
-        return file_size(path)
+        return num_params_in_file(path)
     files = [file for _, file in steps(path)[-1:]]
     for name in os.listdir(path):
         if name == "encoder.npz" or name.endswith(EXPORT_ENDINGS):
             files.append(os.path.join(path, name))
-    return max(map(file_size, files), default=SMALL_MODEL_PARAMS)
+    return max(map(num_params_in_file, files), default=SMALL_MODEL_PARAMS)
 
 
-def file_size(path: str) -> int:
+def num_params_in_file(path: str) -> int:
     """Parameters in a file. One that cannot be read counts as large: opening it gives the error."""
     try:
         if path.endswith(EXPORT_ENDINGS):
@@ -281,8 +281,8 @@ def file_size(path: str) -> int:
     except (CheckpointError, OSError):
         return SMALL_MODEL_PARAMS
     sizes = {name: math.prod(spec.shape) for name, spec in shapes.items()}
-    of_run = [size for name, size in sizes.items() if name.startswith("params/")]
-    return sum(of_run or sizes.values())
+    model_sizes = [size for name, size in sizes.items() if name.startswith("params/")]
+    return sum(model_sizes or sizes.values())  # an encoder.npz has no such prefix
 
 
 def main(argv: list[str]) -> int:

@@ -97,8 +97,9 @@ def test_attention_in_chunks_never_holds_all_weights():
         finally:
             layers.CHUNKED_QUERIES = original
     weights_bytes = B * H * Q * Q * 4
-    assert layers.query_chunk(Q) == 256 and layers.query_chunk(729) == 243
-    assert layers.query_chunk(256) == 256 and layers.query_chunk(521) == 521  # small; a prime
+    assert layers.query_chunk_size(Q) == 256 and layers.query_chunk_size(729) == 243
+    assert layers.query_chunk_size(256) == 256  # small
+    assert layers.query_chunk_size(521) == 521  # a prime
     assert compiled_bytes(Q) < weights_bytes < compiled_bytes(Q + 1)
 
 
