@@ -40,9 +40,9 @@ def captioner() -> Captioner:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = str(tmp_path_factory.mktemp("run"))
-    cfg = dataclasses.replace(RECIPES["toy"], encoder="micro/8", val_samples=8, max_text_len=40,
-                              stages="resolution=16 steps=2 batch=8 lr=1e-3", vocab_size=150,
-                              workdir=folder)
+    cfg = dataclasses.replace(RECIPES["toy"], encoder="micro/8", scan_unroll=1, val_samples=8,
+                              max_text_len=40, vocab_size=150, workdir=folder,
+                              stages="resolution=16 steps=2 batch=8 lr=1e-3")
     model = model_spec(cfg)
     params = init_params(cfg, model)
     meta = {"config": dataclasses.asdict(cfg), "data": {"validation data": "scenes"},

@@ -81,7 +81,7 @@ def test_a_run_writes_null(tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "caption_metrics", lambda *_: {"object_accuracy": NAN})
     monkeypatch.setattr(validation.ValidationSet, "losses", lambda *_: dict(losses))
     folder = tmp_path / "run"
-    assert train.main(["toy", "--encoder", "micro/8", "--stages",
+    assert train.main(["toy", "--encoder", "micro/8", "--scan-unroll", "1", "--stages",
                        "resolution=16 steps=1 batch=8 lr=1e-3", "--val-samples", "8",
                        "--max-text-len", "12", "--num-devices", "1", "--workdir", str(folder)]) == 0
     summary = read_strictly(folder / "summary.json")

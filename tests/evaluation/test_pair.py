@@ -21,8 +21,8 @@ from tests.evaluation.conftest import scene_vocabulary
 def lit_run(tmp_path_factory):
     """A LiT run on scenes that is not trained."""
     folder = str(tmp_path_factory.mktemp("lit"))
-    cfg = dataclasses.replace(RECIPES["toy"], encoder="micro/8", objective="lit", val_samples=8,
-                              init_encoder="random", max_text_len=40, vocab_size=150,
+    cfg = dataclasses.replace(RECIPES["toy"], encoder="micro/8", objective="lit", scan_unroll=1,
+                              val_samples=8, init_encoder="random", max_text_len=40, vocab_size=150,
                               stages="resolution=16 steps=2 batch=8 lr=1e-3", workdir=folder)
     model = model_spec(cfg)
     meta = {"config": dataclasses.asdict(cfg), "vocabulary": scene_vocabulary(150).state,

@@ -1,6 +1,7 @@
 """The question reader learns from features that hold the answers, and from nothing else."""
 import jax
 import numpy as np
+import pytest
 
 import decoder
 import vit
@@ -20,6 +21,13 @@ def of_kinds(split: str, count: int) -> list:
 
 
 QUESTIONS = of_kinds("train", 1500), of_kinds("val", 300)
+READER = {"size": "small", "batch": 8, "lr": 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def small_reader(monkeypatch):
+    """Half as wide as the smallest decoder. One of a single layer does not learn colors."""
+    monkeypatch.setitem(decoder.DECODER_SIZES, "small", (2, 48, 2, 96))
 
 
 def perfect_tokens(records: list[dict]) -> np.ndarray:
@@ -37,7 +45,7 @@ def perfect_tokens(records: list[dict]) -> np.ndarray:
 
 def test_it_learns_from_features_that_hold_the_answers():
     tokens = perfect_tokens(SCENES), perfect_tokens(VAL_SCENES)
-    shares = vqa.train_reader(tokens, QUESTIONS, steps=300, batch=12)
+    shares = vqa.train_reader(tokens, QUESTIONS, steps=300, **READER)
     blind = questions.blind_accuracy(*QUESTIONS)
     assert shares["all"] > blind["all"] + 0.2, shares
     assert shares["color"] > 2 * blind["color"] and shares["word"] > 2 * blind["word"], shares
@@ -45,7 +53,7 @@ def test_it_learns_from_features_that_hold_the_answers():
 
 def test_without_features_it_is_no_better_than_blind():
     tokens = 0 * perfect_tokens(SCENES), 0 * perfect_tokens(VAL_SCENES)
-    shares = vqa.train_reader(tokens, QUESTIONS, steps=60, batch=12)
+    shares = vqa.train_reader(tokens, QUESTIONS, steps=60, **READER)
     blind = questions.blind_accuracy(*QUESTIONS)
     assert all(shares[kind] < blind[kind] + 0.08 for kind in shares), (shares, blind)
 
@@ -53,7 +61,7 @@ def test_without_features_it_is_no_better_than_blind():
 def test_it_follows_from_the_seed():
     tokens = perfect_tokens(SCENES[:200]), perfect_tokens(VAL_SCENES[:100])
     asked = QUESTIONS[0][:200], QUESTIONS[1][:100]
-    first, again, other = (vqa.train_reader(tokens, asked, seed, steps=8, batch=12)
+    first, again, other = (vqa.train_reader(tokens, asked, seed, steps=8, **READER)
                            for seed in (0, 0, 1))
     assert first == again != other
 

@@ -47,7 +47,7 @@ def untrained_run(folder: str, **changes) -> config.Config:
     """A run's folder with one checkpoint of initial parameters: at step 4, in the second of two
     stages (16 and 24 px). Its meta is that of earlier versions, which the settings describe."""
     cfg = dataclasses.replace(
-        config.RECIPES["toy"], encoder="micro/8", workdir=folder,
+        config.RECIPES["toy"], encoder="micro/8", scan_unroll=1, workdir=folder,
         stages="resolution=16 steps=3 batch=2 lr=1e-3, resolution=24 steps=2 batch=2 lr=1e-3")
     cfg = dataclasses.replace(cfg, **changes)
     params = registry.init_params(cfg, registry.model_spec(cfg))
