@@ -11,7 +11,7 @@ import decoder
 import masking
 import vit
 from inputs import tokenizer
-from tests.helpers.models import matmul_flops, perturbed
+from tests.helpers.models import matmul_flops, noisy_params
 
 CFG = decoder.DecoderConfig(depth=2, width=32, num_heads=2, mlp_dim=64, vocab_size=50,
                             image_width=32)
@@ -20,7 +20,7 @@ CFG = decoder.DecoderConfig(depth=2, width=32, num_heads=2, mlp_dim=64, vocab_si
 def example(prefix: str = "causal", K: int = 4, T: int = 9, **changes) -> tuple:
     """A config, its parameters, image tokens (3,K,32) and text (3,T)."""
     cfg = dataclasses.replace(CFG, prefix_attention=prefix, **changes)
-    params = perturbed(decoder.init(jax.random.key(0), cfg))
+    params = noisy_params(decoder.param_specs(cfg))
     image = jax.random.normal(jax.random.key(1), (3, K, 32))
     text = np.random.default_rng(0).integers(3, 50, (3, T)).astype(np.int32)
     text[:, 0] = decoder.BOS

@@ -17,7 +17,7 @@ import vit
 from objectives import aimv2, contrastive
 from tests.helpers import numpy_model
 from tests.helpers.compiling import optimized
-from tests.helpers.models import perturbed
+from tests.helpers.models import noisy_params
 from tests.helpers.numpy_model import assert_close, normal, random_text, to_double, to_single
 
 ROWS = 40_000
@@ -135,8 +135,8 @@ SMALL_MODEL = (8, 32, 32, vit.ViTConfig(2, 96, 3, 192, patch_size=8),
 def test_caption_loss_and_its_gradient_for_every_parameter(B, R, T, enc, dec):
     """Gradients against central differences of the float64 loss. Each difference moves a third of
     the arrays, of which each contributes 1 to the slope, so that none can hide behind another."""
-    params = to_double(perturbed({"encoder": vit.init(jax.random.key(0), enc),
-                                  "decoder": decoder.init(jax.random.key(1), dec)}))
+    params = to_double(noisy_params({"encoder": vit.param_specs(enc),
+                                     "decoder": decoder.param_specs(dec)}))
     images = np.random.default_rng(0).integers(0, 256, (B, R, R, 3)).astype(np.uint8)
     text = random_text(1, B, T, dec.vocab_size)
 

@@ -10,7 +10,7 @@ import pytest
 
 import layers
 import vit
-from tests.helpers.models import matmul_flops, perturbed
+from tests.helpers.models import matmul_flops, noisy_params
 
 CFG = vit.ViTConfig(depth=2, width=32, num_heads=2, mlp_dim=64, patch_size=8)
 
@@ -59,7 +59,7 @@ def test_a_new_parameter_changes_no_other():
 @pytest.mark.parametrize("cls", [False, True])
 def test_named_outputs_and_their_shapes(cls):
     cfg = dataclasses.replace(CFG, cls_token=cls)
-    params = perturbed(vit.init(jax.random.key(0), cfg))
+    params = noisy_params(vit.param_specs(cfg))
     out = vit.vit(params, random_images(3, 32), cfg, attention=True)
     S = 16 + cls
     shapes = {"tokens": (3, 16, 32), "pooled": (3, 32), "attention": (2, 3, 2, S, S)}
@@ -113,7 +113,7 @@ def test_a_resolution_below_the_patch_size_is_refused():
 
 @pytest.mark.parametrize("change", [{"remat": "dots"}, {"remat": "block"}, {"scan_unroll": 2}])
 def test_memory_and_speed_options_change_no_result(change):
-    params, images = perturbed(vit.init(jax.random.key(0), CFG)), random_images(2, 32)
+    params, images = noisy_params(vit.param_specs(CFG)), random_images(2, 32)
 
     def loss(params, cfg):
         return jnp.square(vit.vit(params, images, cfg)["tokens"]).mean()
@@ -128,7 +128,7 @@ def test_memory_and_speed_options_change_no_result(change):
                                     {"gated_attention": True, "norm_tokens": True}])
 def test_a_last_block_of_the_picked_tokens_alone_gives_their_values_and_gradients(change):
     cfg = dataclasses.replace(CFG, scan_unroll=2, **change)
-    params, images = perturbed(vit.init(jax.random.key(0), cfg)), random_images(2, 32)
+    params, images = noisy_params(vit.param_specs(cfg)), random_images(2, 32)
     rows = jnp.array([[5, 0, 11], [3, 15, 2]])[:, :, None]
 
     def pick(tokens):

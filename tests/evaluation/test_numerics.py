@@ -2,17 +2,15 @@
 for the model."""
 import math
 
-import jax
 import numpy as np
 import pytest
 
 import decoder
-import layers
 import vit
 from evaluation import attention_probe, vqa, zeroshot
 from tests.helpers import numpy_model
 from tests.helpers.compiling import optimized
-from tests.helpers.models import perturbed
+from tests.helpers.models import noisy_params
 from tests.helpers.numpy_model import assert_close, normal, random_text, to_double, to_single
 
 ROWS = 40_000
@@ -28,7 +26,7 @@ def decoder_config(depth, width, num_heads, mlp_dim, vocab_size):
 def test_question_reader(B, cfg):
     N, Q, T, E, V = 4, 2, 5, cfg.image_width, cfg.vocab_size
     specs = vqa.reader_specs(cfg, E)
-    params = to_double(perturbed(layers.init_params(jax.random.key(0), specs)))
+    params = to_double(noisy_params(specs))
     model, rng = params["model"], np.random.default_rng(1)
     image = normal(0, B, N, E)
     text = rng.integers(1, V, (B, Q, T)).astype(np.int32)
@@ -53,7 +51,7 @@ def test_question_reader(B, cfg):
 @pytest.mark.parametrize(("B", "S", "cfg"), [(8, 6000, decoder_config(1, 8, 4, 8, 7)),
                                              (3, 40, decoder_config(2, 96, 3, 192, 200))])
 def test_likelihood_of_sentences(B, S, cfg):
-    params = to_double(perturbed(decoder.init(jax.random.key(0), cfg)))
+    params = to_double(noisy_params(decoder.param_specs(cfg)))
     tokens, text = normal(0, B, 4, cfg.image_width), random_text(1, S, 7, cfg.vocab_size)
     expected = []
     for image in tokens:

@@ -4,14 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+
+import layers
 
 
-def perturbed(params: dict, seed: int = 0) -> dict:
-    """The parameters plus noise: none stays at its initial 0 or 1, so each affects the result."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
-    return jax.tree.unflatten(tree, noisy)
+def noisy_params(specs: dict, seed: int = 0) -> dict:
+    """Initial parameters plus noise: none is 0 or 1, so each affects the result. NumPy draws them,
+    because jax.random compiles a program per shape."""
+    rng = np.random.default_rng(seed)
+
+    def draw(spec: layers.ParamSpec) -> np.ndarray:
+        noise = 0.1 * rng.standard_normal(spec.shape)
+        initial = 1 if spec.std is None else spec.std * rng.standard_normal(spec.shape)
+        return np.float32(initial + noise)
+    return jax.device_put(jax.tree.map(draw, specs, is_leaf=layers.is_spec))
 
 
 def matmul_flops(f: Callable, *args: Any) -> float:

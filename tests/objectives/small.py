@@ -1,14 +1,15 @@
 """Small models of the objectives, and a batch for them."""
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 import decoder
-import layers
 import vit
 from objectives import registry
-from tests.helpers.models import perturbed
+from tests.helpers.models import noisy_params
 
 B, T, V, RESOLUTION, N = 4, 10, 40, 24, 9  # images, text positions, vocabulary, pixels, patches
 ENC = vit.ViTConfig(depth=2, width=32, num_heads=2, mlp_dim=48, patch_size=8)
@@ -39,16 +40,22 @@ def make_model(objective: str, cls_token: bool = False) -> registry.ModelSpec:
 
 def make_params(model: registry.ModelSpec) -> dict:
     specs = {"encoder": vit.param_specs(model.encoder)} | registry.param_specs(model)
-    return perturbed(layers.init_params(jax.random.key(0), specs))
+    return noisy_params(specs)
 
 
-def loss_and_count(objective: str, batch: dict, devices: int = 1, **options) -> tuple[float, float]:
-    """The objective's two sums over the batch, on simulated devices."""
+@functools.cache
+def mapped_loss(objective: str, **options) -> Callable:
+    """The objective's loss over devices, the first axis of its batch and keys."""
     model = make_model(objective)
 
     def loss(params, batch, keys):
         return registry.objective_module(objective).loss(params, batch, keys, model, **options)
+    return jax.jit(jax.vmap(loss, (None, 0, 0), axis_name="devices"))
+
+
+def loss_and_count(objective: str, batch: dict, devices: int = 1, **options) -> tuple[float, float]:
+    """The objective's two sums over the batch, on simulated devices."""
     parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (batch, KEYS))
-    mapped = jax.jit(jax.vmap(loss, (None, 0, 0), axis_name="devices"))
-    total, count = mapped(make_params(model), *parts)
+    params = make_params(make_model(objective))
+    total, count = mapped_loss(objective, **options)(params, *parts)
     return float(total.sum()), float(count.sum())

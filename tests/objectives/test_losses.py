@@ -1,5 +1,6 @@
 """The losses of the other objectives, by closed formulas, and what each prediction can see."""
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import layers
 import vit
 from objectives import aimv2, cappa, contrastive, genlip, lit, registry, siglip
 from tests.helpers import numpy_model
-from tests.helpers.models import perturbed
+from tests.helpers.models import noisy_params
 from tests.objectives.small import (
     DEC,
     ENC,
@@ -28,7 +29,13 @@ from tests.objectives.small import (
     make_params,
 )
 
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+encode = jax.jit(vit.vit, static_argnums=2)
+encode_text = jax.jit(contrastive.encode_text, static_argnums=2)
+cross_entropy = jax.jit(optax.softmax_cross_entropy_with_integer_labels)
+
+
+def over_devices(loss: Callable, in_axes: int | tuple = 0) -> Callable:
+    return jax.jit(jax.vmap(loss, in_axes, axis_name="devices"))
 
 
 def symmetric_cross_entropy(logits: np.ndarray) -> float:
@@ -57,7 +64,7 @@ def test_contrastive_loss_is_clips_on_any_number_of_devices():
         return contrastive.contrastive_loss(image, text, real, 7.0)
     for devices in (1, 2, 8):
         parts = [x.reshape(devices, -1, *x.shape[1:]) for x in (image, text, real)]
-        losses = jax.vmap(loss, axis_name="devices")(*parts).reshape(-1)
+        losses = np.ravel(over_devices(loss)(*parts))
         assert float(losses.sum()) / 6 == pytest.approx(expected, rel=1e-5)
         assert (losses[~real] == 0).all()
 
@@ -79,18 +86,18 @@ def test_sigmoid_loss_is_a_binary_cross_entropy_per_pair_on_any_number_of_device
     for devices in (1, 2, 8):
         parts = [x.reshape(devices, -1, *x.shape[1:]) for x in numpy_model.to_single(
             (image, text, real))]
-        losses = jax.vmap(loss, axis_name="devices")(*parts).reshape(-1)
+        losses = np.ravel(over_devices(loss)(*parts))
         assert float(losses.sum()) == pytest.approx(expected, rel=1e-5)
         assert (losses[~real] == 0).all()
 
 
 def test_siglip_starts_at_its_scale_and_bias():
-    batch, params = make_batch(), make_params(make_model("siglip"))
+    model, batch = make_model("siglip"), make_batch()
+    params = make_params(model)
     zeros = jax.tree.map(jnp.zeros_like, params["pair"])
     params["pair"] |= {"temperature": zeros["temperature"], "bias": zeros["bias"]}
     params["pair"]["image"] = zeros["image"]  # all cosines are 0
-    loss = jax.vmap(lambda params, batch: siglip.loss(params, batch, KEYS, make_model("siglip")),
-                    (None, 0), axis_name="devices")
+    loss = over_devices(lambda params, batch: siglip.loss(params, batch, KEYS, model), (None, 0))
     total, count = loss(params, jax.tree.map(lambda x: x[None], batch))
     pair_losses = B * np.log1p(np.exp(10)) + B * (B - 1) * np.log1p(np.exp(-10))
     assert float(total[0]) == pytest.approx(pair_losses, rel=1e-5) and count[0] == B
@@ -106,30 +113,31 @@ def test_logit_scale_starts_at_clips_and_can_leave_its_bound():
 
 def test_a_captions_feature_depends_on_every_token_but_no_padding():
     params, text = make_params(make_model("clip"))["text"], captions(1)
-    feature = contrastive.encode_text(params, text, DEC)[1]
-    shorter = contrastive.encode_text(params, text[1:2, :7], DEC)[1]
+    feature = encode_text(params, text, DEC)[1]
+    shorter = encode_text(params, text[1:2, :7], DEC)[1]
     np.testing.assert_allclose(shorter, feature[1:2], atol=1e-5)
     for position in range(1, 6):
-        other = contrastive.encode_text(params, with_other_token(text, 1, position), DEC)[1]
+        other = encode_text(params, with_other_token(text, 1, position), DEC)[1]
         assert np.abs(other[1] - feature[1]).max() > 1e-4
 
 
 def test_openvision_is_the_sum_of_its_terms():
     batch, model = make_batch(), make_model("openvision")
     params = make_params(model)
-    encoded = vit.vit(params["encoder"], batch["images"], ENC)
+    encoded = encode(params["encoder"], batch["images"], ENC)
     image = contrastive.l2_normalize(encoded["pooled"] @ params["pair"]["image"]["kernel"])
     scale = contrastive.logit_scale(params)
     pairs = 0.0
     for text in (batch["alt"], batch["text"]):
-        _, feature = contrastive.encode_text(params["text"], text, DEC)
+        _, feature = encode_text(params["text"], text, DEC)
         pairs += symmetric_cross_entropy(scale * image @ contrastive.l2_normalize(feature).T)
-    web, _ = contrastive.encode_text(params["text"], batch["alt"], DEC)
+    web, _ = encode_text(params["text"], batch["alt"], DEC)
     prefix = jnp.concatenate([encoded["tokens"], web @ params["web"]["kernel"]], axis=1)
     bidirectional = dataclasses.replace(DEC, prefix_attention="bidirectional")
-    logits = decoder.caption_logits(params["decoder"], prefix, batch["text"][:, :-1], bidirectional)
+    caption_logits = jax.jit(decoder.caption_logits, static_argnums=3)
+    logits = caption_logits(params["decoder"], prefix, batch["text"][:, :-1], bidirectional)
     targets = batch["text"][:, 1:]
-    caption_loss = float(cross_entropy(logits, targets)[targets != 0].mean())
+    caption_loss = np.asarray(cross_entropy(logits, targets))[targets != 0].mean()
     loss, count = loss_and_count("openvision", batch)
     assert count == (targets != 0).sum()
     assert loss / count == pytest.approx(2 * caption_loss + pairs / 2, rel=1e-5)
@@ -160,9 +168,9 @@ def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
         pooled = numpy_model.layer_norm(tokens.mean(1), w["encoder"]["norm"])
     image = pooled @ w["pair"]["image"]["kernel"]
     image /= np.linalg.norm(image, axis=1, keepdims=True)
-    computed = lit.embed_images(params, batch["images"], model)
+    computed = jax.jit(lit.embed_images, static_argnums=2)(params, batch["images"], model)
     numpy_model.assert_close(computed, image)
-    text = lit.embed_texts(params, batch["text"], model)
+    text = jax.jit(lit.embed_texts, static_argnums=2)(params, batch["text"], model)
     expected = symmetric_cross_entropy(contrastive.logit_scale(params) * computed @ text.T)
 
     def loss(params, images):
@@ -170,19 +178,19 @@ def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
         total, count = jax.vmap(lambda batch, keys: lit.loss(params, batch, keys, model),
                                 axis_name="devices")(*one_device)
         return total[0] / count[0]
-    value, grads = jax.value_and_grad(loss)(params, batch["images"])
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, batch["images"])
     assert float(value) == pytest.approx(expected, rel=1e-5)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads.pop("encoder")))
     assert all(np.asarray(g).any() for g in jax.tree.leaves(grads))
-    frozen = vit.vit(params["encoder"], batch["images"], ENC)["tokens"]
-    assert float(loss(params, frozen)) == pytest.approx(expected, rel=1e-5)
+    frozen = encode(params["encoder"], batch["images"], ENC)["tokens"]
+    assert float(jax.jit(loss)(params, frozen)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_pixel_encoders_tokens_are_the_means_of_pixels_in_squares():
     """32 columns hold 2 x 2 squares of 4 x 4 pixels; positions are added."""
     images = make_batch()["images"]
-    params = lit.pixel_encoder(vit.init(jax.random.key(0), ENC), ENC)
-    tokens = vit.vit(params, images, ENC)["tokens"] - vit.sincos_position_embedding(3, 32)
+    params = lit.pixel_encoder(noisy_params(vit.param_specs(ENC)), ENC)
+    tokens = encode(params, images, ENC)["tokens"] - vit.sincos_position_embedding(3, 32)
     pixels = (images / 255 - vit.IMAGENET_MEAN) / vit.IMAGENET_STD
     second_patch = pixels[:, :8, 8:16].reshape(B, 2, 4, 2, 4, 3).mean((2, 4)).reshape(B, 12)
     np.testing.assert_allclose(tokens[:, 1, :12], second_patch, atol=1e-5)
@@ -205,21 +213,26 @@ def test_pixel_targets_are_those_of_mae():
 def test_aimv2_is_the_mean_over_images_of_both_terms(cls_token):
     batch, model = make_batch(), make_model("aimv2", cls_token)
     params = make_params(model)
-    dec_params, total = params["decoder"], 0.0
+    all_targets, total = np.asarray(aimv2.pixel_targets(batch["images"], 8)), 0.0
+
+    @jax.jit
+    def predict(params, image, text, mask):
+        """The losses of the tokens and the predicted patches, of one image."""
+        tokens = vit.vit(params["encoder"], image, model.encoder, mask=mask)["tokens"]
+        logits = decoder.caption_logits(params["decoder"], tokens, text[:, :-1], DEC)
+        hidden = decoder.hidden_states(params["decoder"], tokens, text[:, :1], DEC)
+        hidden = layers.layer_norm(hidden, params["decoder"]["norm"])[0, :N]
+        head = params["decoder"]["pixels"]
+        return cross_entropy(logits, text[:, 1:])[0], hidden @ head["kernel"] + head["bias"]
     for b, key in enumerate(KEYS):
         prefix_len = int(jax.random.randint(key, (), 1, N))
         mask = np.tril(np.ones((N + cls_token, N + cls_token), bool))
         mask[:, :prefix_len + cls_token] = True
         image, text = batch["images"][b:b + 1], batch["text"][b:b + 1]
-        tokens = vit.vit(params["encoder"], image, model.encoder, mask=mask)["tokens"]
-        length = int((text[0] != 0).sum()) - 1
-        logits = decoder.caption_logits(dec_params, tokens, text[:, :length], DEC)
-        text_loss = cross_entropy(logits, text[:, 1:length + 1]).mean()
-        hidden = decoder.hidden_states(dec_params, tokens, text[:, :1], DEC)
-        hidden = layers.layer_norm(hidden, dec_params["norm"])[0, prefix_len - 1:N - 1]
-        predicted = hidden @ dec_params["pixels"]["kernel"] + dec_params["pixels"]["bias"]
-        targets = aimv2.pixel_targets(image, 8)[0, prefix_len:]
-        total += float(text_loss) + 0.4 * float(optax.squared_error(predicted, targets).mean())
+        text_losses, predicted = jax.device_get(predict(params, image, text, mask))
+        length = (text != 0).sum() - 1
+        error = predicted[prefix_len - 1:N - 1] - all_targets[b, prefix_len:]
+        total += text_losses[:length].mean() + 0.4 * np.square(error).mean()
     loss, count = jax.jit(aimv2.loss, static_argnums=3)(params, batch, KEYS, model)
     assert count == B and float(loss) == pytest.approx(total, rel=1e-5)
 
@@ -228,14 +241,14 @@ def test_aimv2_is_the_mean_over_images_of_both_terms(cls_token):
 @pytest.mark.parametrize("prefix_len", [1, 5, 8])
 def test_aimv2s_encoder_attends_to_the_prefix_and_to_earlier_patches(prefix_len, cls_token):
     cfg = dataclasses.replace(ENC, cls_token=bool(cls_token))
-    params, images = perturbed(vit.init(jax.random.key(0), cfg)), make_batch()["images"][:1]
+    params, images = noisy_params(vit.param_specs(cfg)), make_batch()["images"][:1]
     mask = aimv2.prefix_mask(jnp.array([prefix_len + cls_token]), N + cls_token)
-    tokens = vit.vit(params, images, cfg, mask=mask)["tokens"][0]
+    tokens = np.asarray(encode(params, images, cfg, mask=mask)["tokens"])[0]
     for patch in range(N):
         y, x = divmod(patch, 3)
         other = images.copy()
         other[:, 8 * y:8 * y + 8, 8 * x:8 * x + 8] ^= 255
-        other_tokens = vit.vit(params, other, cfg, mask=mask)["tokens"][0]
+        other_tokens = np.asarray(encode(params, other, cfg, mask=mask)["tokens"])[0]
         changed = np.abs(other_tokens - tokens).max(-1) > 1e-5
         assert changed.tolist() == [patch < prefix_len or i >= patch for i in range(N)]
 
@@ -244,8 +257,9 @@ def test_aimv2s_encoder_attends_to_the_prefix_and_to_earlier_patches(prefix_len,
 def test_cappa_reads_earlier_tokens_only_and_in_parallel_none():
     params, rng = make_params(make_model("cappa"))["decoder"], np.random.default_rng(0)
     memory = rng.standard_normal((1, N, 32), np.float32)
-    text, causal = captions(1)[:1], decoder.attention_mask(0, T, "causal")
+    text, causal = captions(1)[:1], np.tri(T, dtype=bool)
 
+    @jax.jit
     def features(memory, text, mask):
         return cappa.cross_features(params, memory, text, mask, DEC)[0]
     hidden = features(memory, text, causal)
@@ -254,7 +268,7 @@ def test_cappa_reads_earlier_tokens_only_and_in_parallel_none():
         changed = np.abs(other - hidden).max(-1) > 1e-5
         assert not changed[:position].any() and changed[position]
     assert (np.abs(features(memory + 1, text, causal) - hidden).max(-1) > 1e-5).all()
-    in_parallel = features(memory, np.full((1, T), V), np.ones((T, T), bool))
+    in_parallel = features(memory, np.full((1, T), V, np.int32), np.ones((T, T), bool))
     assert np.abs(in_parallel[1:] - in_parallel[:-1]).max(-1).min() > 1e-4  # positions differ
 
 
@@ -315,7 +329,7 @@ def test_genlip_is_one_transformer_over_patches_and_tokens(gated):
     assert count == (text[:, 1:] != 0).sum()
     # Alone, the encoder gives the same patches: they never see the caption.
     cfg = dataclasses.replace(model.encoder, norm_tokens=True)
-    alone = vit.vit(params["encoder"], batch["images"], cfg)["tokens"]
+    alone = encode(params["encoder"], batch["images"], cfg)["tokens"]
     numpy_model.assert_close(alone, x[:, :N])
 
 

@@ -8,6 +8,7 @@ import transformers
 from PIL import Image
 
 import convert
+import vit
 from evaluation import pair as pairs
 from inputs import tokenizer
 from interop.encoder import load_pixels
@@ -16,7 +17,7 @@ from objectives import registry
 from objectives.contrastive import logit_scale
 from runtime import checkpoint
 from tests.helpers.encoders import untrained_run
-from tests.helpers.models import perturbed
+from tests.helpers.models import noisy_params
 from tests.parity import libraries
 from tests.parity.test_tokenizer_json import train_library_tokenizer, with_extras
 from tests.parity.test_wordpiece import TEXTS
@@ -35,7 +36,9 @@ def photo(tmp_path_factory):
 def save_run(folder: str, changes: dict) -> None:
     """A run whose parameters are all other than initialized."""
     cfg = untrained_run(folder, **({"objective": "lit", "init_encoder": "random"} | changes))
-    params = perturbed(registry.init_params(cfg, registry.model_spec(cfg)))
+    model = registry.model_spec(cfg)
+    specs = {"encoder": vit.param_specs(model.encoder)} | registry.param_specs(model)
+    params = noisy_params(specs)
     vocabulary = tokenizer.train_vocab(QUERIES, 150).state
     meta = {"config": dataclasses.asdict(cfg), "vocabulary": vocabulary}
     checkpoint.save_step(folder, 5, {"params": params}, meta)
