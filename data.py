@@ -134,8 +134,8 @@ class Loader:
 
     def prepare(self, position: int, i: int, captions: list[str], image: bytes | Image.Image,
                 resolution: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Pixels (R,R,3) uint8 and texts, each (T,) int32, of what `read` returned, or
-        BadSample."""
+        """Pixels (R,R,3) uint8 and texts, each (T,) int32, of what `read` returned, or BadSample.
+        With --worker-processes, another process does this part."""
         opened = read_image(image)
         texts = [self.tokenizer.encode(caption, self.max_text_len) for caption in captions]
         if any(text[1] == EOS for text in texts):  # nothing but control characters

@@ -115,7 +115,7 @@ def attention_mask(K: int, S: int, prefix_attention: str) -> jax.Array:
 
 def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig,
                  first_position: int = 0) -> jax.Array:
-    """text (B,T) to vectors (B,T,D). first_position: that of text[:, 0] in the caption."""
+    """text (B,T) to vectors (B,T,D). text[:, 0] is at first_position of the caption."""
     x = params["embed"]["embedding"].astype(cfg.dtype)[text]
     if not cfg.text_pos_embed:
         return x
@@ -127,8 +127,8 @@ def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig,
 def embed_sequence(params: dict, image_tokens: jax.Array, text: jax.Array,
                    cfg: DecoderConfig) -> jax.Array:
     """image_tokens (B,K,E) and text (B,T) int32 to the sequence (B,K+T,D)."""
-    image = linear(image_tokens.astype(cfg.dtype), params["project"])
-    return jnp.concatenate([image, embed_tokens(params, text, cfg)], axis=1)
+    projected = linear(image_tokens.astype(cfg.dtype), params["project"])              # (B,K,D)
+    return jnp.concatenate([projected, embed_tokens(params, text, cfg)], axis=1)
 
 
 @jax.named_scope("decoder")

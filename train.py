@@ -89,7 +89,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
     def loss_and_grads(params: dict, batch: dict) -> tuple:
         """((summed loss, count), gradients of the summed loss)."""
-        keys = jax.vmap(lambda p: jax.random.fold_in(root_key, p))(batch["position"])
+        keys = jax.vmap(lambda position: jax.random.fold_in(root_key, position))(batch["position"])
         return value_and_grad(cast_block_params(params, model), batch, keys, model)
 
     def accumulate(params: dict, batch: dict) -> tuple:

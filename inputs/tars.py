@@ -86,6 +86,7 @@ class TarSource(FileSource):
         return importlib.import_module("inputs.remote_tars").index_tars(self.storage, paths)
 
     def load_index(self, path: str) -> TarIndex:
+        """With rows. The tar is scanned again if its index file has been lost or damaged."""
         if self.storage.is_remote:
             return importlib.import_module("inputs.remote_tars").load_index(self.storage, path)
         return tar_index.load_index(path, with_rows=True) or tar_index.scan_tar(path)
@@ -250,7 +251,7 @@ class SpanCache:
             if is_new:
                 future = self.spans[key] = Future()
                 self.num_bytes += end - begin
-                while self.num_bytes > self.limit and len(self.spans) > 1:
+                while self.num_bytes > self.limit and len(self.spans) > 1:  # not the new one
                     self.drop(next(iter(self.spans)))
             else:
                 self.spans.move_to_end(key)
