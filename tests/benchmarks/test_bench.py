@@ -21,7 +21,7 @@ from tests.helpers.paths import ROOT
 SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=512, max_text_len=24, keep_ratio=0.5,
                scan_unroll=4, stages="resolution=48 steps=9 batch=4 lr=1e-3")
 TINY_STEP = ["step", "--encoder", "micro/8", "--resolution", "16", "--batch", "2",
-             "--vocab-size", "64", "--max-text-len", "8"]
+             "--vocab-size", "64", "--max-text-len", "8", "--scan-unroll", "1"]
 
 
 def read_table(path) -> dict:

@@ -3,7 +3,8 @@ import json
 
 import bench
 
-TINY = "--toy-flags=--stages 'resolution=16 steps=2 batch=2 lr=1e-3' --val-samples 4"
+TINY = ("--toy-flags=--stages 'resolution=16 steps=2 batch=2 lr=1e-3' --val-samples 4 "
+        "--scan-unroll 1")
 
 
 def test_the_report_has_all_tables_and_the_reason_of_what_failed(tmp_path, capsys):

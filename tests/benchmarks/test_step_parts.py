@@ -66,7 +66,7 @@ def test_the_parts_have_every_parameter_once(params):
 def test_parts_table(tmp_path):
     file = tmp_path / "parts.json"
     command = ["parts", "--encoder", "micro/8", "--resolution", "16", "--batch", "2",
-               "--vocab-size", "64", "--max-text-len", "8", "--repeats", "1"]
+               "--vocab-size", "64", "--max-text-len", "8", "--scan-unroll", "1", "--repeats", "1"]
     assert bench.main([*command, "--json", str(file)]) == 0
     *parts, total, step, matmul, memory = json.loads(file.read_text())["rows"]
     assert [row["part"] for row in parts] == NAMES

@@ -143,8 +143,9 @@ def test_features_beside_other_modules_of_the_same_names(run, tmp_path, cache):
 
 
 def test_training_starts_from_an_encoder(run, tmp_path, capsys):
-    flags = ["--encoder", "micro/8", "--stages", "resolution=32 steps=1 batch=2 lr=1e-12",
-             "--val-samples", "2", "--num-devices", "1", "--init-encoder", run]
+    flags = ["--encoder", "micro/8", "--scan-unroll", "1", "--num-devices", "1",
+             "--stages", "resolution=32 steps=1 batch=2 lr=1e-12", "--val-samples", "2",
+             "--init-encoder", run]
     folder = str(tmp_path / "next")
     assert train.main([*flags, "--workdir", folder]) == 0
     initial = checkpoint.read_encoder(run)[0]

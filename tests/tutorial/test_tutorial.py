@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.compiling import QUICK_FLAGS
 from tests.helpers.paths import ROOT
 from tests.test_structure import imported_names, modules
 from tutorial import build, figures
@@ -32,8 +33,7 @@ def notebook() -> dict:
 # --------------------------------------------------------------------- script and notebook
 def test_the_script_runs_from_another_folder(tmp_path, cache):
     """As it is, with a training of a few steps and a compiler that saves time."""
-    env = cache | {"TUTORIAL_LENGTH": "0.01", "PYTHONPATH": ROOT,
-                   "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = cache | {"TUTORIAL_LENGTH": "0.01", "PYTHONPATH": ROOT, "XLA_FLAGS": QUICK_FLAGS}
     done = subprocess.run([sys.executable, build.SCRIPT], cwd=tmp_path, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
