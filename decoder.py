@@ -102,11 +102,11 @@ def init(key: jax.Array, cfg: DecoderConfig) -> dict:
 
 
 # -------------------------------------------------------------------------------- sequence
-def attention_mask(K: int, S: int, prefix_attention: str) -> jax.Array:
+def attention_mask(K: int, S: int, prefix_attention: str) -> np.ndarray:
     """(S,S) bool, True where token i (row) attends to token j: to itself and to what is before it.
     With a bidirectional prefix (the K image tokens), these attend to each other too. Text attends
     to the complete prefix and to no later token."""
-    i, j = jnp.arange(S)[:, None], jnp.arange(S)[None, :]
+    i, j = np.arange(S)[:, None], np.arange(S)[None, :]
     causal_mask = j <= i
     if prefix_attention == "causal":
         return causal_mask

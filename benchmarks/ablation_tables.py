@@ -16,6 +16,8 @@ RESULTS = os.path.join(ROOT, "results", "ablations.json")
 TEXT = os.path.join(ROOT, "docs", "results.md")
 PLOT = os.path.join(ROOT, "docs", "ablations.png")
 COSTS = ("seconds", "GFLOPs", "MiB")  # measured per cell, not per seed
+LENGTH_PLOT = os.path.join(ROOT, "docs", "ablations-length.png")
+LENGTHS = {"third": 1 / 3, "double": 2.0, "sixfold": 6.0}  # endings of cells: times the toy's steps
 BASELINES = {"pixels": "raw pixels", "random": "encoder with random parameters"}
 
 
@@ -27,21 +29,33 @@ class Table(NamedTuple):
 
 ACCURACY = ("answers", "color", "shape", "size", "place", "relation", "count", "word", "presence",
             "probe")
+SHARES = {"keep-100": "100%", "keep-50": "50%", "base": "35%", "keep-25": "25%", "keep-10": "10%"}
+
+
+def at_all_lengths(rows: dict[str, str]) -> dict[str, str]:
+    """The rows of a table for each length of training, the shortest first."""
+    titles = {"-third": ", a third as long", "": "", "-double": ", twice as long",
+              "-sixfold": ", six times as long"}
+    table = {}
+    for ending, words in titles.items():
+        table |= {cell + ending: title + words for cell, title in rows.items()}
+    return table
+
+
 TABLES = {
-    "keep": Table(
-        "Share of patch tokens kept (Table 7), equal images",
-        {"keep-100": "100%", "keep-50": "50%", "base": "35%", "keep-25": "25%", "keep-10": "10%"},
-        (*ACCURACY, "object_accuracy", "seconds")),
-    "length": Table(
-        "Share kept (Table 7), and how long it trains",
-        {"keep-100-third": "100%, a third as long", "base-third": "35%, a third as long",
-         "keep-100": "100%", "base": "35%", "keep-100-double": "100%, twice as long",
-         "base-double": "35%, twice as long"},
-        (*ACCURACY, "object_accuracy", "images")),
+    "keep": Table("Share of patch tokens kept (Table 7), equal images", SHARES,
+                  (*ACCURACY, "object_accuracy", "seconds")),
+    "length": Table("Share of patch tokens kept, and how long it trains", at_all_lengths(SHARES),
+                    ("answers", "shape", "relation", "word", "presence", "probe",
+                     "object_accuracy", "images", "seconds")),
     "captions": Table(
         "Kind of caption (Table 6), equal images",
         {"captions-web": "alt text", "base": "dense",
          "captions-conditioned": "dense, conditioned on alt text"}, ACCURACY),
+    "conditioned": Table(
+        "Kind of caption, and how long it trains",
+        at_all_lengths({"base": "dense", "captions-conditioned": "conditioned"}),
+        (*ACCURACY, "images")),
     "curriculum": Table(
         "Mask and curriculum (Table 5), equal images",
         {"one-stage-all": "neither", "one-stage": "mask", "keep-100": "curriculum",
@@ -91,6 +105,9 @@ def store(results: dict) -> None:
 def figures_of(results: dict, cell: str, column: str) -> list[float]:
     """A column's figures of a cell, one per seed that has it (null in the file: not known)."""
     if column in COSTS:
+        name, _, ending = cell.rpartition("-")
+        if column == "seconds" and ending in LENGTHS and name in results["costs"]:
+            return [LENGTHS[ending] * results["costs"][name][column]]
         by_seed = {"": results["costs"].get(cell, {})}
     else:
         by_seed = results["cells"].get(cell, {})
@@ -143,7 +160,7 @@ def update_text(text: str, results: dict) -> str:
 
 def draw(results: dict, path: str) -> None:
     """Accuracy against the share of patch tokens kept, one line per kind of question."""
-    percent_of = {cell: float(title.rstrip("%")) for cell, title in TABLES["keep"].rows.items()}
+    percent_of = {cell: float(title.rstrip("%")) for cell, title in SHARES.items()}
     lines = {}
     for kind in ("answers", "word", "count", "shape", "presence", "probe"):
         percents, accuracies = [], []
@@ -159,9 +176,28 @@ def draw(results: dict, path: str) -> None:
         chart.save(path)
 
 
+def draw_lengths(results: dict, path: str) -> None:
+    """Answers against images and, below, against seconds of training, one line per share kept."""
+    charts = []
+    for column, label in (("images", "images seen"), ("seconds", "seconds of training")):
+        lines = {}
+        for share, title in SHARES.items():
+            points = []
+            for ending in ("-third", "", "-double", "-sixfold"):
+                answers = figures_of(results, share + ending, "answers")
+                amounts = figures_of(results, share + ending, column)
+                if answers and amounts:
+                    points.append((amounts[0], 100 * statistics.mean(answers)))
+            lines[f"{title} kept"] = [x for x, _ in points], [y for _, y in points], True
+        charts.append(plots.line_chart(lines, {}, {}, label, "answers (%)", names_below=True))
+    if results["cells"]:
+        plots.stack_vertically(charts).save(path)
+
+
 def write(results: dict) -> None:
-    """Updates docs/results.md and its plot."""
+    """Updates docs/results.md and its plots."""
     with open(TEXT, encoding="utf-8") as f:
         text = update_text(f.read(), results)
     checkpoint.atomic_write(TEXT, lambda f: f.write(text.encode()))
     draw(results, PLOT)
+    draw_lengths(results, LENGTH_PLOT)

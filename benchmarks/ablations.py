@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import ablation_tables
-from benchmarks.ablation_tables import BASELINES, ROOT, TABLES, load, store
+from benchmarks.ablation_tables import BASELINES, LENGTHS, ROOT, TABLES, load, store
 from config import RECIPES, Config, flag
 from evaluation import labels, probe, vqa
 from interop.encoder import Encoder, load_encoder, random_encoder, raw_pixel_encoder
@@ -31,7 +31,6 @@ BASE = RECIPES["toy"]
 READER_STEPS = 800  # training steps of the small language model
 RECIPE = f"{BASE.stages}; a reader of {READER_STEPS} steps"  # all figures of a file share it
 ONE_STAGE = "resolution=32 steps=2500 batch=32 lr=2.5e-3 warmup=100"  # as many images, all at 32 px
-LENGTHS = {"third": 1 / 3, "double": 2.0}  # of BASE's training
 RIVALS = {"clip": {"objective": "clip"}, "siglip": {"objective": "siglip"},
           "openvision": {"objective": "openvision", "alt_field": "web"},
           "cappa": {"objective": "cappa"}, "aimv2": {"objective": "aimv2"},
@@ -41,7 +40,6 @@ KEEP = {"base": {}, **{f"keep-{percent}": {"keep_ratio": percent / 100}
                        for percent in (100, 50, 25, 10)}}
 CELLS: dict[str, dict[str, Any]] = {  # the settings in which a cell differs from BASE
     **KEEP,
-    **{f"{cell}-{length}": KEEP[cell] for cell in ("base", "keep-100") for length in LENGTHS},
     **{f"captions-{kind}": {"caption_field": kind} for kind in ("web", "conditioned")},
     "one-stage": {"stages": ONE_STAGE},
     "one-stage-all": {"stages": ONE_STAGE, "keep_ratio": 1.0},
@@ -51,7 +49,9 @@ CELLS: dict[str, dict[str, Any]] = {  # the settings in which a cell differs fro
     "shuffled": {"shuffle_kept": True},
     "positions": {"text_pos_embed": True},
 }
-TIMED = [*RIVALS, *(cell for cell in CELLS if not cell.endswith(("-time", *LENGTHS)))]
+TIMED = [*RIVALS, *(cell for cell in CELLS if not cell.endswith("-time"))]
+CELLS |= {f"{cell}-{length}": CELLS[cell] for cell in (*KEEP, "captions-conditioned")
+          for length in LENGTHS}
 
 
 def settings(cell: str, costs: dict) -> Config:

@@ -48,7 +48,7 @@ class Line(NamedTuple):
 class Axes:
     """An empty chart, from x = 0 to x_max and y_min to y_max, with ticks."""
     width, height = 900, 528
-    left, right, top, bottom = 60, 20, 40, 48
+    left, right, top, bottom = 60, 32, 40, 48
 
     def __init__(self, x_max: float, y_min: float, y_max: float, x_label: str, y_label: str):
         self.x_max, self.y_min, self.y_max = x_max, y_min, y_max
@@ -59,7 +59,7 @@ class Axes:
         for y in np.arange(math.ceil(y_min / tick) * tick, y_max, tick):
             self.pen.line((*self.pixel(0, y), *self.pixel(x_max, y)), fill=LIGHT_GRAY)
             self.text(self.left - 8, self.pixel(0, y)[1], f"{y:.4g}", GRAY, "rm")
-        for x in np.linspace(0, x_max, 6):
+        for x in np.arange(0, x_max * 1.001, tick_distance(max(x_max, 1))):
             self.text(self.pixel(x, 0)[0], self.height - self.bottom + 8, f"{x:,.0f}", GRAY, "ma")
         self.text(self.width - self.right, self.height - 4, x_label, GRAY, "rb")
         self.text(8, 12, y_label, GRAY)
@@ -139,6 +139,16 @@ def line_chart(lines: dict[str, Line], levels: dict[str, float], events: dict[fl
     return axes.image
 
 
+def stack_vertically(charts: list[Image.Image]) -> Image.Image:
+    """Charts of one width, one below the other."""
+    stacked = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)))
+    top = 0
+    for chart in charts:
+        stacked.paste(chart, (0, top))
+        top += chart.height
+    return stacked
+
+
 def draw_curve(folder: str, blind_loss: float | None, stage_starts: dict[float, str]) -> None:
     """curve.png of a run, from its metrics.jsonl."""
     rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
@@ -164,11 +174,8 @@ def compare(path: str, folders: list[str]) -> None:
                            [0, *(row["images"] for row in training)])
         by_images[folder] = Line(images.tolist(), losses, True)
         by_seconds[folder] = Line([row["seconds"] for row in evaluated], losses, True)
-    charts = line_chart(by_images, {}, {}, "images"), line_chart(by_seconds, {}, {}, "seconds")
-    sheet = Image.new("RGB", (Axes.width, 2 * Axes.height))
-    sheet.paste(charts[0], (0, 0))
-    sheet.paste(charts[1], (0, Axes.height))
-    sheet.save(path)
+    charts = [line_chart(by_images, {}, {}, "images"), line_chart(by_seconds, {}, {}, "seconds")]
+    stack_vertically(charts).save(path)
 
 
 # ---------------------------------------------------------------------------------- samples

@@ -1,4 +1,6 @@
 """Layers and parameter specs: values and gradients against plain JAX in double precision."""
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,25 @@ def test_attention_in_chunks_never_holds_all_weights():
     assert layers.query_chunk_size(256) == 256  # small
     assert layers.query_chunk_size(521) == 521  # a prime
     assert compiled_bytes(Q) < weights_bytes < compiled_bytes(Q + 1)
+
+
+@pytest.mark.parametrize("capability, dtype, queries, mask, expected", [
+    ("9.0", "bfloat16", 6, None, True),                      # the encoder on an H100
+    ("8.0", "bfloat16", 6, np.tri(6, dtype=bool), True),     # the decoder on an A100
+    ("9.0", "float32", 6, None, False),
+    ("7.5", "bfloat16", 6, None, False),                     # NVIDIA before Ampere
+    ("gfx90a", "bfloat16", 6, None, False),                  # AMD
+    (None, "bfloat16", 6, None, False),                      # a CPU or a TPU has no capability
+    ("9.0", "bfloat16", 5, None, False),
+    ("9.0", "bfloat16", 6, np.ones((6, 6), bool), False),
+    ("9.0", "bfloat16", 2, np.tri(2, 6, dtype=bool), False),  # generation: two queries of six
+])
+def test_the_fused_kernel_is_chosen_only_where_it_computes_the_same(
+        monkeypatch, capability, dtype, queries, mask, expected):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device] if capability else jax.devices())
+    q, k = jnp.zeros((1, queries, 2, 8), dtype), jnp.zeros((1, 6, 2, 8), dtype)
+    assert layers.has_fused_attention(q, k, mask) is expected
 
 
 @pytest.mark.parametrize("case", CASES)
