@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from runtime.errors import ConfigError
 
-CELLS = ("b16:84:1024", "b16:224:256", "l14:84:512", "l14:224:128")  # recipe:resolution:batch
+CELLS = ("b16:84:256", "b16:224:128", "l14:84:128", "l14:224:64")  # recipe:resolution:batch
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, as the vendor says
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
