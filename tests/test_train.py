@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -106,23 +107,27 @@ def test_other_settings_in_the_same_folder_are_refused(uninterrupted, capsys):
     assert json.load(open(uninterrupted / "config.json"))["keep_ratio"] == 0.35
 
 
-@pytest.mark.parametrize("number, status, num_rows", [
-    (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 5), (signal.SIGKILL, -9, 6)])
-def test_interrupted_run_equals_the_uninterrupted(uninterrupted, cache, tmp_path, number, status,
-                                                  num_rows):
-    """A signal in the first or second stage, when metrics.jsonl has this many rows, then the same
-    command: the same parameters, optimizer and metrics, bit for bit."""
-    folder = tmp_path / "run"
-    process = start_training(cache, *FLAGS, "--workdir", str(folder))
+def interrupt(env: dict, folder: Path, number: int, num_rows: int) -> tuple[int, str]:
+    """Starts the run, and sends it a signal when metrics.jsonl has this many rows: its exit status
+    and output."""
+    process = start_training(env, *FLAGS, "--workdir", str(folder))
     while process.poll() is None:
         if (folder / "metrics.jsonl").exists() and len(rows(folder)) >= num_rows:
             break
         time.sleep(0.02)
     process.send_signal(number)
     output, _ = process.communicate()
-    assert process.returncode == status
-    if number != signal.SIGKILL:
-        assert "saved at step" in output
+    return process.returncode, output
+
+
+def test_interrupted_run_equals_the_uninterrupted(uninterrupted, cache, tmp_path):
+    """A signal in the first stage and two in the second, each time followed by the same command:
+    the same parameters, optimizer and metrics, bit for bit."""
+    folder = tmp_path / "run"
+    for number, status, num_rows in ((signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 5)):
+        ended, output = interrupt(cache, folder, number, num_rows)
+        assert ended == status and "saved at step" in output
+    assert interrupt(cache, folder, signal.SIGKILL, 6)[0] == -9
     again = start_training(cache, *FLAGS, "--workdir", str(folder))
     output, errors = again.communicate()
     assert again.returncode == 0 and "continuing" in output, errors

@@ -14,11 +14,10 @@ from runtime import checkpoint, remote_folder
 from runtime.errors import ConfigError, DataError
 from runtime.remote_folder import open_remote_folder
 from runtime.run_folder import LOCK_NAME, Locked
-from tests.helpers.runs import assert_equal_runs, rows, start_training
+from tests.helpers.runs import SMALL_RUN, STAGE, assert_equal_runs, rows, start_training
 
-STAGES = "resolution=16 steps=12 batch=8 lr=1e-3 warmup=1"
-FLAGS = ["--encoder", "micro/8", "--stages", STAGES, "--val-samples", "8", "--log-every", "1",
-         "--eval-every", "8", "--save-every", "4"]
+FLAGS = [*SMALL_RUN, "--stages", STAGE, "--log-every", "1", "--eval-every", "8",
+         "--save-every", "4"]
 
 
 @pytest.fixture(autouse=True)
