@@ -119,6 +119,7 @@ def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig,
     x = params["embed"]["embedding"].astype(cfg.dtype)[text]
     if not cfg.text_pos_embed:
         return x
+    # The first Transformer's frequencies (arXiv:1706.03762); the encoder's are MoCo v3's.
     omega = 10000.0 ** (-np.arange(cfg.width // 2) / (cfg.width // 2))
     angle = (first_position + jnp.arange(text.shape[1]))[:, None] * omega                # (T,D/2)
     return x + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1).astype(cfg.dtype)

@@ -162,8 +162,8 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
     With `select`, x has only the tokens that it picks on axis 1. If the scan is fully unrolled, the
     last block computes only these. In a loop, every block computes all tokens: to loop over all
     blocks but the last, XLA would have to copy their weights."""
-    def body(x: jax.Array, w: dict, **more: Any) -> tuple[jax.Array, dict]:
-        x, extras = block(x, w, cfg.num_heads, **options, **more)
+    def body(x: jax.Array, w: dict, **last: Any) -> tuple[jax.Array, dict]:
+        x, extras = block(x, w, cfg.num_heads, **options, **last)
         return x, {name: extras[name] for name in extra_names}
     scanned = body
     if cfg.remat != "none":
