@@ -131,6 +131,7 @@ def test_an_interrupted_command_resumes_and_repeats_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(ablation_tables, "RESULTS", str(results))
     monkeypatch.setattr(ablation_tables, "TEXT", str(text))
     monkeypatch.setattr(ablation_tables, "PLOT", str(tmp_path / "plot.png"))
+    monkeypatch.setattr(ablation_tables, "LENGTH_PLOT", str(tmp_path / "lengths.png"))
     text.write_text(EMPTY_TEXT)
     finished, in_this_command = [], []
 
@@ -168,6 +169,7 @@ def test_an_interrupted_command_resumes_and_repeats_nothing(tmp_path, monkeypatc
     text.write_text(EMPTY_TEXT)
     ablations.rows(*arguments)  # nothing is left to train, but the tables are made
     assert "| 50.0 " in text.read_text()
+    assert (tmp_path / "plot.png").exists() and (tmp_path / "lengths.png").exists()
     shown = ablations.rows(["keep"], 2, "nowhere", True, measure_costs)
     assert [row["seeds"] for row in shown] == [2] * len(shown)
 
@@ -197,3 +199,12 @@ def test_a_failed_run_is_reported_with_its_log(tmp_path):
     cfg = dataclasses.replace(ablations.BASE, data="nothing/here", workdir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"status 1 .*no data.*output is in .*run.log"):
         ablations.train(cfg, str(tmp_path / "run.log"))
+
+
+def test_a_longer_cell_takes_as_many_times_the_seconds_of_the_toy():
+    results = {"costs": FAKE_COSTS, "cells": {}}
+    for cell in ("base", "keep-10"):
+        seconds = ablation_tables.figures_of(results, cell, "seconds")[0]
+        for length, times in ablations.LENGTHS.items():
+            longer = f"{cell}-{length}"
+            assert ablation_tables.figures_of(results, longer, "seconds") == [times * seconds]
