@@ -53,8 +53,8 @@ class Config:
                                      "only the causal mask orders them")
     cls_token: bool = model_arg(False, "give the encoder a CLS token, as the released weights have")
     image_pool: str = model_arg("attention", "how --objective lit makes one vector of the patch "
-                                "tokens: eight learned queries, SigLIP's head, or the mean",
-                                ("attention", "map", "mean"))
+                                "tokens: eight learned queries, SigLIP's head, the mean, or all of "
+                                "them side by side (grid)", ("attention", "map", "mean", "grid"))
     feature_copies: int = model_arg(0, "augmented copies of each image whose features --objective "
                                     "lit computes once; 0 to encode anew in each step", low=0,
                                     high=1 << 20)

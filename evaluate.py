@@ -51,7 +51,7 @@ def measure_probes(context: EvalContext) -> dict[str, Any]:
 
 
 def measure_neighbors(context: EvalContext) -> dict[str, Any]:
-    return probe.measure(context.encoder, *context.images, ("neighbors", "whitened"),
+    return probe.measure(context.encoder, *context.images, probe.NEIGHBORS,
                          seed=context.args.seed)
 
 

@@ -2,11 +2,12 @@
 
 The encoder does not change. For each label a reader is trained on its output:
 
-pooled     linear, on the pooled feature
-grid       linear, on all patch tokens side by side
-attended   linear, on a mixture of the patch tokens by a learned query (attention_probe.py)
-neighbors  the nearest training images by cosine of the pooled feature
-whitened   the nearest by "grid", whitened by how augmented copies of an image differ
+pooled          linear, on the pooled feature
+grid            linear, on all patch tokens side by side
+attended        linear, on a mixture of the patch tokens by a learned query (attention_probe.py)
+neighbors       the nearest training images by cosine of the pooled feature
+grid neighbors  the nearest by cosine of all patch tokens side by side
+whitened        the nearest by "grid", whitened by how augmented copies of an image differ
 
 Features of a random network already hold a lot. So the same readers are measured on an encoder with
 random parameters ("random") and on the raw pixels (24 x 24, RGB). "commonest" is the most frequent
@@ -30,7 +31,8 @@ from interop.encoder import Encoder, random_encoder
 COPIES = 16  # of each training image, if a label is one-shot: itself, and augmented ones
 AUGMENT = images.Augment(min_crop_area=0.6, jitter=0.3, grayscale_prob=0.1)
 LINEAR = ("pooled", "grid", "attended")
-READERS = (*LINEAR, "neighbors", "whitened")
+NEIGHBORS = ("neighbors", "grid neighbors", "whitened")
+READERS = (*LINEAR, *NEIGHBORS)
 
 
 def measure(encoder: Encoder, train: LabeledImages, test: LabeledImages,
@@ -78,6 +80,10 @@ def read_features(encoder: Encoder, train: LabeledImages, test: LabeledImages, t
             predictions = attention_probe(tokens, z.tokens, read, seed)
         elif reader == "neighbors":
             features = standardize(x.pooled[:n], z.pooled)
+            predictions = nearest_neighbors(*features, tasks, seed)
+        elif reader == "grid neighbors":
+            train_tokens = x.tokens[:n].reshape(n, -1)
+            features = standardize(train_tokens, z.tokens.reshape(len(z.tokens), -1))
             predictions = nearest_neighbors(*features, tasks, seed)
         else:
             predictions = nearest_neighbors(*whiten(grid_x, grid_z, n), tasks, seed)

@@ -177,9 +177,10 @@ def check(path: str, pair: Pair, resolution: int) -> None:
     if objective not in ("lit", "clip"):
         raise ConvertError(f"{path} is a run of --objective {objective}: only pairs of lit and "
                            "clip can be exported")
-    if objective == "lit" and pair.model.image_pool == "attention":
-        raise ConvertError(f"{path} pools by eight queries (--image-pool attention), for which no "
-                           "library has a class: train the text encoder with --image-pool map")
+    if objective == "lit" and pair.model.image_pool in ("attention", "grid"):
+        raise ConvertError(f"{path} was trained with --image-pool {pair.model.image_pool}, for "
+                           "which no library has a class: train the text encoder with --image-pool "
+                           "map")
     if cfg.gated_attention:
         raise ConvertError(f"{path} has gated attention, for which no library has a place")
     if resolution < cfg.patch_size:

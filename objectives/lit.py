@@ -4,7 +4,9 @@ images by text.
 
 The text encoder and the loss are CLIP's. The caption loss never trained a mean of patch tokens;
 here learned queries pool them by attention. --image-pool map takes SigLIP's head instead (one query
-and an MLP, arXiv:2303.15343), which other libraries have too; --image-pool mean takes the mean. No
+and an MLP, arXiv:2303.15343), which other libraries have too; --image-pool mean takes the mean. All
+these lose where in the image something is. --image-pool grid keeps it: one linear layer reads all
+tokens side by side, which suits aligned images of one size, such as icons. No
 gradient reaches the encoder, and the optimizer leaves it alone. If training augments nothing and
 they fit in memory, its tokens are computed once per image (FeatureLoader). With --feature-copies K,
 so are those of K augmented copies of each image.
@@ -43,9 +45,13 @@ embed_texts, blind_loss = clip.embed_texts, clip.blind_loss
 
 # ------------------------------------------------------------------------------- parameters
 def param_specs(model: Any) -> dict:
-    """CLIP's text encoder, projection and temperature, and the attention pool."""
+    """CLIP's text encoder, projection and temperature, and the pool."""
     if model.image_pool == "mean":
         return clip.param_specs(model)
+    if model.image_pool == "grid":
+        specs, E = clip.param_specs(model), model.encoder.width
+        image = dense_specs(model.num_patches * E, model.decoder.width, bias=False)
+        return specs | {"pair": specs["pair"] | {"image": image}, "pool": {"norm": norm_specs(E)}}
     E, M, Q = model.encoder.width, model.encoder.mlp_dim, NUM_QUERIES[model.image_pool]
     pool = {"norm": norm_specs(E), "query": {"embedding": ParamSpec((Q, E), 1.0)},
             "memory": dense_specs(E, E, copies=2), "out": dense_specs(Q * E, E)}
@@ -57,7 +63,9 @@ def param_specs(model: Any) -> dict:
 def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
     enc, pool = model.encoder, 0.0
     N, E = (resolution // enc.patch_size) ** 2, enc.width
-    if model.image_pool != "mean":
+    if model.image_pool == "grid":
+        pool = 2 * (N - 1) * E * model.decoder.width  # clip.flops counts one token
+    elif model.image_pool != "mean":
         pool = 4 * N * E * E + NUM_QUERIES[model.image_pool] * (4 * N * E + 2 * E * E)
     if model.image_pool == "map":
         pool += 4 * E * enc.mlp_dim
@@ -86,10 +94,12 @@ def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
     encoder, tokens = jax.lax.stop_gradient(params["encoder"]), images
     if images.ndim == 4:
         tokens = vit.vit(encoder, images, model.encoder)["tokens"]
-    if model.image_pool != "mean":
-        pooled = attention_pool(tokens, params["pool"], model.encoder.num_heads)
-    else:
+    if model.image_pool == "grid":
+        pooled = layer_norm(tokens, params["pool"]["norm"]).reshape(len(tokens), -1)
+    elif model.image_pool == "mean":
         pooled = layer_norm(tokens.mean(1), encoder["norm"])
+    else:
+        pooled = attention_pool(tokens, params["pool"], model.encoder.num_heads)
     return l2_normalize(linear(pooled, params["pair"]["image"]))
 
 

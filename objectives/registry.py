@@ -131,6 +131,7 @@ class ModelSpec(NamedTuple):
     shuffle_kept: bool = False
     max_text_len: int = 0      # text positions, of which some objectives have a position table
     image_pool: str = "attention"  # how LiT makes one vector of the patch tokens
+    num_patches: int = 0       # patch tokens per image, if a layer is as wide as all of them
 
 
 def model_spec(cfg: Any) -> ModelSpec:
@@ -144,8 +145,11 @@ def model_spec(cfg: Any) -> ModelSpec:
                                  prefix_attention=cfg.prefix_attention,
                                  text_pos_embed=cfg.text_pos_embed, loss_chunk=cfg.loss_chunk,
                                  **shared)
+    num_patches = 0
+    if cfg.objective == "lit" and cfg.image_pool == "grid":
+        num_patches = (parse_stages(cfg.stages)[0].resolution // enc.patch_size) ** 2
     return ModelSpec(enc, dec, cfg.keep_ratio, cfg.objective, cfg.shuffle_kept, cfg.max_text_len,
-                     cfg.image_pool)
+                     cfg.image_pool, num_patches)
 
 
 def check_settings(cfg: Any) -> None:
@@ -162,6 +166,10 @@ def check_settings(cfg: Any) -> None:
     if cfg.objective == "lit" and not cfg.init_encoder:
         raise ConfigError("--objective lit trains a text encoder for a frozen encoder: name its "
                           "run with --init-encoder (or random or pixels, to compare with)")
+    resolutions = sorted({stage.resolution for stage in parse_stages(cfg.stages)})
+    if cfg.objective == "lit" and cfg.image_pool == "grid" and len(resolutions) > 1:
+        raise ConfigError("--image-pool grid has a weight for each patch, so that all --stages "
+                          f"need one resolution, not {resolutions[0]} and {resolutions[-1]}")
     least = 2 * vit.vit_config(cfg.encoder).patch_size
     for stage in parse_stages(cfg.stages):
         if cfg.objective == "aimv2" and stage.resolution < least:

@@ -76,7 +76,7 @@ def test_other_validation_images_and_one_checkpoint(run, tmp_path, capsys):
     assert evaluate.main([str(run / "encoder.npz"), "knn", "--data", files, "--val", files,
                           "--label-fields", "caption,name", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["knn"]
-    assert {"neighbors", "whitened", "random whitened", "pixels whitened"} < set(rows)
+    assert {"neighbors", "grid neighbors", "whitened", "random whitened"} < set(rows)
     assert rows["pixels nearest"] == {"caption": 1, "name": 1}
     assert rows["commonest"]["name"] == 1 / 6
 

@@ -10,7 +10,7 @@ from tests.helpers.encoders import untrained_run
 LIT = {"objective": "lit", "init_encoder": "random"}
 REFUSED = [
     ({}, "transformers", "is a run of --objective openvision2, which has no text encoder"),
-    (LIT, "transformers", "pools by eight queries (--image-pool attention)"),
+    (LIT, "transformers", "was trained with --image-pool attention, for which"),
     (LIT | {"image_pool": "mean"}, "transformers", "export the pair to open_clip"),
     (LIT | {"image_pool": "map", "cls_token": True}, "transformers", "without --cls-token"),
     (LIT | {"image_pool": "map"}, "timm", "is written for transformers or open_clip"),

@@ -145,15 +145,20 @@ def test_openvision_is_the_sum_of_its_terms():
 
 
 # ------------------------------------------------------------------------------------- LiT
-@pytest.mark.parametrize("image_pool", ["attention", "map", "mean"])
+@pytest.mark.parametrize("image_pool", ["attention", "map", "mean", "grid"])
 def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
     """The image's vector, by NumPy in float64; CLIP's loss on it; no gradient for the encoder; and
     the same loss from tokens that were computed before."""
-    model, batch = make_model("lit")._replace(image_pool=image_pool), make_batch()
+    model, batch = make_model("lit")._replace(image_pool=image_pool, num_patches=N), make_batch()
     params = make_params(model)
     w = numpy_model.to_double(params)
     tokens = numpy_model.encode(w["encoder"], batch["images"], ENC)
-    if image_pool != "mean":
+    if image_pool == "grid":
+        normed = numpy_model.layer_norm(tokens, w["pool"]["norm"])
+        pooled = normed.reshape(B, N * 32)
+    elif image_pool == "mean":
+        pooled = numpy_model.layer_norm(tokens.mean(1), w["encoder"]["norm"])
+    else:
         queries = {"attention": 8, "map": 1}[image_pool]
         memory = numpy_model.linear(numpy_model.layer_norm(tokens, w["pool"]["norm"]),
                                     **w["pool"]["memory"]).reshape(B, N, 2, 2, 16)  # k or v, head
@@ -164,8 +169,6 @@ def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
             normed = numpy_model.layer_norm(pooled, w["pool"]["norm2"])
             hidden = numpy_model.gelu(numpy_model.linear(normed, **w["pool"]["fc1"]), True)[0]
             pooled = pooled + numpy_model.linear(hidden, **w["pool"]["fc2"])
-    else:
-        pooled = numpy_model.layer_norm(tokens.mean(1), w["encoder"]["norm"])
     image = pooled @ w["pair"]["image"]["kernel"]
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     computed = jax.jit(lit.embed_images, static_argnums=2)(params, batch["images"], model)

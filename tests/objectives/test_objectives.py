@@ -29,6 +29,7 @@ from tests.objectives.small import (
     KEYS,
     RESOLUTION,
     B,
+    N,
     T,
     make_batch,
     make_model,
@@ -81,9 +82,11 @@ def test_the_objectives_with_a_decoder_can_caption():
 
 
 # ------------------------------------------------------------------------------ costs, start
-@pytest.mark.parametrize("objective, gated", [(name, name == "genlip") for name in ALL])
-def test_flops_are_those_of_the_traced_program(objective, gated):
-    model, loss = make_model(objective)._replace(keep_ratio=0.5), train.objective_loss(objective)
+@pytest.mark.parametrize("objective, gated, image_pool", [
+    *((name, name == "genlip", "attention") for name in ALL), ("lit", False, "grid")])
+def test_flops_are_those_of_the_traced_program(objective, gated, image_pool):
+    model, loss = make_model(objective), train.objective_loss(objective)
+    model = model._replace(keep_ratio=0.5, image_pool=image_pool, num_patches=N)
     model = model._replace(encoder=dataclasses.replace(model.encoder, gated_attention=gated))
     mapped = jax.vmap(lambda params, batch, keys: loss(params, batch, keys, model),
                       (None, 0, 0), axis_name="devices")
@@ -189,6 +192,8 @@ def test_the_number_of_devices_changes_no_loss_and_no_gradient(tmp_path, cache):
     (["--objective", "clip", "--alt-field", "web"],
      "--alt-field web is read by --objective openvision alone"),
     (["--objective", "lit"], "name its run with --init-encoder"),
+    (["--objective", "lit", "--init-encoder", "random", "--image-pool", "grid"],
+     "need one resolution, not 24 and 32"),
     (["--objective", "aimv2", "--encoder", "micro/8",
       "--stages", "resolution=8 steps=2 batch=8 lr=1e-3"], "needs a resolution of 16 or more")])
 def test_impossible_settings_are_refused(argv, message, capsys):
