@@ -11,8 +11,10 @@ import pytest
 
 from tests.helpers.compiling import QUICK_FLAGS
 
-SLOWEST = ("test_survive.py", "test_train.py", "test_hosts.py", "test_loop.py", "test_vqa.py",
-           "test_objectives.py", "test_command.py", "test_numerics.py", "test_losses.py")
+SLOWEST = ("test_survive.py", "test_hosts.py", "test_objectives.py", "test_train.py",
+           "test_numerics.py", "test_loop.py", "test_tutorial.py", "test_command.py",
+           "test_bench.py", "test_losses.py", "test_vqa.py", "test_fidelity.py",
+           "test_monitoring.py", "test_remote_folder.py", "test_docs.py", "test_encoder.py")
 
 
 def pytest_configure(config):
@@ -24,7 +26,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The slowest files first, so that no worker has one left at the end."""
-    items.sort(key=lambda item: item.path.name not in SLOWEST)
+    ranks = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(SLOWEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -75,7 +75,7 @@ def wait_for_step(run: list[subprocess.Popen], folder: Path, step: int) -> None:
     while all(process.poll() is None for process in run):
         if (step, "loss") in read_losses(folder):
             return
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def close(a: Losses, b: Losses) -> bool:
@@ -84,7 +84,7 @@ def close(a: Losses, b: Losses) -> bool:
 
 def interrupt(env: dict, folder: Path, victim: int, number: int, step: int, *flags: str) -> None:
     """A signal to one of two processes when this step is logged. SIGKILL: the other one ends with a
-    sentence. SIGTERM: both stop at the same step. A checkpoint is left, at most 10 steps older."""
+    sentence. SIGTERM: both stop at the same step. The last checkpoint before that step is left."""
     run = start(env, folder, 2, 2, *flags)
     wait_for_step(run, folder, step)
     run[victim].send_signal(number)
@@ -97,7 +97,8 @@ def interrupt(env: dict, folder: Path, victim: int, number: int, step: int, *fla
         assert [status for status, _, _ in results] == [143, 143]
         assert "SIGTERM: saved at step" in results[0][1]
     saved = [s for s, _ in checkpoint.steps(str(folder))]
-    assert saved and saved[-1] >= step // 10 * 10
+    save_every = int(flags[flags.index("--save-every") + 1])
+    assert saved and saved[-1] >= step // save_every * save_every
 
 
 def check_lost_process(results: list, lost: int, folder: Path) -> None:

@@ -21,26 +21,27 @@ from tests.helpers.paths import ROOT, python
 PAGE_FAULTS = """
 import resource, sys, numpy as np
 from runtime import cpu_tuning
-accelerators = sys.argv[1:]
-cpu_tuning.glob.glob = lambda pattern: [path for path in accelerators if pattern.startswith(path)]
-cpu_tuning.keep_freed_memory()
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(100_000_000, np.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-page_faults()
-print(page_faults())
+for accelerator in sys.argv[1:]:
+    cpu_tuning.glob.glob = lambda pattern: [accelerator] * pattern.startswith(accelerator)
+    cpu_tuning.keep_freed_memory()
+    page_faults()
+    print(page_faults())
 """
 
 
 def test_freed_memory_stays_with_the_process():
     """The same 100 MB again, after they were freed: no pages are mapped."""
-    assert int(python(PAGE_FAULTS)) < 100
+    assert int(python(PAGE_FAULTS, "/dev/none")) < 100
 
 
-@pytest.mark.parametrize("path", ["/dev/nvidia", "/dev/accel", "/dev/vfio/", "/dev/kfd"])
-def test_freed_memory_is_returned_beside_an_accelerator(path):
-    assert int(python(PAGE_FAULTS, path)) > 40
+def test_freed_memory_is_returned_beside_an_accelerator():
+    paths = ["/dev/nvidia", "/dev/accel", "/dev/vfio/", "/dev/kfd"]
+    counts = [int(line) for line in python(PAGE_FAULTS, *paths).splitlines()]
+    assert len(counts) == 4 and min(counts) > 40
 
 
 def test_without_mallopt_nothing_is_called(monkeypatch):
@@ -143,11 +144,14 @@ def test_num_devices_splits_the_cpu(encoder):
     flags = ("--encoder", encoder, "--num-devices")
     assert python(TRAIN, *flags, cores) == f"{cores}\n"
     assert python(TRAIN, *flags, 1) == "1\n"
-    assert python(TRAIN, "--num-devices", 3, env=several_devices(8)) == "3\n"
     ended = subprocess.run([sys.executable, "-c", TRAIN, *flags, str(cores + 1)], cwd=ROOT,
                            capture_output=True, text=True)
     message = f"{cores + 1} devices requested, but there are {cores}"
     assert ended.returncode == 1 and message in ended.stderr
+
+
+def test_num_devices_uses_some_of_the_devices():
+    assert python(TRAIN, "--num-devices", 3, env=several_devices(8)) == "3\n"
 
 
 def test_devices_stay_once_jax_has_started():

@@ -161,10 +161,10 @@ def write_tar(path, count: int, broken: set[int]) -> None:
 
 def test_bad_samples_are_replaced_counted_and_listed_once(cache, tmp_path):
     """Also in a run that was killed: the same list, the same numbers."""
-    write_tar(tmp_path / "a.tar", 100, {3, 40, 41, 77})
+    write_tar(tmp_path / "a.tar", 90, {3, 40, 41, 77})  # all are read: 12 steps read 96
     write_tar(tmp_path / "val.tar", 20, set())
-    flags = ["images", "--data", str(tmp_path / "a.tar"), "--val", str(tmp_path / "val.tar"),
-             "--vocab-size", "192", "--stages", "resolution=16 steps=16 batch=8 lr=1e-3"]
+    flags = ["--data", str(tmp_path / "a.tar"), "--val", str(tmp_path / "val.tar"),
+             "--stages", STAGE]
     complete_run(cache, tmp_path / "uninterrupted", *flags)
     listed = (tmp_path / "uninterrupted" / "bad-samples.txt").read_text()
     assert len(listed.splitlines()) == 4
@@ -184,9 +184,9 @@ def test_bad_samples_are_replaced_counted_and_listed_once(cache, tmp_path):
 
 def test_too_many_bad_samples_stop_a_run(tmp_path, capsys):
     write_tar(tmp_path / "a.tar", 60, set(range(0, 60, 3)))
-    flags = ["images", "--data", str(tmp_path / "a.tar"), "--val-samples", "4",
+    flags = ["--data", str(tmp_path / "a.tar"), "--val-samples", "4", "--stages", STAGE,
              "--max-bad-fraction", "0.2", "--workdir", str(tmp_path / "run")]
-    assert train.main([*flags, "--encoder", "micro/8", "--stages", STAGE]) == 1
+    assert train.main([*FLAGS, *flags]) == 1
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     assert "--max-bad-fraction 0.2" in errors and "bad-samples.txt" in errors
