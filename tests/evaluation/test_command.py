@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import data
+import decoder
 import evaluate
 from config import RECIPES
 from evaluation import captioning, labels, vqa
@@ -51,6 +52,7 @@ def test_vqa_measures_what_it_compares(run, tmp_path, capsys, monkeypatch):
     """Encoder, random encoder, raw pixels and no image, each by kind of question."""
     monkeypatch.setattr(vqa, "NUM_TRAIN", 60)
     monkeypatch.setattr(vqa, "NUM_VAL", 40)
+    monkeypatch.setitem(decoder.DECODER_SIZES, "micro", (1, 48, 2, 96))
     path = tmp_path / "figures.json"
     assert evaluate.main([str(run / "encoder.npz"), "vqa", "--steps", "2",
                           "--json", str(path)]) == 0

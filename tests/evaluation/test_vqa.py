@@ -9,6 +9,7 @@ from evaluation import questions, vqa
 from inputs import scenes
 from interop.encoder import random_encoder, raw_pixel_encoder
 from layers import init_params
+from tests.helpers.models import noisy_params
 
 SCENES = questions.question_scenes(0, "train", 1500)
 VAL_SCENES = questions.question_scenes(0, "val", 300)
@@ -21,6 +22,7 @@ def of_kinds(split: str, count: int) -> list:
 
 
 QUESTIONS = of_kinds("train", 1500), of_kinds("val", 300)
+reader_logits = jax.jit(vqa.reader_logits, static_argnums=3)
 READER = {"size": "small", "batch": 8, "lr": 4e-3}
 
 
@@ -69,17 +71,17 @@ def test_it_follows_from_the_seed():
 def test_each_question_is_read_as_if_it_were_alone():
     """Beside other questions, and with padding behind it, the logits are the same."""
     rng, cfg = np.random.default_rng(0), decoder.decoder_config("micro", 50, 384)
-    params = init_params(jax.random.key(0), vqa.reader_specs(cfg, 7))
+    params = noisy_params(vqa.reader_specs(cfg, 7))
     image = rng.normal(size=(2, 4, 7)).astype(np.float32)
     text = rng.integers(3, 50, (2, 3, 6))
-    together = vqa.reader_logits(params, image, text, cfg)
+    together = np.asarray(reader_logits(params, image, text, cfg))
     for q in range(3):
-        alone = vqa.reader_logits(params, image, text[:, q:q + 1], cfg)
+        alone = reader_logits(params, image, text[:, q:q + 1], cfg)
         assert np.allclose(together[:, q], alone[:, 0], atol=1e-4)
     padded = np.concatenate([text[..., :4], 0 * text[..., 4:]], -1)
-    logits = vqa.reader_logits(params, image, padded, cfg)
+    logits = reader_logits(params, image, padded, cfg)
     assert np.allclose(together[:, :, :4], logits[:, :, :4], atol=1e-4)
-    swapped = vqa.reader_logits(params, image[::-1], text, cfg)
+    swapped = reader_logits(params, image[::-1], text, cfg)
     assert not np.allclose(together, swapped, atol=1e-2)
 
 
@@ -96,13 +98,14 @@ def test_correct_means_that_greedy_generation_gives_the_answer():
     is_answer = (text != 0) & (np.arange(6) >= 3)
     generated = text[:, :, :3]
     for _ in range(3):
-        logits = vqa.reader_logits(params, image, generated, cfg)
+        logits = reader_logits(params, image, generated, cfg)
         likeliest = np.asarray(logits)[:, :, -1:].argmax(-1)
         generated = np.concatenate([generated, likeliest], -1)
     same = []
     for row, true_row, length in zip(generated[:, 0], text[:, 0], is_answer.sum((1, 2))):
         same.append(row[3:3 + length].tolist() == true_row[3:3 + length].tolist())
-    correct = vqa.is_correct(params, image, text, is_answer, cfg)
+    is_correct = jax.jit(vqa.is_correct, static_argnums=4)
+    correct = is_correct(params, image, text, is_answer, cfg)
     assert correct[:, 0].tolist() == same and 0 < sum(same) < 64
 
 
