@@ -5,11 +5,13 @@ images by text.
 The text encoder and the loss are CLIP's. The caption loss never trained a mean of patch tokens;
 here learned queries pool them by attention. --image-pool map takes SigLIP's head instead (one query
 and an MLP, arXiv:2303.15343), which other libraries have too; --image-pool mean takes the mean. All
-these lose where in the image something is. --image-pool grid keeps it: one linear layer reads all
-tokens side by side, which suits aligned images of one size, such as icons. No
-gradient reaches the encoder, and the optimizer leaves it alone. If training augments nothing and
-they fit in memory, its tokens are computed once per image (FeatureLoader). With --feature-copies K,
-so are those of K augmented copies of each image.
+these lose where in the image something is. --image-pool grid keeps it, which suits aligned images
+of one size, such as icons: the vector is Fisher's discriminant of all tokens side by side
+(fisher.py), computed before the first step, and the text encoder alone is trained.
+
+No gradient reaches the encoder, and the optimizer leaves it alone. If training augments nothing and
+they fit in memory, its tokens are computed once per image (FeatureLoader). With --feature-copies C,
+so are those of C augmented copies of each image.
 
 Letters: B images, N patches, R pixels per side, P patch size, E encoder width, H heads, Dh = E/H,
 M MLP width of the encoder, Q queries, D width of the text encoder.
@@ -35,9 +37,11 @@ from layers import (
 )
 from objectives import clip
 from objectives.contrastive import contrastive_loss, l2_normalize, logit_scale
+from objectives.fisher import discriminant
 from runtime.errors import ConfigError
 
 NUM_QUERIES = {"attention": 8, "map": 1}  # Q: each can read another part of the image
+MAX_GRID = 1 << 13                         # the most numbers N*E for Fisher's discriminant
 CACHE_BYTES = 4 << 30                      # of the tokens of all training images, per process
 
 embed_texts, blind_loss = clip.embed_texts, clip.blind_loss
@@ -49,9 +53,10 @@ def param_specs(model: Any) -> dict:
     if model.image_pool == "mean":
         return clip.param_specs(model)
     if model.image_pool == "grid":
-        specs, E = clip.param_specs(model), model.encoder.width
-        image = dense_specs(model.num_patches * E, model.decoder.width, bias=False)
-        return specs | {"pair": specs["pair"] | {"image": image}, "pool": {"norm": norm_specs(E)}}
+        F, specs = model.num_patches * model.encoder.width, clip.param_specs(model)
+        specs["pair"].pop("image")
+        return specs | {"discriminant": {"mean": ParamSpec((F,), 0.0),
+                                         "matrix": ParamSpec((F, model.decoder.width), 1.0)}}
     E, M, Q = model.encoder.width, model.encoder.mlp_dim, NUM_QUERIES[model.image_pool]
     pool = {"norm": norm_specs(E), "query": {"embedding": ParamSpec((Q, E), 1.0)},
             "memory": dense_specs(E, E, copies=2), "out": dense_specs(Q * E, E)}
@@ -64,7 +69,7 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
     enc, pool = model.encoder, 0.0
     N, E = (resolution // enc.patch_size) ** 2, enc.width
     if model.image_pool == "grid":
-        pool = 2 * (N - 1) * E * model.decoder.width  # clip.flops counts one token
+        pool = 2 * (N - 1) * E * model.decoder.width  # clip.flops counts a projection of E numbers
     elif model.image_pool != "mean":
         pool = 4 * N * E * E + NUM_QUERIES[model.image_pool] * (4 * N * E + 2 * E * E)
     if model.image_pool == "map":
@@ -95,8 +100,10 @@ def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
     if images.ndim == 4:
         tokens = vit.vit(encoder, images, model.encoder)["tokens"]
     if model.image_pool == "grid":
-        pooled = layer_norm(tokens, params["pool"]["norm"]).reshape(len(tokens), -1)
-    elif model.image_pool == "mean":
+        fixed = jax.lax.stop_gradient(params["discriminant"])
+        flat = tokens.reshape(len(tokens), -1)
+        return l2_normalize((flat - fixed["mean"]) @ fixed["matrix"])
+    if model.image_pool == "mean":
         pooled = layer_norm(tokens.mean(1), encoder["norm"])
     else:
         pooled = attention_pool(tokens, params["pool"], model.encoder.num_heads)
@@ -134,9 +141,27 @@ class FeatureLoader(data.Loader):
         return self.features[resolution, copy]
 
 
+def check_grid(cfg: Any, model: Any, resolutions: set[int]) -> None:
+    """ConfigError for settings with which --image-pool grid cannot be computed."""
+    if len(resolutions) > 1:
+        raise ConfigError("--image-pool grid has a weight for each patch, so that all --stages "
+                          f"need one resolution, not {min(resolutions)} and {max(resolutions)}")
+    is_augmented = cfg.min_crop_area < 1 or cfg.jitter or cfg.hue or cfg.grayscale_prob
+    if cfg.feature_copies < 2 or not is_augmented:
+        raise ConfigError("--image-pool grid is computed from how augmented copies of an image "
+                          "differ: set --feature-copies 16, and --min-crop-area below 1 or "
+                          "--jitter")
+    F = model.num_patches * model.encoder.width
+    if F > MAX_GRID:
+        raise ConfigError(f"--image-pool grid: the patch tokens of an image are {F:,} numbers, and "
+                          f"{MAX_GRID:,} are the most: take a lower resolution or a smaller "
+                          "encoder, or --image-pool attention")
+
+
 def training_loader(run: Any, params: dict) -> data.Loader:
     """The run's loader, or one of features where they can be computed once. ConfigError if those of
-    --feature-copies do not fit."""
+    --feature-copies do not fit. With --image-pool grid, the `params` of a new run get the
+    discriminant of these features."""
     loader, enc, num_bytes = run.loader, run.model.encoder, 0
     copies = run.cfg.feature_copies or int(not loader.has_random_augment)
     for stage in run.stages:
@@ -147,9 +172,31 @@ def training_loader(run: Any, params: dict) -> data.Loader:
                           f"{CACHE_BYTES / 2**30:.0f} are the most: make it smaller, or 0")
     if not copies or num_bytes > CACHE_BYTES:
         return loader
-    return FeatureLoader(params["encoder"], run.model, copies, loader.source, loader.tokenizer,
-                         loader.max_text_len, loader.seed, loader.augment, run.cfg.workers,
-                         caption_field=run.cfg.caption_field)
+    cached = FeatureLoader(params["encoder"], run.model, copies, loader.source, loader.tokenizer,
+                           loader.max_text_len, loader.seed, loader.augment, run.cfg.workers,
+                           caption_field=run.cfg.caption_field)
+    if run.model.image_pool == "grid" and run.step == 0:
+        if run.parallel.is_main:
+            print(f"computing the features of {copies} copies of {len(loader.source):,} images")
+        params["discriminant"] = grid_discriminant(cached, run.stages[0].resolution,
+                                                   run.model.decoder.width)
+    return cached
+
+
+def grid_discriminant(loader: FeatureLoader, resolution: int,
+                      num_directions: int) -> dict[str, np.ndarray]:
+    """Fisher's discriminant of the tokens of all copies. An image that cannot be read is left
+    out."""
+    n = len(loader.source)
+
+    def tokens_of_copy(copy: int) -> np.ndarray:
+        rows = {}
+        for start in range(0, n, 256):
+            stop = min(start + 256, n)
+            batch = loader.batch(range(copy * n + start, copy * n + stop), resolution)
+            rows |= zip(batch["sample"].tolist(), batch["images"])
+        return np.stack([rows[i].ravel() for i in sorted(rows)])
+    return discriminant(tokens_of_copy, loader.copies, num_directions)
 
 
 # -------------------------------------------------------------------------------- baseline

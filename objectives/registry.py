@@ -166,10 +166,9 @@ def check_settings(cfg: Any) -> None:
     if cfg.objective == "lit" and not cfg.init_encoder:
         raise ConfigError("--objective lit trains a text encoder for a frozen encoder: name its "
                           "run with --init-encoder (or random or pixels, to compare with)")
-    resolutions = sorted({stage.resolution for stage in parse_stages(cfg.stages)})
-    if cfg.objective == "lit" and cfg.image_pool == "grid" and len(resolutions) > 1:
-        raise ConfigError("--image-pool grid has a weight for each patch, so that all --stages "
-                          f"need one resolution, not {resolutions[0]} and {resolutions[-1]}")
+    if cfg.objective == "lit" and cfg.image_pool == "grid":
+        resolutions = {stage.resolution for stage in parse_stages(cfg.stages)}
+        objective_module("lit").check_grid(cfg, model_spec(cfg), resolutions)
     least = 2 * vit.vit_config(cfg.encoder).patch_size
     for stage in parse_stages(cfg.stages):
         if cfg.objective == "aimv2" and stage.resolution < least:

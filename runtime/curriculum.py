@@ -89,12 +89,13 @@ def lr_schedule(stage: Stage) -> optax.Schedule:
 
 def make_optimizer(cfg: Any, stage: Stage) -> optax.GradientTransformation:
     """AdamW (b1 0.9, as released) with the settings of a Config. Only matrices decay: not biases,
-    norms, or the token embedding. With LiT the encoder is frozen, and has no state."""
+    norms, or the token embedding. With LiT the encoder and what is computed from its tokens are
+    frozen, and have no state."""
     def is_matrix(params: dict) -> dict:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     def is_trained(params: dict) -> dict:
-        return {part: part != "encoder" for part in params}
+        return {part: part not in ("encoder", "discriminant") for part in params}
     adamw = optax.adamw(lr_schedule(stage), b1=0.9, b2=cfg.adam_b2, mu_dtype=cfg.mu_dtype,
                         weight_decay=cfg.weight_decay, mask=is_matrix)
     # The updates of what is not trained are its gradients, which are 0.

@@ -154,8 +154,8 @@ def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
     w = numpy_model.to_double(params)
     tokens = numpy_model.encode(w["encoder"], batch["images"], ENC)
     if image_pool == "grid":
-        normed = numpy_model.layer_norm(tokens, w["pool"]["norm"])
-        pooled = normed.reshape(B, N * 32)
+        fisher = w["discriminant"]
+        image = (tokens.reshape(B, N * 32) - fisher["mean"]) @ fisher["matrix"]
     elif image_pool == "mean":
         pooled = numpy_model.layer_norm(tokens.mean(1), w["encoder"]["norm"])
     else:
@@ -169,7 +169,8 @@ def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
             normed = numpy_model.layer_norm(pooled, w["pool"]["norm2"])
             hidden = numpy_model.gelu(numpy_model.linear(normed, **w["pool"]["fc1"]), True)[0]
             pooled = pooled + numpy_model.linear(hidden, **w["pool"]["fc2"])
-    image = pooled @ w["pair"]["image"]["kernel"]
+    if image_pool != "grid":
+        image = pooled @ w["pair"]["image"]["kernel"]
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     computed = jax.jit(lit.embed_images, static_argnums=2)(params, batch["images"], model)
     numpy_model.assert_close(computed, image)
@@ -183,10 +184,11 @@ def test_lit_matches_captions_to_a_pool_of_frozen_tokens(image_pool):
         return total[0] / count[0]
     value, grads = jax.jit(jax.value_and_grad(loss))(params, batch["images"])
     assert float(value) == pytest.approx(expected, rel=1e-5)
-    assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads.pop("encoder")))
+    frozen = [grads.pop("encoder"), grads.pop("discriminant", {})]
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(frozen))
     assert all(np.asarray(g).any() for g in jax.tree.leaves(grads))
-    frozen = encode(params["encoder"], batch["images"], ENC)["tokens"]
-    assert float(jax.jit(loss)(params, frozen)) == pytest.approx(expected, rel=1e-5)
+    computed = encode(params["encoder"], batch["images"], ENC)["tokens"]
+    assert float(jax.jit(loss)(params, computed)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_pixel_encoders_tokens_are_the_means_of_pixels_in_squares():

@@ -184,6 +184,10 @@ def test_the_number_of_devices_changes_no_loss_and_no_gradient(tmp_path, cache):
 
 
 # --------------------------------------------------------------------------- settings, a run
+GRID = ("--objective", "lit", "--init-encoder", "random", "--image-pool", "grid")
+ONE_STAGE = ("--stages", "resolution=32 steps=2 batch=8 lr=1e-3")
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--objective", "clip", "--grad-accum", "2"], "--grad-accum 2 would part: leave it at 1"),
     (["--objective", "openvision", "--alt-field", "web", "--grad-accum", "2"],
@@ -192,8 +196,11 @@ def test_the_number_of_devices_changes_no_loss_and_no_gradient(tmp_path, cache):
     (["--objective", "clip", "--alt-field", "web"],
      "--alt-field web is read by --objective openvision alone"),
     (["--objective", "lit"], "name its run with --init-encoder"),
-    (["--objective", "lit", "--init-encoder", "random", "--image-pool", "grid"],
-     "need one resolution, not 24 and 32"),
+    ([*GRID, "--feature-copies", "2"], "need one resolution, not 24 and 32"),
+    ([*GRID, "--min-crop-area", "0.5", *ONE_STAGE], "set --feature-copies 16"),
+    ([*GRID, "--feature-copies", "2", *ONE_STAGE], "and --min-crop-area below 1 or --jitter"),
+    ([*GRID, "--feature-copies", "2", "--jitter", "0.1", "--encoder", "Ti/4", *ONE_STAGE],
+     "are 12,288 numbers, and 8,192 are the most"),
     (["--objective", "aimv2", "--encoder", "micro/8",
       "--stages", "resolution=8 steps=2 batch=8 lr=1e-3"], "needs a resolution of 16 or more")])
 def test_impossible_settings_are_refused(argv, message, capsys):

@@ -1,0 +1,39 @@
+"""Fisher's linear discriminant (1936) of images of which each is a class of its own.
+
+How augmented copies of an image differ says what does not matter. The discriminant is the linear
+map to the directions in which images differ most, relative to that. Each is scaled by the square
+root of that ratio, so that the first ones do not outweigh the rest. LiT's --image-pool grid reads
+the patch tokens through it (lit.py). It is computed, not trained: gradient steps from random
+weights overfit, because an image's tokens are more numbers than there are images.
+
+Letters: n images, F numbers per image, K directions.
+"""
+from collections.abc import Callable
+
+import numpy as np
+
+SHRINK = 0.2  # of the covariance towards a multiple of the identity
+
+
+def discriminant(features: Callable[[int], np.ndarray], copies: int,
+                 num_directions: int) -> dict[str, np.ndarray]:
+    """{"mean": (F,), "matrix": (F,K)} fp32, to use as (x - mean) @ matrix. features(c): (n,F) of
+    copy c of all images. Directions above n - 1, for which there are too few images, are 0."""
+    image_means = sum(features(c) for c in range(copies)) / np.float32(copies)
+    n, F = image_means.shape
+    covariance = np.zeros((F, F), np.float32)
+    for c in range(copies):
+        differences = features(c) - image_means
+        covariance += differences.T @ differences / np.float32(n * copies)
+    level = np.trace(covariance) / F
+    covariance = (1 - SHRINK) * covariance + SHRINK * level * np.eye(F, dtype=np.float32)
+    mean = image_means.mean(0)
+    root = np.linalg.cholesky(covariance)
+    whitened = np.linalg.solve(root, (image_means - mean).T)                   # (F,n)
+    values, vectors = np.linalg.eigh(whitened.T @ whitened)
+    rank = min(num_directions, n - 1, F)
+    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    # Singular values of `whitened` are the ratios, the roots of the eigenvalues.
+    matrix = np.zeros((F, num_directions), np.float32)
+    matrix[:, :rank] = np.linalg.solve(root.T, whitened @ (vectors / values**0.75))
+    return {"mean": mean, "matrix": matrix}

@@ -1,0 +1,72 @@
+"""Fisher's discriminant, on features whose directions are planted, and as LiT computes it."""
+from types import SimpleNamespace
+
+import numpy as np
+
+from config import Config
+from inputs import sources
+from inputs.images import Augment
+from objectives import fisher, lit
+from runtime.curriculum import parse_stages
+from tests.helpers.samples import members, reader, spill
+from tests.objectives.small import make_model, make_params
+
+n, F, K, COPIES = 60, 16, 6, 8
+
+
+def planted(seed: int) -> list[np.ndarray]:
+    """(n,F) of each copy: six directions tell images apart, the others are loud and differ between
+    the copies of one image."""
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(np.random.default_rng(9).normal(size=(F, F)))[0]
+    own, copies = np.random.default_rng(8).normal(size=(n, K)), []
+    for _ in range(COPIES):
+        noise = [own + 0.1 * rng.normal(size=(n, K)), 4 * rng.normal(size=(n, F - K))]
+        copies.append((np.concatenate(noise, 1) @ rotation).astype(np.float32))
+    return copies
+
+
+def nearest(test: np.ndarray, train: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(test[:, None] - train, axis=2).argmin(1)
+
+
+def test_the_directions_are_those_that_tell_images_apart():
+    copies, new = planted(0), planted(1)[0]
+    found = fisher.discriminant(copies.__getitem__, COPIES, K)
+    assert found["mean"].shape == (F,) and found["matrix"].dtype == np.float32
+    project = lambda x: (x - found["mean"]) @ found["matrix"]  # noqa: E731
+    means = np.mean(copies, axis=0)
+    assert (nearest(project(new), project(means)) == np.arange(n)).mean() > 0.8
+    assert (nearest(new, means) == np.arange(n)).mean() < 0.4
+    deviations = project(means).std(0)
+    assert (np.diff(deviations) <= 1e-5).all()
+
+
+def test_directions_beyond_the_number_of_images_are_zero():
+    found = fisher.discriminant(lambda c: planted(0)[c][:4], COPIES, K)
+    assert found["matrix"][:, :3].any(axis=0).all() and not found["matrix"][:, 3:].any()
+
+
+def test_a_new_lit_run_computes_it_from_the_tokens_of_all_copies(tmp_path, monkeypatch):
+    """A damaged image is left out. A continued run has it already."""
+    broken = [(name, b"no image" if name == "000000002.jpg" else data) for name, data in members(6)]
+    source, model = sources.open_source(spill(tmp_path, broken)), make_model("lit")
+    model = model._replace(image_pool="grid", num_patches=4)
+    run = SimpleNamespace(loader=reader(source, augment=Augment(min_crop_area=0.5)), model=model,
+                          cfg=Config(feature_copies=3, workers=1), step=0,
+                          stages=parse_stages("resolution=16 steps=9 batch=8 lr=1"),
+                          parallel=SimpleNamespace(is_main=False))
+    seen, params = [], make_params(model)
+
+    def record(tokens_of_copy, copies, num_directions):
+        seen.extend(tokens_of_copy(c) for c in range(copies))
+        return fisher.discriminant(tokens_of_copy, copies, num_directions)
+    monkeypatch.setattr(lit, "discriminant", record)
+    loader = lit.training_loader(run, params)
+    width, good = 4 * model.encoder.width, len(source) - 1
+    assert [x.shape for x in seen] == 3 * [(good, width)] and len(loader.features) == 3 * good
+    computed = params["discriminant"]["matrix"]
+    assert computed.shape == (width, model.decoder.width)
+    run.step = 1
+    lit.training_loader(run, params)
+    assert params["discriminant"]["matrix"] is computed and len(seen) == 3
