@@ -7,14 +7,15 @@ here learned queries pool them by attention. --image-pool map takes SigLIP's hea
 and an MLP, arXiv:2303.15343), which other libraries have too; --image-pool mean takes the mean. All
 these lose where in the image something is. --image-pool grid keeps it, which suits aligned images
 of one size, such as icons: the vector is Fisher's discriminant of all tokens side by side
-(fisher.py), computed before the first step, and the text encoder alone is trained.
+(fisher.py), computed before the first step. The text encoder alone is trained, and an MLP that
+brings its feature to the discriminant's width.
 
 No gradient reaches the encoder, and the optimizer leaves it alone. If training augments nothing and
 they fit in memory, its tokens are computed once per image (FeatureLoader). With --feature-copies C,
 so are those of C augmented copies of each image.
 
 Letters: B images, N patches, R pixels per side, P patch size, E encoder width, H heads, Dh = E/H,
-M MLP width of the encoder, Q queries, D width of the text encoder.
+M MLP width of the encoder, Q queries, K directions, D width of the text encoder.
 """
 from typing import Any
 
@@ -36,15 +37,16 @@ from layers import (
     norm_specs,
 )
 from objectives import clip
-from objectives.contrastive import contrastive_loss, l2_normalize, logit_scale
+from objectives.contrastive import contrastive_loss, encode_text, l2_normalize, logit_scale
 from objectives.fisher import discriminant
 from runtime.errors import ConfigError
 
 NUM_QUERIES = {"attention": 8, "map": 1}  # Q: each can read another part of the image
+NUM_DIRECTIONS = 384                       # K, of Fisher's discriminant
 MAX_GRID = 1 << 13                         # the most numbers N*E for Fisher's discriminant
 CACHE_BYTES = 4 << 30                      # of the tokens of all training images, per process
 
-embed_texts, blind_loss = clip.embed_texts, clip.blind_loss
+blind_loss = clip.blind_loss
 
 
 # ------------------------------------------------------------------------------- parameters
@@ -54,9 +56,11 @@ def param_specs(model: Any) -> dict:
         return clip.param_specs(model)
     if model.image_pool == "grid":
         F, specs = model.num_patches * model.encoder.width, clip.param_specs(model)
+        K, D = NUM_DIRECTIONS, model.decoder.width
         specs["pair"].pop("image")
-        return specs | {"discriminant": {"mean": ParamSpec((F,), 0.0),
-                                         "matrix": ParamSpec((F, model.decoder.width), 1.0)}}
+        return specs | {
+            "head": {"fc1": dense_specs(D, 4 * D), "fc2": dense_specs(4 * D, K)},
+            "discriminant": {"mean": ParamSpec((F,), 0.0), "matrix": ParamSpec((F, K), 1.0)}}
     E, M, Q = model.encoder.width, model.encoder.mlp_dim, NUM_QUERIES[model.image_pool]
     pool = {"norm": norm_specs(E), "query": {"embedding": ParamSpec((Q, E), 1.0)},
             "memory": dense_specs(E, E, copies=2), "out": dense_specs(Q * E, E)}
@@ -69,7 +73,8 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
     enc, pool = model.encoder, 0.0
     N, E = (resolution // enc.patch_size) ** 2, enc.width
     if model.image_pool == "grid":
-        pool = 2 * (N - 1) * E * model.decoder.width  # clip.flops counts a projection of E numbers
+        K, D = NUM_DIRECTIONS, model.decoder.width
+        pool = 2 * N * E * K + 8 * D * (D + K) - 2 * E * D  # the last: clip's projection
     elif model.image_pool != "mean":
         pool = 4 * N * E * E + NUM_QUERIES[model.image_pool] * (4 * N * E + 2 * E * E)
     if model.image_pool == "map":
@@ -95,7 +100,8 @@ def attention_pool(tokens: jax.Array, w: dict, num_heads: int) -> jax.Array:
 
 
 def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
-    """images (B,R,R,3), or their tokens (B,N,E), to vectors (B,D) of length 1."""
+    """images (B,R,R,3), or their tokens (B,N,E), to vectors of length 1, (B,D), or (B,K) for the
+    grid."""
     encoder, tokens = jax.lax.stop_gradient(params["encoder"]), images
     if images.ndim == 4:
         tokens = vit.vit(encoder, images, model.encoder)["tokens"]
@@ -108,6 +114,14 @@ def embed_images(params: dict, images: jax.Array, model: Any) -> jax.Array:
     else:
         pooled = attention_pool(tokens, params["pool"], model.encoder.num_heads)
     return l2_normalize(linear(pooled, params["pair"]["image"]))
+
+
+def embed_texts(params: dict, text: jax.Array, model: Any) -> jax.Array:
+    """text (B,T) to vectors of length 1, (B,D), or (B,K) for the grid."""
+    if model.image_pool != "grid":
+        return clip.embed_texts(params, text, model)
+    head, feature = params["head"], encode_text(params["text"], text, model.decoder)[1]
+    return l2_normalize(gelu_linear(linear(feature, head["fc1"]), head["fc2"], exact=False))
 
 
 def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
@@ -178,13 +192,11 @@ def training_loader(run: Any, params: dict) -> data.Loader:
     if run.model.image_pool == "grid" and run.step == 0:
         if run.parallel.is_main:
             print(f"computing the features of {copies} copies of {len(loader.source):,} images")
-        params["discriminant"] = grid_discriminant(cached, run.stages[0].resolution,
-                                                   run.model.decoder.width)
+        params["discriminant"] = grid_discriminant(cached, run.stages[0].resolution)
     return cached
 
 
-def grid_discriminant(loader: FeatureLoader, resolution: int,
-                      num_directions: int) -> dict[str, np.ndarray]:
+def grid_discriminant(loader: FeatureLoader, resolution: int) -> dict[str, np.ndarray]:
     """Fisher's discriminant of the tokens of all copies. An image that cannot be read is left
     out."""
     n = len(loader.source)
@@ -196,7 +208,7 @@ def grid_discriminant(loader: FeatureLoader, resolution: int,
             batch = loader.batch(range(copy * n + start, copy * n + stop), resolution)
             rows |= zip(batch["sample"].tolist(), batch["images"])
         return np.stack([rows[i].ravel() for i in sorted(rows)])
-    return discriminant(tokens_of_copy, loader.copies, num_directions)
+    return discriminant(tokens_of_copy, loader.copies, NUM_DIRECTIONS)
 
 
 # -------------------------------------------------------------------------------- baseline

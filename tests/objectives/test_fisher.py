@@ -66,7 +66,7 @@ def test_a_new_lit_run_computes_it_from_the_tokens_of_all_copies(tmp_path, monke
     width, good = 4 * model.encoder.width, len(source) - 1
     assert [x.shape for x in seen] == 3 * [(good, width)] and len(loader.features) == 3 * good
     computed = params["discriminant"]["matrix"]
-    assert computed.shape == (width, model.decoder.width)
+    assert computed.shape == (width, lit.NUM_DIRECTIONS)
     run.step = 1
     lit.training_loader(run, params)
     assert params["discriminant"]["matrix"] is computed and len(seen) == 3

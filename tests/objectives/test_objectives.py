@@ -17,7 +17,7 @@ import masking
 import train
 import vit
 from interop.encoder import load_encoder
-from objectives import aimv2, cappa, contrastive, genlip, openvision, registry
+from objectives import aimv2, cappa, contrastive, genlip, lit, openvision, registry
 from runtime import devices
 from tests.helpers.compiling import several_devices
 from tests.helpers.models import matmul_flops
@@ -93,7 +93,8 @@ def test_flops_are_those_of_the_traced_program(objective, gated, image_pool):
     arguments = jax.tree.map(lambda x: x[None], (make_batch(), KEYS))
     counted = matmul_flops(mapped, make_params(model), *arguments)
     # The scores of a contrastive batch are left out of the formula.
-    scores = {"clip": 4, "siglip": 2, "lit": 4, "openvision": 8}.get(objective, 0) * B * DEC.width
+    width = lit.NUM_DIRECTIONS if image_pool == "grid" else DEC.width
+    scores = {"clip": 4, "siglip": 2, "lit": 4, "openvision": 8}.get(objective, 0) * B * width
     formula = sum(registry.flops(model, RESOLUTION, T).values())
     assert counted / B == pytest.approx(formula + scores, rel=1e-6)
 
