@@ -92,7 +92,7 @@ def run_ci(folder, pythons: dict[str, str],
     return process.returncode, process.stdout, arguments
 
 
-USUAL = ["lint", "test", "test-parity VENV=.venv-parity"]
+USUAL = ["lint", "test", "test-long", "test-parity VENV=.venv-parity"]
 PYENV = ".pyenv/versions/3.13.0/bin/python3.13"
 
 
@@ -115,6 +115,6 @@ def test_ci_reports_that_there_is_no_newer_python(tmp_path):
     assert output.splitlines()[0].startswith("no Python newer than python3 is installed")
 
 
-@pytest.mark.parametrize("failing", ["lint", "test-parity", "test PYTHON="])
+@pytest.mark.parametrize("failing", ["lint", "test-parity", "test-long", "test PYTHON="])
 def test_ci_fails_if_a_part_fails(tmp_path, failing):
     assert run_ci(tmp_path, {"path/python3.13": "3.13"}, failing)[0] != 0
