@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,9 @@ def assert_equal_runs(folder: str | Path, other: str | Path) -> None:
     assert rows(folder) == rows(other)
 
 
-def start_training(env: dict, *flags: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
-    """train.py with these flags in a process of its own, started by the command `before`."""
+def start_training(env: dict, *flags: str, before: tuple[str, ...] = (),
+                   output: Any = subprocess.PIPE) -> subprocess.Popen:
+    """train.py with these flags in a process of its own, started by the command `before`. A long
+    run needs a file as `output`: it would wait without end at a pipe that is full."""
     return subprocess.Popen([*before, sys.executable, "train.py", *flags], cwd=ROOT, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=output, stderr=output, text=True)
