@@ -2,11 +2,12 @@
 
 Which samples a step reads, how each is cropped and what replaces a broken one depend on the seed
 and on the position in the run: not on workers, devices, hosts or earlier steps. A broken sample is
-never used and does not stop a run (too many do: --max-bad-fraction). It is counted, listed with a
-reason, and replaced by the next.
+never used: it is counted, listed with a reason, and replaced by the next. Only too many of them
+stop a run (--max-bad-fraction).
 
 Words: a sample is a captioned image, numbered in its source from 0. A position counts the images of
-the run from 0; inputs/order.py says which sample is at each.
+the run from 0; inputs/order.py says which sample is at each. A chunk is some consecutive samples
+that one read covers.
 Letters: B images, R pixels per side, T text positions, i the number of a sample.
 
     python data.py [WHERE [FIELD]]     draws contact.png: crops and captions as training gets them
@@ -66,16 +67,17 @@ class Loader:
         """{"images" (B,R,R,3) uint8; "text", and "alt" if it is read, (B,T) int32; "position" (B,)
         int32; "sample" (B,), the one that is used; "bad" {sample: reason}}.
 
-        "bad" lists a bad sample only in the first epoch, and only in the batch whose positions
-        include the sample's own. So it is counted once, also with several hosts and in a continued
-        run."""
+        "bad" lists a bad sample only in the first epoch, and only in the batch in which the order
+        places it, not where it was tried as a replacement. So it is counted once, also with several
+        hosts and in a continued run."""
         pairs = [(position, self.order(position)) for position in positions]
         tasks = [pairs[n:n + SAMPLES_PER_TASK] for n in range(0, len(pairs), SAMPLES_PER_TASK)]
         loaded = itertools.chain(*self.pool.map(self.run_task, tasks, itertools.repeat(resolution)))
         images, texts, samples = zip(*loaded)
         batch = {"images": np.stack(images), "sample": np.array(samples)}
         batch |= {name: np.stack(column) for name, column in zip(self.fields, zip(*texts))}
-        # The masks' keys are made from positions, which must be below registry.INIT_DOMAIN.
+        # Keys that draw the kept patches are made from positions. Below 2**31 these never equal
+        # registry.INIT_DOMAIN, from which the key of the initial parameters is made.
         batch["position"] = np.array([position % 2**31 for position in positions], np.int32)
         batch["bad"] = {i: self.bad[i] for position, i in pairs
                         if position < len(self.source) and i in self.bad}

@@ -2,7 +2,7 @@
 
 It predicts the caption and exists only to train the encoder. Image tokens stand before the text, a
 "simple concatenation", as the paper says, where CapPa has cross-attention. In training it reads
-text[:, :-1] and predicts text[:, 1:], so T - 1 positions.
+text[:, :-1] and predicts text[:, 1:], so the blocks get T - 1 text positions.
 
 The layout is as released (vit.py says what that means): token embedding, image projection without
 bias, pre-norm blocks with tanh GELU, final norm, untied head without bias. There is no position
@@ -35,8 +35,8 @@ from layers import (
 from vit import block_flops, block_specs, transformer_block, transformer_stack
 
 PAD, BOS, EOS = 0, 1, 2  # those of inputs/tokenizer.py; a test compares them
-# The paper names no decoder for So400m and g. We take those that OpenVision 1 released: So400m's
-# has the size of its encoder, and with it our FLOPs equal the paper's; g's is the same as H's.
+# The paper names no decoder for So400m and g. We take those that OpenVision 1 released. So400m's
+# decoder is as large as its encoder, which gives the paper's FLOPs; g has no row, it uses H's.
 DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "micro": (3, 96, 3, 256),          # ours: for the toy
     "Ti": (12, 192, 3, 768),

@@ -134,7 +134,7 @@ def train(cfg: Config) -> int:
     stopped it. Raises UserError, whose message says what the user can change."""
     validate(cfg)
     microbatch_sizes = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
-    if cfg.distributed:  # several processes use all cores already, with one CPU device each
+    if cfg.distributed:  # their processes use all cores: the CPU is not split into two devices
         microbatch_sizes = []
     tune_cpu(sum(registry.param_counts(cfg).values()), microbatch_sizes, cfg.num_devices)
     distributed.initialize_distributed(cfg.distributed, cfg.workdir)
@@ -166,17 +166,17 @@ def train_run(run: Run) -> int:
         params = run.restore(shapes, "params")
     else:
         params = registry.initial_params(run.cfg, run.model)
-    if run.cfg.objective == "lit":  # the features of its frozen encoder can be kept
+    if run.cfg.objective == "lit":  # the features of its frozen encoder can be cached
         run.loader = registry.objective_module("lit").training_loader(run, params)
     params = run.parallel.replicate(params)
     monitor = Monitor(run)
-    evaluator = Evaluator(run, monitor, openvision2_loss)  # other objectives have their own loss
+    evaluator = Evaluator(run, monitor, openvision2_loss)  # of the method alone
 
     with distributed.PreemptionHandler(run.parallel) as preemption:
         try:
             for stage in run.stages:
                 # An evaluation that is due at a stage's end is made at that stage's resolution. The
-                # last stage is entered in any case: it loads the images that `finish` evaluates.
+                # last stage is entered always, which loads the validation images for `finish`.
                 evaluation_pending = run.step == stage.end and run.state["evaluation_pending"]
                 if run.step < stage.end or evaluation_pending or stage is run.stages[-1]:
                     params = train_stage(run, monitor, evaluator, stage, params, preemption)
@@ -230,7 +230,7 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
 
                 # Now that the device has work, read the metrics of the step before.
                 if pending is not None:
-                    signal = monitor.finish_step(pending)
+                    signal = monitor.finish_step(pending)  # in that step's status
                 pending = PendingStep(step, lr, metrics, status, bad)
 
                 evaluate_now = step % cfg.eval_every == 0 or step == stage.end

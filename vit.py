@@ -69,7 +69,7 @@ class ViTConfig:
     mlp_dim: int
     patch_size: int
     cls_token: bool = False      # the released weights have one; nothing reads its output
-    learned_pos_grid: int = 0    # grid side of a learned position table (imported); 0: sin-cos
+    learned_pos_grid: int = 0    # grid side of an imported encoder's position table; 0: sin-cos
     gated_attention: bool = False  # each block gates its attention outputs, as GenLIP's do
     norm_tokens: bool = False    # "tokens" are taken after the final norm, as in GenLIP
     dtype: str = "float32"       # of activations and matmul inputs; parameters stay fp32
@@ -129,15 +129,15 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
 
     mask: broadcastable to (B,H,Q,S), as in dot_product_attention. cache, in generation: (keys,
     values, position), keys and values (B,S,H,Dh) of the whole sequence, and x's first position in
-    it. select, in the last block: select(array) picks tokens on axis 1, the same in each call, and
-    only their outputs are computed. A mask must then be (Q,S), and all images pick the same.
-    Also returns {"keys", "values", "attention_weights"}; XLA computes only what the caller uses."""
+    it. select, in the last block: select(array) picks tokens on axis 1, and only their outputs are
+    computed. A mask must then be (Q,S), and select must pick the same tokens in all images. Also
+    returns {"keys", "values", "attention_weights"}; XLA computes only what the caller uses."""
     B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
     q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
     if select is not None:
         x, normed, q = select(x), select(normed), select(q)
-        mask = None if mask is None else select(mask[None])                    # (1,Q,S): their rows
+        mask = None if mask is None else select(mask[None])                    # (1, picked, S)
     q, k, v = (a.reshape(B, -1, num_heads, D // num_heads) for a in (q, k, v))
     if cache is not None:
         keys, values, position = cache
@@ -160,10 +160,10 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
     depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x (B,Q,D) and, without
     `select`, the extras of all blocks that extra_names lists, with a leading L.
     With `select`, x has only the tokens that it picks on axis 1. If the scan is fully unrolled, the
-    last block computes only these. In a loop, every block computes all tokens: to loop over all
-    blocks but the last, XLA would have to copy their weights."""
-    def body(x: jax.Array, w: dict, **last: Any) -> tuple[jax.Array, dict]:
-        x, extras = block(x, w, cfg.num_heads, **options, **last)
+    last block computes only these. A loop computes all tokens in each block: to loop over all but
+    the last, XLA would have to copy their weights."""
+    def body(x: jax.Array, w: dict, **last_options: Any) -> tuple[jax.Array, dict]:
+        x, extras = block(x, w, cfg.num_heads, **options, **last_options)
         return x, {name: extras[name] for name in extra_names}
     scanned = body
     if cfg.remat != "none":

@@ -76,7 +76,7 @@ class TarSource(FileSource):
         self.crc = zlib.crc32(self.crcs)
         total_bytes = sum(index.meta["size"] for index in indexes)
         if self.storage.is_remote:
-            self.storage.plan_reads(total_bytes)  # in fixed blocks, or not
+            self.storage.plan_reads(total_bytes)  # small sets in blocks
         self.plan_chunks(total_bytes)
         self.validate(counts.sum(0).tolist())
 
@@ -132,7 +132,7 @@ class TarSource(FileSource):
             if index.meta["crc"] != self.crcs[shard]:
                 raise DataError(f"{printable(path)} has changed since it was opened: start again")
             rows = index.rows
-        text_column = 2 + 2 * TEXT_SUFFIXES.index(self.text_suffix)  # of its offset, then its size
+        text_column = 2 + 2 * TEXT_SUFFIXES.index(self.text_suffix)  # the offset; its size is next
         with_text = rows[rows[:, text_column] > 0]
         return with_text[:, [0, 1, text_column, text_column + 1]]
 
@@ -157,7 +157,7 @@ class TarSource(FileSource):
         rows = self.rows(shard)[first:first + count]
         begins, sizes = rows[:, [0, 2]], rows[:, [1, 3]]
         begin, end = int(begins.min()), int((begins + sizes).max())
-        headers = 8192 * len(rows)  # about three headers a sample, and the padding of their data
+        headers = 8192 * len(rows)  # generous: three headers and their padding are 3 KB
         return (begin, end) if end - begin <= 2 * int(sizes.sum()) + headers else None
 
     def find_chunk_span(self, shard: int, chunk: int) -> Span | None:
@@ -187,8 +187,8 @@ class TarSource(FileSource):
         return image_bytes, text_bytes
 
     def caption(self, i: int, field: str = "") -> str:
-        """From a server, the complete chunk is read, and a later one fetched ahead: captions alone
-        are read to build a vocabulary, which takes all samples in order."""
+        """From a server, the complete chunk is read, and a later one fetched ahead. Only building a
+        vocabulary reads captions without images, and it takes all samples in order."""
         if not self.storage.is_remote:
             return super().caption(i, field)
         shard, row = self.locate(i)
