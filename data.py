@@ -200,6 +200,8 @@ def main(argv: list[str]) -> int:
         pen.multiline_text((x, y + 164), textwrap.fill(source.caption(i)[:108], 27), fill="black")
     sheet.save("contact.png")
     print(f"contact.png: 16 training images of {where}; skipped: {sources.skipped_samples(source)}")
+    for i, reason in batch["bad"].items():
+        print(f"replaced by the next: {source.name(i)}: {reason}")
     return 0
 
 

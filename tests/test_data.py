@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import data
 from inputs.sources import open_source, subsample, train_val_split
 from runtime import run_folder
 from runtime.errors import DataError
@@ -174,3 +176,17 @@ def test_validation_samples_are_a_fixed_draw_from_the_entire_set(tmp_path):
     assert captions != sorted(captions)
     assert max(int(caption.split()[1]) for caption in captions) > 20  # not the first ten
     assert sorted(subsample(source, 50).indices) == list(range(40))
+
+
+def test_the_contact_sheet_names_the_image_that_cannot_be_decoded(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for n in range(12):
+        Image.new("RGB", (16, 16), (20 * n, 0, 0)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"number {n}")
+    (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:40])
+    monkeypatch.chdir(tmp_path)
+    assert data.main([str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "replaced by the next: " in printed and "5.png" in printed
+    assert (tmp_path / "contact.png").exists()
