@@ -134,7 +134,7 @@ def train(cfg: Config) -> int:
     stopped it. Raises UserError, whose message says what the user can change."""
     validate(cfg)
     microbatch_sizes = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
-    if cfg.distributed:  # their processes use all cores: the CPU is not split into two devices
+    if cfg.distributed:  # several processes use all cores already: [] keeps one CPU device in each
         microbatch_sizes = []
     tune_cpu(sum(registry.param_counts(cfg).values()), microbatch_sizes, cfg.num_devices)
     distributed.initialize_distributed(cfg.distributed, cfg.workdir)

@@ -32,12 +32,15 @@ ACCURACY = ("answers", "color", "shape", "size", "place", "relation", "count", "
 SHARES = {"keep-100": "100%", "keep-50": "50%", "base": "35%", "keep-25": "25%", "keep-10": "10%"}
 
 
+ENDINGS = {  # of cells at all lengths, the shortest first: what their titles add
+    "-third": ", a third as long", "": "", "-double": ", twice as long",
+    "-sixfold": ", six times as long"}
+
+
 def at_all_lengths(rows: dict[str, str]) -> dict[str, str]:
-    """The rows of a table for each length of training, the shortest first."""
-    titles = {"-third": ", a third as long", "": "", "-double": ", twice as long",
-              "-sixfold": ", six times as long"}
+    """The rows of a table for each length of training."""
     table = {}
-    for ending, words in titles.items():
+    for ending, words in ENDINGS.items():
         table |= {cell + ending: title + words for cell, title in rows.items()}
     return table
 
@@ -183,7 +186,7 @@ def draw_lengths(results: dict, path: str) -> None:
         lines = {}
         for share, title in SHARES.items():
             points = []
-            for ending in ("-third", "", "-double", "-sixfold"):
+            for ending in ENDINGS:
                 answers = figures_of(results, share + ending, "answers")
                 amounts = figures_of(results, share + ending, column)
                 if answers and amounts:

@@ -15,11 +15,11 @@ import numpy as np
 
 from evaluation.neighbors import nearest_neighbors
 from evaluation.tasks import Tasks, import_module, progress, selection_rows, standardize
+from objectives.fisher import shrink
 
 L2 = (1.0, 1e-1, 1e-2, 1e-3)   # regularization strengths to choose from
 MAX_WIDTH = 2048               # wider features are projected. The raw pixels, 1,728, are not
 MAX_STEPS = 100                # of L-BFGS
-SHRINK = 0.2                   # of the covariance towards a multiple of the identity
 REGRESSION_COPIES = 4          # copies of each image that regression uses; more only take time
 
 
@@ -100,7 +100,6 @@ def whiten(train: np.ndarray, test: np.ndarray, n: int) -> tuple[np.ndarray, np.
     image_means = copies.mean(0)
     differences = (copies - image_means).reshape(len(train), -1)
     covariance = differences.T @ differences / len(train)
-    target = np.trace(covariance) / len(covariance) * np.eye(len(covariance), dtype=np.float32)
-    values, directions = np.linalg.eigh((1 - SHRINK) * covariance + SHRINK * target)
+    values, directions = np.linalg.eigh(shrink(covariance))
     scaling = directions / np.sqrt(values)
     return image_means @ scaling, (test - mean) @ scaling

@@ -15,6 +15,12 @@ import numpy as np
 SHRINK = 0.2  # of the covariance towards a multiple of the identity
 
 
+def shrink(covariance: np.ndarray) -> np.ndarray:
+    """The covariance (F,F), mixed with the multiple of the identity that has the same trace."""
+    level = np.trace(covariance) / len(covariance)
+    return (1 - SHRINK) * covariance + SHRINK * level * np.eye(len(covariance), dtype=np.float32)
+
+
 def discriminant(features: Callable[[int], np.ndarray], copies: int,
                  num_directions: int) -> dict[str, np.ndarray]:
     """{"mean": (F,), "matrix": (F,K)} fp32, to use as (x - mean) @ matrix. features(c): (n,F) of
@@ -25,10 +31,8 @@ def discriminant(features: Callable[[int], np.ndarray], copies: int,
     for c in range(copies):
         differences = features(c) - image_means
         covariance += differences.T @ differences / np.float32(n * copies)
-    level = np.trace(covariance) / F
-    covariance = (1 - SHRINK) * covariance + SHRINK * level * np.eye(F, dtype=np.float32)
     mean = image_means.mean(0)
-    root = np.linalg.cholesky(covariance)
+    root = np.linalg.cholesky(shrink(covariance))
     whitened = np.linalg.solve(root, (image_means - mean).T)                   # (F,n)
     values, vectors = np.linalg.eigh(whitened.T @ whitened)
     rank = min(num_directions, n - 1, F)
