@@ -1,7 +1,9 @@
 """Several processes in 50 steps and two stages: every division, each process lost."""
 import signal
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.hosts import close, complete_run, interrupt, read_losses, start, wait
 from tests.runtime.test_hosts import check_zero1
@@ -44,3 +46,21 @@ def test_each_process_is_lost_and_any_number_continues(cache, causal, tmp_path):
 
 def test_zero1_makes_the_same_updates_in_50_steps(cache, tmp_path):
     check_zero1(cache, tmp_path, 50)
+
+
+def test_lit_with_the_grid_pool_is_one_run(cache, tmp_path):
+    """2 processes x 2 devices = 8 devices = 1 device: each process computes the discriminant."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(40):
+        pixels = rng.integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{n}.png")
+        (photos / f"{n}.txt").write_text(f"image number {n}")
+    flags = ("--data", str(photos), "--val", str(photos), "--objective", "lit", "--init-encoder",
+             "random", "--image-pool", "grid", "--feature-copies", "3", "--min-crop-area", "0.5",
+             "--stages", "resolution=16 steps=6 batch=8 lr=1e-3 warmup=1")
+    one = complete_run(cache, tmp_path / "one", 1, 1, *flags)
+    assert len({step for step, _ in one}) == 6
+    assert close(complete_run(cache, tmp_path / "devices", 1, 8, *flags), one)
+    assert close(complete_run(cache, tmp_path / "hosts", 2, 2, *flags), one)
