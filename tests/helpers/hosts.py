@@ -102,10 +102,16 @@ def interrupt(env: dict, folder: Path, victim: int, number: int, step: int, *fla
 
 
 def check_lost_process(results: list, lost: int, folder: Path) -> None:
+    """The other process ends with one sentence and no trace. Which of the two notices first is a
+    matter of milliseconds: the all-reduce, whose error Python prints, or JAX's own service, whose
+    report goes to a file."""
     status, _, errors = results[1 - lost]
     assert results[lost][0] == -signal.SIGKILL and status != 0
     assert "another process has ended" in errors and "start all of them again" in errors
-    assert "Check failure stack" not in errors
-    report = re.search(r"What jax said is in (.*)", errors)[1]
-    assert os.path.dirname(report) == str(folder)
-    assert "coordination service" in open(report, encoding="utf-8", errors="replace").read()
+    assert "Check failure stack" not in errors and "Traceback" not in errors
+    report = re.search(r"What jax said is in (.*)", errors)
+    if report is None:
+        assert re.search(r"last checkpoint \(.*(Gloo|connection|reset).*\)", errors, re.I), errors
+        return
+    assert os.path.dirname(report[1]) == str(folder)
+    assert "coordination service" in Path(report[1]).read_text(encoding="utf-8", errors="replace")
