@@ -240,8 +240,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--worker-processes", type=positive, nargs="+", metavar="N",
                      help="compare N threads with N worker processes instead, on all cores, with "
                           "the augmentation of the paper's recipes")
-    sub = command(ablate, "the paper's ablations on the toy: trains and evaluates each cell, about "
-                          "3 minutes per cell and seed on 2 cores; an interrupted command resumes")
+    sub = command(ablate, "the paper's ablations on the toy: trains and evaluates each row, 6 to "
+                          "60 minutes per row and seed on one core; an interrupted command resumes")
     sub.add_argument("tables", nargs="*", metavar="TABLE",
                      help=f"some of {', '.join(ablations.TABLES)} (default: all)")
     sub.add_argument("--seeds", type=positive, default=3, help="per cell (default: 3)")

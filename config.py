@@ -1,11 +1,11 @@
 """Settings: one frozen dataclass, the recipes by name, and the command line made from it.
 
-    python train.py -h               every flag, with what to do about it
+    python train.py -h               every flag, with its default
     python train.py l14 --dry-run    what the paper's L/14 run would be: sizes, tokens, FLOPs, steps
 
 A recipe is a Config with a name. Its stages are the curriculum, each written as "resolution=84
-images=12.8e9 batch=32768 lr=1e-3 warmup=5e7". The switch from one stage to the next is CLIPA's:
-long at low resolution, then short at high (paper section 2.1)."""
+images=12.8e9 batch=32768 lr=1e-3 warmup=5e7". The curriculum is CLIPA's: a long stage at low
+resolution, then a short one at high resolution (paper section 2.1)."""
 import argparse
 import dataclasses
 import functools
@@ -56,8 +56,8 @@ class Config:
                                 "tokens: eight learned queries, SigLIP's head, the mean, or all of "
                                 "them side by side (grid)", ("attention", "map", "mean", "grid"))
     feature_copies: int = model_arg(0, "augmented copies of each image whose features --objective "
-                                    "lit computes once; 0 to encode anew in each step", low=0,
-                                    high=1 << 20)
+                                    "lit computes once; 0: encode in each step, or once if nothing "
+                                    "is augmented", low=0, high=1 << 20)
     gated_attention: bool = model_arg(False, "gate the attention outputs in the encoder's blocks, "
                                       "as GenLIP does")
     learned_pos_grid: int = model_arg(0, "grid side of a learned position table; 0 for the sin-cos "
@@ -71,14 +71,14 @@ class Config:
                          "tars ('shards/*.tar', 'shards/{00000..00011}.tar') or 'x/*.parquet'")
     val: str = data_arg("", "validation images; without it a tenth of --data or less")
     caption_field: str = data_arg("txt", "txt for KEY.txt, or a field of KEY.json or parquet, such "
-                                  "as re_caption; of scenes: txt, web or conditioned; of a:1,b:3 "
-                                  "one is drawn each time, with these weights")
+                                  "as re_caption; for scenes: txt, web or conditioned; a:1,b:3 "
+                                  "draws a or b each time, with weights 1 and 3")
     image_field: str = data_arg("image", "the column of parquet files that holds the images")
     alt_field: str = data_arg("", "another field, for the second text of --objective openvision; "
-                              "of scenes: web")
+                              "for scenes: web")
     val_samples: int = data_arg(512, "validation images in an evaluation", low=2, high=1 << 30)
-    max_text_len: int = data_arg(128, "text positions with start and end; longer captions are cut",
-                                 low=3, high=1 << 20)
+    max_text_len: int = data_arg(128, "text positions, bos and eos included; longer captions are "
+                                 "cut", low=3, high=1 << 20)
     vocab: str = data_arg("", "a WordPiece vocab.txt, such as BERT's, or any tokenizer.json; "
                           "without it a vocab.txt is built from the captions")
     vocab_size: int = data_arg(32000, "rows of the token embedding, and the most tokens of a "
@@ -93,14 +93,14 @@ class Config:
     grayscale_prob: float = data_arg(0.0, "share of images that lose their color", low=0, high=1)
 
     stages: str = optim_arg("", "the curriculum: resolution=R steps=S (or images=I) batch=B lr=L "
-                            "warmup=W, with a comma between stages; warmup counts as the length "
-                            "does")
+                            "warmup=W, with a comma between stages; warmup has the unit of the "
+                            "length")
     weight_decay: float = optim_arg(0.2, "AdamW's decay, on matrices only", low=0, high=1e9)
     adam_b2: float = optim_arg(0.95, "AdamW's second-moment decay", low=0, high=0.999999)
     grad_clip: float = optim_arg(0.0, "largest gradient norm; 0 for no clipping; set 1 if the loss "
                                  "spikes", low=0, high=1e9)
-    grad_accum: int = optim_arg(1, "pieces that a batch is cut into, for the same update in less "
-                                "memory", low=1, high=1 << 20, resumable=True)
+    grad_accum: int = optim_arg(1, "microbatches that a batch is divided into, for the same "
+                                "update in less memory", low=1, high=1 << 20, resumable=True)
     seed: int = optim_arg(0, "drives all that is random", low=0, high=(1 << 31) - 1)
 
     dtype: str = system_arg("float32", "dtype of activations and matmuls; bfloat16 on TPU and "
@@ -110,13 +110,14 @@ class Config:
     remat: str = resumable_arg("none", "activation checkpointing: what the backward pass computes "
                                "again; out of memory: dots, then block", REMAT)
     loss_chunk: int = resumable_arg(0, "text positions whose logits exist at once; 0 for all; out "
-                                    "of memory: lower it", low=0, high=1 << 20)
+                                    "of memory: try 16", low=0, high=1 << 20)
     scan_unroll: int = resumable_arg(1, "layers per scan step; more can be faster on a CPU and "
                                      "compiles longer", low=1, high=1024)
     zero1: bool = resumable_arg(False, "shard the optimizer state over the devices: same update, "
                                 "less memory")
-    num_devices: int = resumable_arg(0, "local devices to use, up to a CPU's cores; 0 for all (a "
-                                     "CPU counts as two for small models)", low=0, high=1 << 20)
+    num_devices: int = resumable_arg(0, "local devices to use (of a CPU, up to its cores); 0 for "
+                                     "all (for small models, a CPU is split into two)", low=0,
+                                     high=1 << 20)
     distributed: bool = resumable_arg(False, "start as one of several processes, on several hosts "
                                       "or on one (a TPU pod needs no such flag)")
     workdir: str = resumable_arg("", "the run's folder; a run that is there is continued (default: "
@@ -131,7 +132,7 @@ class Config:
     eval_every: int = resumable_arg(200, "steps between evaluations", low=1, high=1 << 40)
     save_every: int = resumable_arg(400, "steps between checkpoints", low=1, high=1 << 40)
     keep_checkpoints: int = resumable_arg(2, "newest checkpoints to keep", low=1, high=1 << 20)
-    keep_every: int = resumable_arg(0, "checkpoints at multiples of this step are kept for good; 0 "
+    keep_every: int = resumable_arg(0, "checkpoints at multiples of this step are never deleted; 0 "
                                     "for none", low=0, high=1 << 40)
     max_bad_fraction: float = resumable_arg(0.1, "largest share of bad samples among those read, "
                                             "above which a run stops (from 1,000 samples on)",
@@ -168,9 +169,10 @@ def from_dict(settings: dict[str, Any]) -> Config:
 def paper_recipe(encoder: str, decoder_size: str, low_resolution: int) -> Config:
     """The released recipe: 12.8 billion images at low resolution, then 1.02 billion at 224 px.
 
-    What saves memory is set so that it fits a small pod: remat block computes 20 to 23% of a step's
-    FLOPs again, loss_chunk 16 another 0.2 to 4%. With memory to spare, --remat dots computes 0.5 to
-    4% again and keeps nine times as much (python bench.py memory RECIPE prints both)."""
+    remat and loss_chunk are set to fit the memory of a small pod. remat block recomputes 20 to 23%
+    of a step's FLOPs, loss_chunk 16 another 0.2 to 4%. With memory to spare, --remat dots
+    recomputes 0.5 to 4% and saves nine times as many activations (python bench.py memory RECIPE
+    prints both)."""
     epoch = 1_281_167  # the recipe counts in ImageNet epochs
     return Config(
         encoder=encoder, decoder=decoder_size, dtype="bfloat16", mu_dtype="bfloat16",
@@ -208,8 +210,8 @@ RECIPES = {
 
 # ----------------------------------------------------------------------------------- checking
 def validate(cfg: Config, num_devices: int = 1) -> None:
-    """ConfigError for what cannot work, before anything is read or compiled. num_devices: all that
-    share a batch."""
+    """ConfigError for what cannot work, before anything is read or compiled. num_devices: how many
+    devices share a batch."""
     try:
         model = registry.model_spec(cfg)
     except ValueError as problem:
@@ -226,7 +228,7 @@ def validate(cfg: Config, num_devices: int = 1) -> None:
         multiple = num_devices * cfg.grad_accum
         if stage.batch % multiple:
             raise ConfigError(f"--stages: batch {stage.batch} of stage {stage.number} cannot be "
-                              f"shared by {num_devices} devices x {cfg.grad_accum} pieces "
+                              f"shared by {num_devices} devices x {cfg.grad_accum} microbatches "
                               f"(--grad-accum): make it a multiple of {multiple}")
 
 
@@ -265,7 +267,7 @@ def refuse_old_flags(parser: CommandParser, argv: list[str],
         negated = name.startswith("no_")
         new = old_names.get(name.removeprefix("no_"))
         if word.startswith("--") and new:
-            parser.error(f"{word.partition('=')[0]} is now {flag('no_' * negated + new)}")
+            parser.error(f"{word.partition('=')[0]} is now {flag('no_' + new if negated else new)}")
 
 
 OLD_RECIPES = {"pictures": "images"}
@@ -278,7 +280,8 @@ def parse_args(argv: list[str]) -> tuple[Config, bool]:
         prog="train.py", description="Train a vision encoder from captions alone. Without "
                                      "arguments: the toy, in minutes on a CPU.")
     parser.add_argument("recipe", nargs="?", default="toy", metavar="{" + ",".join(RECIPES) + "}",
-                        help="the settings that flags change (default: toy)")
+                        help="the settings to start from; flags change them (default: toy)")
+    # Found before parsing, because -h shows the recipe's values as defaults.
     named = [word for word in argv if word in RECIPES] or ["toy"]
     add_flags(parser, recipe=RECIPES[named[0]])
     parser.add_argument("--dry-run", action="store_true",

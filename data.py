@@ -1,9 +1,9 @@
 """Makes batches of samples. Each batch is a function of (seed, step) alone.
 
-Which samples a step reads, how each is cropped and what replaces a broken one depend on the seed
-and on the position in the run: not on workers, devices, hosts or earlier steps. A broken sample is
-never used: it is counted, listed with a reason, and replaced by the next. Only too many of them
-stop a run (--max-bad-fraction).
+Which samples a step reads, how each is cropped and what replaces a bad one depend only on the seed
+and the position in the run, not on workers, devices, hosts or earlier steps. A bad sample is never
+used: it is counted, listed with a reason, and replaced by the next. A run stops only if there are
+too many of them (--max-bad-fraction).
 
 Words: a sample is a captioned image, numbered in its source from 0. A position counts the images of
 the run from 0; inputs/order.py says which sample is at each. A chunk is some consecutive samples
@@ -33,7 +33,7 @@ from inputs.sources import Source
 from inputs.tokenizer import EOS, WordPiece, train_vocab
 from runtime.errors import BadSample, DataError, run_command
 
-SAMPLES_PER_TASK = 8  # of a thread: waking it takes longer than decoding one small image
+SAMPLES_PER_TASK = 8  # one task per sample would cost more in thread wake-ups than in decoding
 
 
 class Loader:
@@ -58,7 +58,7 @@ class Loader:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
         self.order: Callable[[int], int] = lambda position: position % len(source)
-        if self.is_training and source.starts is not None:  # None: samples are random draws
+        if self.is_training and source.starts is not None:  # None: synthetic samples need no order
             chunk_of = source.chunk_of if source.shuffle_by_chunk else None
             self.order = LaneShuffle(source.starts, seed, chunk_of)
 
@@ -67,17 +67,18 @@ class Loader:
         """{"images" (B,R,R,3) uint8; "text", and "alt" if it is read, (B,T) int32; "position" (B,)
         int32; "sample" (B,), the one that is used; "bad" {sample: reason}}.
 
-        "bad" lists a bad sample only in the first epoch, and only in the batch in which the order
-        places it, not where it was tried as a replacement. So it is counted once, also with several
-        hosts and in a continued run."""
+        "bad" lists a bad sample only in the first epoch, and only in the batch whose positions
+        include it, not in one that tried it as a replacement. So it is counted once, also with
+        several hosts and in a continued run."""
         pairs = [(position, self.order(position)) for position in positions]
         tasks = [pairs[n:n + SAMPLES_PER_TASK] for n in range(0, len(pairs), SAMPLES_PER_TASK)]
         loaded = itertools.chain(*self.pool.map(self.run_task, tasks, itertools.repeat(resolution)))
         images, texts, samples = zip(*loaded)
         batch = {"images": np.stack(images), "sample": np.array(samples)}
-        batch |= {name: np.stack(column) for name, column in zip(self.fields, zip(*texts))}
-        # Keys that draw the kept patches are made from positions. Below 2**31 these never equal
-        # registry.INIT_DOMAIN, from which the key of the initial parameters is made.
+        for n, name in enumerate(self.fields):
+            batch[name] = np.stack([text[n] for text in texts])
+        # The random token keep folds positions into the seed's key. Below 2**31 they never equal
+        # registry.INIT_DOMAIN, which is folded in for the initial parameters.
         batch["position"] = np.array([position % 2**31 for position in positions], np.int32)
         batch["bad"] = {i: self.bad[i] for position, i in pairs
                         if position < len(self.source) and i in self.bad}
@@ -102,8 +103,8 @@ class Loader:
         for i in itertools.chain(range(first, len(self.source)), range(first)):
             if i not in self.bad:
                 yield i
-        raise DataError("not one usable sample in the data; the last: "
-                        f"{self.source.name(i)} {self.bad[i]}")
+        raise DataError("no sample in the data can be used; the last one tried: "
+                        f"{self.source.name(i)}: {self.bad[i]}")
 
     # ---- one sample
     def read(self, position: int, i: int) -> tuple[list[str], bytes | Image.Image]:
@@ -113,8 +114,9 @@ class Loader:
                                   self.caption_chooser(position, i), with_chunk)
 
     def text_fields(self, position: int, i: int) -> list[str]:
-        """The fields to read. In training, if --caption-field has several, one of them is drawn. It
-        comes first, and the others after it are for a sample that lacks it."""
+        """The fields to read. If --caption-field has several, the first entry is "a,b,...": the
+        fields in the order to try. In training the first of them is drawn; the others are for a
+        sample that lacks it."""
         fields = list(self.fields.values())
         if self.is_training and len(self.field_weights) > 1:
             rng = self.epoch_rng(CAPTION_FIELD, position, i)
@@ -166,7 +168,7 @@ class Loader:
 
         def make(positions: range, resolution: int) -> tuple[Any, dict[int, str]]:
             if ahead:
-                ahead.announce(positions)
+                ahead.request(positions)
             batch = self.batch(positions, resolution)
             return transfer(batch), batch["bad"]
 
@@ -191,7 +193,8 @@ def main(argv: list[str]) -> int:
     source = sources.open_source(where, *argv[1:2])
     tokenizer = train_vocab(itertools.islice(vocab_captions(source), 200), 4000)
     augment = Augment(min_crop_area=1.0 if where == "scenes" else 0.4)
-    batch = Loader(source, tokenizer, 48, 0, augment, workers=2).batch(range(16), 160)
+    loader = Loader(source, tokenizer, max_text_len=48, seed=0, augment=augment, workers=2)
+    batch = loader.batch(range(16), resolution=160)
     sheet = Image.new("RGB", (8 * 168, 2 * 220), "white")
     pen = ImageDraw.Draw(sheet)
     for n, (pixels, i) in enumerate(zip(batch["images"], batch["sample"])):

@@ -1,7 +1,7 @@
 """The decoder: a causal transformer over [image tokens ; caption tokens] (paper section 2.2).
 
-It predicts the caption and exists only to train the encoder. Image tokens stand before the text, a
-"simple concatenation", as the paper says, where CapPa has cross-attention. In training it reads
+It predicts the caption and exists only to train the encoder. Image tokens stand before the text (a
+"simple concatenation", as the paper says); CapPa uses cross-attention instead. In training it reads
 text[:, :-1] and predicts text[:, 1:], so the blocks get T - 1 text positions.
 
 The layout is as released (vit.py says what that means): token embedding, image projection without
@@ -35,8 +35,8 @@ from layers import (
 from vit import block_flops, block_specs, transformer_block, transformer_stack
 
 PAD, BOS, EOS = 0, 1, 2  # those of inputs/tokenizer.py; a test compares them
-# The paper names no decoder for So400m and g. We take those that OpenVision 1 released. So400m's
-# decoder is as large as its encoder, which gives the paper's FLOPs; g has no row, it uses H's.
+# The paper names no decoder for So400m and g: we take OpenVision 1's. So400m's decoder is as large
+# as its encoder, which gives the paper's FLOPs. g is not listed here: it uses H's decoder.
 DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "micro": (3, 96, 3, 256),          # ours: for the toy
     "Ti": (12, 192, 3, 768),
@@ -203,7 +203,7 @@ def token_cross_entropy(params: dict, features: jax.Array, targets: jax.Array,
 
 
 def count_targets(text: jax.Array) -> jax.Array:
-    """(B,) tokens, eos included, that are predicted in each row of text (B,T)."""
+    """(B,): how many tokens (eos included) are predicted in each row of text (B,T)."""
     return (text[:, 1:] != PAD).sum(-1)
 
 
@@ -227,7 +227,7 @@ def generate(params: dict, image_tokens: jax.Array, cfg: DecoderConfig, length: 
     key, otherwise top-p sampling. mask (K+length,K+length): in place of `attention_mask`.
 
     The keys and values of the tokens so far are cached, so that a step computes one new token only.
-    This changes no caption: each greedy token is the one with the largest of `caption_logits`."""
+    This changes no caption: each greedy token is still the argmax of its `caption_logits`."""
     B, K, _ = image_tokens.shape
     S, Dh = K + length, cfg.width // cfg.num_heads
     mask = attention_mask(K, S, cfg.prefix_attention) if mask is None else mask

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LAYER_NORM_EPS = 1e-6  # every layer norm of the released models
-CHUNKED_QUERIES = 512  # with at least so many queries, attention is computed in chunks of them
+CHUNKED_QUERIES = 512  # from so many queries on, attention works in chunks (query_chunk_size)
 
 
 # ---------------------------------------------------------------------------------- linear
@@ -38,7 +38,7 @@ linear_with_bias = jax.custom_vjp(matmul_and_bias)
 
 
 def linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
-    """Calls the plain formula, because --remat dots cannot see a matmul inside a custom_vjp."""
+    """Calls matmul_and_bias, because --remat dots cannot see a matmul inside linear_with_bias."""
     return matmul_and_bias(x, kernel, bias), (x, kernel)
 
 
@@ -139,9 +139,9 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array,
 
 
 def has_fused_attention(q: jax.Array, k: jax.Array, mask: Any) -> bool:
-    """Whether cuDNN's kernel, which never stores the attention weights, computes this: bf16 on an
-    NVIDIA GPU since Ampere, even numbers of tokens (it has no gradient for others), and no mask or
-    the causal one. A step of L/14 at 224 px takes 121 ms with it and 135 ms without on an H200."""
+    """Whether cuDNN's fused kernel, which never stores the attention weights, can be used: bf16 on
+    an NVIDIA GPU (Ampere or newer), even numbers of tokens (it has no gradient for others), and no
+    mask or the causal one. A step of L/14 at 224 px: 121 ms with it, 135 ms without, on an H200."""
     capability = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")[0]
     if q.dtype != jnp.bfloat16 or not capability.isdecimal() or int(capability) < 8:
         return False
@@ -151,7 +151,7 @@ def has_fused_attention(q: jax.Array, k: jax.Array, mask: Any) -> bool:
 
 
 def is_causal_mask(mask: Any, Q: int) -> bool:
-    """Only an array that is known while JAX traces can be looked at."""
+    """False for a mask that JAX traces, because its values are not known."""
     return isinstance(mask, np.ndarray) and np.array_equal(mask, np.tri(Q))
 
 
@@ -163,26 +163,28 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array,
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))                      # (B,H,Q or S,Dh)
     C = query_chunk_size(q.shape[2])
     if q.shape[2] == C:
-        outputs, attention_weights = attend(q, k, v, mask)
+        outputs, attention_weights = softmax_attention(q, k, v, mask)
         return outputs.swapaxes(1, 2), attention_weights
 
     B, H, Q, Dh = q.shape
     chunks = [q.reshape(B, H, Q // C, C, Dh)]
-    if mask is not None:  # with four axes and all Q rows, it can be cut as q is
-        mask = jnp.broadcast_to(mask, (1,) * (4 - mask.ndim) + (*mask.shape[:-2], Q, k.shape[2]))
+    if mask is not None:  # to four axes with all Q rows, so that it can be cut into chunks as q is
+        mask = jnp.broadcast_to(mask, (*mask.shape[:-2], Q, k.shape[2]))
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         chunks.append(mask.reshape(*mask.shape[:2], Q // C, C, -1))
     chunks = [jnp.moveaxis(chunk, 2, 0) for chunk in chunks]             # (Q/C,B,H,C,...)
 
     @jax.checkpoint
     def attend_chunk(_: None, chunk: list) -> tuple:
-        return None, attend(chunk[0], k, v, *chunk[1:])
+        q_chunk, *mask_chunk = chunk
+        return None, softmax_attention(q_chunk, k, v, *mask_chunk)
     _, (outputs, attention_weights) = jax.lax.scan(attend_chunk, None, chunks)
     outputs = jnp.moveaxis(outputs, 0, 2).reshape(B, H, Q, Dh)
     return outputs.swapaxes(1, 2), jnp.moveaxis(attention_weights, 0, 2).reshape(B, H, Q, -1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array,
-           mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array,
+                      mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """q (B,H,Q,Dh), scaled, and k, v (B,H,S,Dh): outputs (B,H,Q,Dh) and weights (B,H,Q,S)."""
     scores = (q @ k.swapaxes(2, 3)).astype(jnp.float32)                  # (B,H,Q,S)
     if mask is not None:

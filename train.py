@@ -1,7 +1,7 @@
 """Train the encoder from captions alone (paper section 2.2), through a CLIPA curriculum (2.1).
 
     python train.py                      the toy: synthetic images, minutes on a laptop
-    python train.py images --data DIR    your images, with a small model too
+    python train.py images --data DIR    your images, also with a small model
     python train.py l14 --data ...       the paper's L/14, on TPUs or GPUs, from the same file
 
 The method is `openvision2_loss`. `make_step` around it is the one training step: on one CPU, on
@@ -103,7 +103,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
         own_params = params  # those that this device updates: all, or its shards
-        if zero1:  # the barrier makes XLA slice first, so that the full arrays can be freed
+        if zero1:  # the barrier makes XLA slice first, to free the full arrays after the gradient
             shards = jax.tree.map(local_shard, params)
             own_params, params = jax.lax.optimization_barrier((shards, params))
         if grad_accum == 1:
@@ -134,7 +134,7 @@ def train(cfg: Config) -> int:
     stopped it. Raises UserError, whose message says what the user can change."""
     validate(cfg)
     microbatch_sizes = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
-    if cfg.distributed:  # several processes use all cores already: [] keeps one CPU device in each
+    if cfg.distributed:  # one CPU device per process ([]): several processes use all cores already
         microbatch_sizes = []
     tune_cpu(sum(registry.param_counts(cfg).values()), microbatch_sizes, cfg.num_devices)
     distributed.initialize_distributed(cfg.distributed, cfg.workdir)
@@ -170,13 +170,13 @@ def train_run(run: Run) -> int:
         run.loader = registry.objective_module("lit").training_loader(run, params)
     params = run.parallel.replicate(params)
     monitor = Monitor(run)
-    evaluator = Evaluator(run, monitor, openvision2_loss)  # of the method alone
+    evaluator = Evaluator(run, monitor, openvision2_loss)  # other objectives use their own loss
 
     with distributed.PreemptionHandler(run.parallel) as preemption:
         try:
             for stage in run.stages:
                 # An evaluation that is due at a stage's end is made at that stage's resolution. The
-                # last stage is entered always, which loads the validation images for `finish`.
+                # last stage is always entered, because `finish` needs its validation images.
                 evaluation_pending = run.step == stage.end and run.state["evaluation_pending"]
                 if run.step < stage.end or evaluation_pending or stage is run.stages[-1]:
                     params = train_stage(run, monitor, evaluator, stage, params, preemption)
@@ -194,7 +194,7 @@ def train_run(run: Run) -> int:
 
 def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, params: Any,
                 preemption: distributed.PreemptionHandler) -> Any:
-    """Makes the steps of a stage that are left, and returns the parameters after them. If a process
+    """Runs the remaining steps of a stage, and returns the parameters after them. If a process
     received a signal, saves and raises Preempted."""
     cfg, parallel = run.cfg, run.parallel
     optimizer = make_optimizer(cfg, stage)
@@ -230,7 +230,7 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
 
                 # Now that the device has work, read the metrics of the step before.
                 if pending is not None:
-                    signal = monitor.finish_step(pending)  # in that step's status
+                    signal = monitor.finish_step(pending)  # the signal in that step's status
                 pending = PendingStep(step, lr, metrics, status, bad)
 
                 evaluate_now = step % cfg.eval_every == 0 or step == stage.end
@@ -280,8 +280,8 @@ def main(argv: list[str]) -> int:
         status = run_command(dry_run if is_dry_run else train, cfg)
     except jax.errors.JaxRuntimeError as problem:
         if "RESOURCE_EXHAUSTED" in str(problem):
-            message = ("out of memory: --grad-accum 4 makes the same update in four pieces; then "
-                       "--remat block, then a smaller batch in --stages")
+            message = ("out of memory: try --grad-accum 4 (the same update in four microbatches), "
+                       "then --remat block, then a smaller batch in --stages")
         elif jax.process_count() > 1:
             message = distributed.PEER_LOST
         else:

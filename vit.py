@@ -49,7 +49,7 @@ REMAT = {  # what a block saves for the backward pass, which computes the rest a
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those of linear layers
     "block": jax.checkpoint_policies.nothing_saveable,                 # only the block's input
 }
-RELEASED_INIT = {  # --init-scale released: {array: (distribution, std from the array's fans)}
+RELEASED_INIT = {  # --init-scale released: {layer: (distribution, std from (fan_in, fan_out))}
     "patch": ("uniform", lambda fan_in, fan_out: math.sqrt(2 / fan_in)),
     "cls": ("normal", lambda fan_in, fan_out: 1e-6),
     "qkv": ("normal", lambda fan_in, fan_out: 0.02),
@@ -128,10 +128,10 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
     the attention outputs are multiplied by sigmoid(linear(norm(x))) (arXiv:2505.06708).
 
     mask: broadcastable to (B,H,Q,S), as in dot_product_attention. cache, in generation: (keys,
-    values, position), keys and values (B,S,H,Dh) of the whole sequence, and x's first position in
-    it. select, in the last block: select(array) picks tokens on axis 1, and only their outputs are
-    computed. A mask must then be (Q,S), and select must pick the same tokens in all images. Also
-    returns {"keys", "values", "attention_weights"}; XLA computes only what the caller uses."""
+    values, position). keys and values (B,S,H,Dh) have room for the whole sequence, in which x
+    begins at `position`. select, in the last block: select(array) picks tokens on axis 1, and only
+    their outputs are computed. Only if there is a mask too, it must be (Q,S), and select must pick
+    the same tokens in all images. Also returns {"keys", "values", "attention_weights"}."""
     B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
     q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
@@ -158,10 +158,10 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
                       **options: Any) -> tuple[jax.Array, dict]:
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
     depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x (B,Q,D) and, without
-    `select`, the extras of all blocks that extra_names lists, with a leading L.
+    `select`, the extras named in extra_names, of all blocks, with a leading L.
     With `select`, x has only the tokens that it picks on axis 1. If the scan is fully unrolled, the
-    last block computes only these. A loop computes all tokens in each block: to loop over all but
-    the last, XLA would have to copy their weights."""
+    last block computes only these. Otherwise every block computes all tokens: a scan over all
+    blocks but the last would make XLA copy the weights of those blocks."""
     def body(x: jax.Array, w: dict, **last_options: Any) -> tuple[jax.Array, dict]:
         x, extras = block(x, w, cfg.num_heads, **options, **last_options)
         return x, {name: extras[name] for name in extra_names}
@@ -173,7 +173,7 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
         x, extras = jax.lax.scan(scanned, x, blocks, unroll=min(cfg.scan_unroll, cfg.depth))
         return x if select is None else select(x), extras
     x, _ = jax.lax.scan(scanned, x, jax.tree.map(lambda a: a[:-1], blocks), unroll=cfg.depth)
-    # Without remat, which would save little: the backward pass begins with this block.
+    # Not rematerialized: the backward pass begins with this block, so that would save little.
     return body(x, jax.tree.map(lambda a: a[-1], blocks), select=select)
 
 
@@ -243,7 +243,7 @@ def embed_patches(params: dict, images: jax.Array, cfg: ViTConfig) -> jax.Array:
 def vit(params: dict, images: jax.Array, cfg: ViTConfig, attention: bool = False,
         mask: jax.Array | None = None, select: Callable | None = None) -> dict:
     """images (B,R,R,3), or rectangles, uint8 or already normalized floats. mask, broadcastable to
-    (B,H,S,S): which tokens may attend to which; None, as in the method, for all. Returns by name:
+    (B,H,S,S): which tokens may attend to which; None (OpenVision 2): all to all. Returns by name:
 
     tokens (B,N,D)         patch tokens before the final norm (after it with cfg.norm_tokens): what
                            the decoder reads, and what a multimodal model should read

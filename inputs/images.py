@@ -57,7 +57,7 @@ def open_image(file: BinaryIO) -> Image.Image:
 
 
 def read_image(image: bytes | Image.Image) -> Image.Image:
-    """The image of a sample (`Source.sample`): that in the bytes of its file, or itself."""
+    """Opens a sample's image if it is the bytes of a file; an Image is returned as it is."""
     return open_image(io.BytesIO(image)) if isinstance(image, bytes) else image
 
 
@@ -66,10 +66,10 @@ def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
     """An image of any mode and size to (R,R,3) uint8, or (height,width,3) for such a pair. It is
     resized, not padded.
 
-    Alpha is composited on white, the first frame of an animation counts, a camera's orientation is
-    applied. With `augment`, rng (a numpy Generator) draws. BadSample if it cannot be decoded."""
+    Alpha is composited on white, an animation's first frame is used, a camera's orientation is
+    applied. `augment` needs rng, a numpy Generator. BadSample if it cannot be decoded."""
     if image.mode in ("I", "F"):
-        raise BadSample("image has 32-bit pixels, and which of them is white is not known")
+        raise BadSample("image has 32-bit pixels, whose white level is not known")
     try:
         width, height = image.size
         box: Box = (0, 0, width, height)
@@ -98,7 +98,7 @@ def decode_smaller(image: Image.Image, box: Box, resolution: int) -> Box:
     draft = image.draft("RGB", needed)
     if draft is None:
         return box
-    # fractions: of 1003 pixels at 1/8, 126 are decoded, and the last lies partly outside the image
+    # not rounded: 1003 pixels at 1/8 are 125.4, of 126 decoded (the last is partly outside)
     _, _, new_width, new_height = draft[1]
     return (left * new_width / width, top * new_height / height,
             right * new_width / width, bottom * new_height / height)
@@ -190,16 +190,16 @@ def adjust_contrast(x: np.ndarray, factor: float, mean: np.ndarray) -> np.ndarra
 
 
 def adjust_saturation(x: np.ndarray, factor: float, mean: np.ndarray) -> np.ndarray:
-    """HSV's saturation times the factor, at most 1. Hue and the maximum channel stay."""
+    """HSV's saturation times the factor, at most 1. Hue and the largest value stay."""
     high, low = x.max(0), x.min(0)
     max_factor = high / np.maximum(high - low, TINY)
     return high + (x - high) * np.minimum(np.float32(factor), max_factor)
 
 
 def adjust_hue(x: np.ndarray, shift: float, mean: np.ndarray) -> np.ndarray:
-    """HSV's hue turned by a share of the color circle, at most half of it. The maximum and minimum
-    channel stay. A channel is the maximum within a sixth of the circle from its own hue, and the
-    minimum from two sixths on."""
+    """HSV's hue turned by a share of the color circle, at most half of it. The largest and the
+    smallest value stay. A channel has the largest value up to a sixth of the circle from its own
+    hue, the smallest from two sixths on, and a linear mix between."""
     red, green, blue = x
     high, low = x.max(0), x.min(0)
     chroma = high - low

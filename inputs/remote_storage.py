@@ -196,7 +196,7 @@ class FetchAhead:
         self.num_ahead = 0  # positions behind the batch that are to be fetched
         self.end = 0        # all positions before this one were requested
 
-    def announce(self, positions: range) -> None:
+    def request(self, positions: range) -> None:
         """These positions are read next. Requests them and num_ahead more, as far as they were not
         requested before."""
         batch_size = len(positions) * positions.step  # of all processes

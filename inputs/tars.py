@@ -1,8 +1,8 @@
 """WebDataset tars as a source: which tar a sample is in, and reads of many samples at once.
 
 Memory does not grow with the number of samples. An index file beside each tar holds a row (offsets
-and sizes) per sample (inputs/tar_index.py). In memory are a few counts of each tar, and the rows of
-the tars used last.
+and sizes) per sample (inputs/tar_index.py). Memory holds a few counts per tar, and the rows of the
+tars used last.
 
 Words: in the code, `shard` is the number of a tar, and `row` the number of a sample in its tar. A
 chunk is chunk_length consecutive samples of a tar, which one read covers. A span is what one read
@@ -76,7 +76,7 @@ class TarSource(FileSource):
         self.crc = zlib.crc32(self.crcs)
         total_bytes = sum(index.meta["size"] for index in indexes)
         if self.storage.is_remote:
-            self.storage.plan_reads(total_bytes)  # small sets in blocks
+            self.storage.plan_reads(total_bytes)  # a small set is read in fixed-size blocks
         self.plan_chunks(total_bytes)
         self.validate(counts.sum(0).tolist())
 
@@ -86,7 +86,7 @@ class TarSource(FileSource):
         return importlib.import_module("inputs.remote_tars").index_tars(self.storage, paths)
 
     def load_index(self, path: str) -> TarIndex:
-        """With rows. The tar is scanned again if its index file has been lost or damaged."""
+        """The index with rows. A tar whose index file is lost or damaged is scanned again."""
         if self.storage.is_remote:
             return importlib.import_module("inputs.remote_tars").load_index(self.storage, path)
         return tar_index.load_index(path, with_rows=True) or tar_index.scan_tar(path)
@@ -97,7 +97,8 @@ class TarSource(FileSource):
         for path, index in zip(self.paths, indexes):
             for why, count in index.meta["skipped"].items():
                 if why in tar_index.WITH_TAR_NAME:
-                    why = f"{why}, first {first.setdefault(why, printable(path))}"
+                    first_tar = first.setdefault(why, printable(path))
+                    why = f"{why}, first {first_tar}"
                 self.skipped[why] += count
 
     def plan_chunks(self, total_bytes: int) -> None:
@@ -132,7 +133,8 @@ class TarSource(FileSource):
             if index.meta["crc"] != self.crcs[shard]:
                 raise DataError(f"{printable(path)} has changed since it was opened: start again")
             rows = index.rows
-        text_column = 2 + 2 * TEXT_SUFFIXES.index(self.text_suffix)  # the offset; its size is next
+        # Index rows: offset and size of image, txt and json. Offset 0: the sample has none.
+        text_column = 2 + 2 * TEXT_SUFFIXES.index(self.text_suffix)
         with_text = rows[rows[:, text_column] > 0]
         return with_text[:, [0, 1, text_column, text_column + 1]]
 
@@ -187,8 +189,8 @@ class TarSource(FileSource):
         return image_bytes, text_bytes
 
     def caption(self, i: int, field: str = "") -> str:
-        """From a server, the complete chunk is read, and a later one fetched ahead. Only building a
-        vocabulary reads captions without images, and it takes all samples in order."""
+        """From a server, reads the complete chunk and fetches a later one ahead, which suits
+        building a vocabulary: it reads the captions of all samples in order, without images."""
         if not self.storage.is_remote:
             return super().caption(i, field)
         shard, row = self.locate(i)

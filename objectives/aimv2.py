@@ -67,8 +67,8 @@ def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Ar
     text_losses = decoder.token_cross_entropy(params["decoder"], hidden[:, N:], text[:, 1:],
                                               model.decoder)
     text_loss = text_losses / jnp.maximum(num_targets, 1)
-    real = num_targets > 0
-    return jnp.where(real, text_loss + PIXEL_WEIGHT * pixel_loss, 0).sum(), real.sum()
+    has_caption = num_targets > 0
+    return jnp.where(has_caption, text_loss + PIXEL_WEIGHT * pixel_loss, 0).sum(), has_caption.sum()
 
 
 def generate(params: dict, batch: dict, model: Any) -> jax.Array:

@@ -43,8 +43,8 @@ def embed_texts(params: dict, text: jax.Array, model: Any) -> jax.Array:
 def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
     image = embed_images(params, batch["images"], model)
     text = embed_texts(params, batch["text"], model)
-    real = decoder.count_targets(batch["text"]) > 0
-    return contrastive_loss(image, text, real, logit_scale(params)).sum(), real.sum()
+    has_caption = decoder.count_targets(batch["text"]) > 0
+    return contrastive_loss(image, text, has_caption, logit_scale(params)).sum(), has_caption.sum()
 
 
 def blind_loss(facts: Any) -> float:

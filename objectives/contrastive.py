@@ -68,22 +68,22 @@ def l2_normalize(x: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("contrast")
-def contrastive_loss(image: jax.Array, text: jax.Array, real: jax.Array,
+def contrastive_loss(image: jax.Array, text: jax.Array, has_caption: jax.Array,
                      scale: jax.Array) -> jax.Array:
     """CLIP's loss of each of this device's images, (B,): the mean of two cross-entropies, of its
     caption among all captions of the global batch and of its image among all images.
 
-    image and text (B,D) have unit length. Rows that are not `real` (B,) are no candidates, and
+    image and text (B,D) have unit length. Rows without `has_caption` (B,) are no candidates, and
     their loss is 0."""
     all_gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
     match = scale * (image * text).sum(-1)
 
     def cross_entropy(queries: jax.Array, candidates: jax.Array) -> jax.Array:
         logits = scale * queries @ all_gather(candidates).T
-        logits = jnp.where(all_gather(real), logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(all_gather(has_caption), logits, jnp.finfo(jnp.float32).min)
         return jax.nn.logsumexp(logits, axis=-1) - match
     both = cross_entropy(image, text) + cross_entropy(text, image)
-    return jnp.where(real, both / 2, 0)
+    return jnp.where(has_caption, both / 2, 0)
 
 
 def logit_scale(params: dict) -> jax.Array:

@@ -1,21 +1,21 @@
 """LiT (arXiv:2111.07991): the encoder of an earlier run stays frozen, and a text encoder learns to
-match it. So an encoder that was trained on captions alone can classify without training, and find
-images by text.
+match it. So an encoder that was trained on captions alone can do zero-shot classification and
+retrieve images by text.
 
-The text encoder and the loss are CLIP's. The caption loss never trained a mean of patch tokens;
-here learned queries pool them by attention. --image-pool map takes SigLIP's head instead (one query
-and an MLP, arXiv:2303.15343), which other libraries have too; --image-pool mean takes the mean. All
-these lose where in the image something is. --image-pool grid keeps it, which suits aligned images
-of one size, such as icons: the vector is Fisher's discriminant of all tokens side by side
-(fisher.py), computed before the first step. The text encoder alone is trained, and an MLP that
-brings its feature to the discriminant's width.
+The text encoder and the loss are CLIP's. CLIP's mean of the patch tokens was never trained by the
+caption loss, so here learned queries pool the tokens by attention. --image-pool map takes SigLIP's
+head instead (one query and an MLP, arXiv:2303.15343), which other libraries have too; --image-pool
+mean takes the mean. All these discard positions. --image-pool grid keeps them, which suits aligned
+images of one size, such as icons: the vector is Fisher's discriminant of all tokens side by side
+(fisher.py), computed before the first step. Only the text encoder is trained, with an MLP that maps
+its feature to the discriminant's width.
 
-No gradient reaches the encoder, and the optimizer leaves it alone. If training augments nothing and
-they fit in memory, its tokens are computed once per image (FeatureLoader). With --feature-copies C,
-so are those of C augmented copies of each image.
+No gradient reaches the encoder, and the optimizer does not update it. Its tokens are computed once
+per image (FeatureLoader) if training augments nothing and the tokens fit in memory. With
+--feature-copies C, they are computed once for each of C augmented copies of an image.
 
 Letters: B images, N patches, R pixels per side, P patch size, E encoder width, H heads, Dh = E/H,
-M MLP width of the encoder, Q queries, K directions, D width of the text encoder.
+M MLP width of the encoder, Q queries, K directions, F = N*E, D width of the text encoder.
 """
 from typing import Any
 
@@ -74,13 +74,15 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
     N, E = (resolution // enc.patch_size) ** 2, enc.width
     if model.image_pool == "grid":
         K, D = NUM_DIRECTIONS, model.decoder.width
-        pool = 2 * N * E * K + 8 * D * (D + K) - 2 * E * D  # the last: clip's projection
+        pool = 2 * N * E * K + 8 * D * (D + K)  # discriminant, MLP
+        pool -= 2 * E * D                       # CLIP's projection, which is not used
     elif model.image_pool != "mean":
-        pool = 4 * N * E * E + NUM_QUERIES[model.image_pool] * (4 * N * E + 2 * E * E)
+        pool = 4 * N * E * E                                               # keys and values
+        pool += NUM_QUERIES[model.image_pool] * (4 * N * E + 2 * E * E)    # attention, output
     if model.image_pool == "map":
         pool += 4 * E * enc.mlp_dim
     parts = clip.flops(model, resolution, text_len)
-    return parts | {"text": parts["text"] + pool}
+    return parts | {"text": parts["text"] + pool}  # the pool is counted as text
 
 
 # ------------------------------------------------------------------------------------ model
@@ -127,8 +129,9 @@ def embed_texts(params: dict, text: jax.Array, model: Any) -> jax.Array:
 def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
     image = embed_images(params, batch["images"], model)
     text = embed_texts(params, batch["text"], model)
-    real = count_targets(batch["text"]) > 0
-    return contrastive_loss(image, text, real, logit_scale(params)).sum(), real.sum()
+    has_caption = count_targets(batch["text"]) > 0  # False in the rows that pad a batch
+    losses = contrastive_loss(image, text, has_caption, logit_scale(params))
+    return losses.sum(), has_caption.sum()
 
 
 # --------------------------------------------------------------------------- frozen features
@@ -137,8 +140,8 @@ class FeatureLoader(data.Loader):
     copy of an image is encoded alone and once, when a batch first needs it."""
 
     def __init__(self, params: dict, model: Any, copies: int, *args: Any, **options: Any):
-        """params: the encoder's. copies: of each image; epoch e has number e mod copies. args,
-        options: those of data.Loader."""
+        """params: the encoder's. copies: per image; epoch e uses copy e mod copies. args, options:
+        those of data.Loader."""
         super().__init__(*args, **options)
         params = jax.device_put(params, jax.local_devices()[0])
         encode = jax.jit(lambda params, images: vit.vit(params, images, model.encoder)["tokens"])
@@ -148,11 +151,12 @@ class FeatureLoader(data.Loader):
 
     def decode(self, position: int, i: int, image: Image.Image, resolution: int) -> np.ndarray:
         size = len(self.source)
-        copy = position // size % self.copies * size + i
-        if (resolution, copy) not in self.features:
-            pixels = super().decode(copy, i, image, resolution)  # as if at that position of the run
-            self.features[resolution, copy] = self.encode(pixels)
-        return self.features[resolution, copy]
+        epoch = position // size % self.copies  # the first epoch that uses the same copy
+        first_position = epoch * size + i       # its augmentation is that of this position
+        if (resolution, first_position) not in self.features:
+            pixels = super().decode(first_position, i, image, resolution)
+            self.features[resolution, first_position] = self.encode(pixels)
+        return self.features[resolution, first_position]
 
 
 def check_grid(cfg: Any, model: Any, resolutions: set[int]) -> None:
@@ -167,23 +171,25 @@ def check_grid(cfg: Any, model: Any, resolutions: set[int]) -> None:
                           "--jitter")
     F = model.num_patches * model.encoder.width
     if F > MAX_GRID:
-        raise ConfigError(f"--image-pool grid: the patch tokens of an image are {F:,} numbers, and "
-                          f"{MAX_GRID:,} are the most: take a lower resolution or a smaller "
+        raise ConfigError(f"--image-pool grid: an image has {F:,} numbers in its patch tokens, and "
+                          f"at most {MAX_GRID:,} are allowed: take a lower resolution or a smaller "
                           "encoder, or --image-pool attention")
 
 
 def training_loader(run: Any, params: dict) -> data.Loader:
-    """The run's loader, or one of features where they can be computed once. ConfigError if those of
-    --feature-copies do not fit. With --image-pool grid, the `params` of a new run get the
-    discriminant of these features."""
+    """The run's loader, or a FeatureLoader if the features can be computed once. ConfigError if the
+    --feature-copies do not fit in memory. With --image-pool grid, a new run's `params` also get the
+    discriminant, computed from these features."""
     loader, enc, num_bytes = run.loader, run.model.encoder, 0
-    copies = run.cfg.feature_copies or int(not loader.has_random_augment)
+    copies = run.cfg.feature_copies
+    if not copies and not loader.has_random_augment:
+        copies = 1  # all epochs see the same pixels
     for stage in run.stages:
         num_tokens = (stage.resolution // enc.patch_size) ** 2
         num_bytes += copies * len(loader.source) * num_tokens * enc.width * 4
     if run.cfg.feature_copies and num_bytes > CACHE_BYTES:
-        raise ConfigError(f"--feature-copies {copies} takes {num_bytes / 2**30:.1f} GiB, and "
-                          f"{CACHE_BYTES / 2**30:.0f} are the most: make it smaller, or 0")
+        raise ConfigError(f"--feature-copies {copies} takes {num_bytes / 2**30:.1f} GiB, and at "
+                          f"most {CACHE_BYTES / 2**30:.0f} are allowed: make it smaller, or 0")
     if not copies or num_bytes > CACHE_BYTES:
         return loader
     cached = FeatureLoader(params["encoder"], run.model, copies, loader.source, loader.tokenizer,
@@ -202,20 +208,20 @@ def grid_discriminant(loader: FeatureLoader, resolution: int) -> dict[str, np.nd
     n = len(loader.source)
 
     def tokens_of_copy(copy: int) -> np.ndarray:
-        rows = {}
+        tokens = {}  # by sample: a replacement for a bad image appears twice
         for start in range(0, n, 256):
             stop = min(start + 256, n)
             batch = loader.batch(range(copy * n + start, copy * n + stop), resolution)
-            rows |= zip(batch["sample"].tolist(), batch["images"])
-        return np.stack([rows[i].ravel() for i in sorted(rows)])
+            tokens.update(zip(batch["sample"].tolist(), batch["images"]))
+        return np.stack([tokens[i].ravel() for i in sorted(tokens)])
     return discriminant(tokens_of_copy, loader.copies, NUM_DIRECTIONS)
 
 
 # -------------------------------------------------------------------------------- baseline
 def pixel_encoder(params: dict, cfg: vit.ViTConfig) -> dict:
     """Encoder parameters (--init-encoder pixels) whose tokens are the pixels of the patches, plus
-    positions: the patch kernel copies, the blocks add nothing. Pixels are averaged in squares, the
-    smallest whose means fit in the width E."""
+    positions: the patch kernel copies, the blocks add nothing. Pixels are averaged in the smallest
+    squares whose means fit in the width E."""
     P, E = cfg.patch_size, cfg.width
     side = next(side for side in range(1, P + 1) if P % side == 0 and 3 * (P // side)**2 <= E)
     y, x, color = np.mgrid[:P, :P, :3].reshape(3, -1)

@@ -62,14 +62,14 @@ def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Ar
     both_captions = jnp.concatenate([batch["alt"], batch["text"]])
     tokens, text = encode_text(params["text"], both_captions, model.decoder)
     num_targets = decoder.count_targets(batch["text"])
-    real, scale = num_targets > 0, logit_scale(params)
-    web_pair = contrastive_loss(image, l2_normalize(text[:B]), real, scale)
-    dense_pair = contrastive_loss(image, l2_normalize(text[B:]), real, scale)
+    has_caption, scale = num_targets > 0, logit_scale(params)
+    web_pair = contrastive_loss(image, l2_normalize(text[:B]), has_caption, scale)
+    dense_pair = contrastive_loss(image, l2_normalize(text[B:]), has_caption, scale)
     prefix = decoder_prefix(params, encoded["tokens"], tokens[:B])
     captions = decoder.caption_loss(params["decoder"], prefix, batch["text"],
                                     bidirectional(model.decoder))
     # The contrastive mean is over images, the caption mean over tokens: the step divides by tokens.
-    all_tokens, all_images = jax.lax.psum((num_targets.sum(), real.sum()), "devices")
+    all_tokens, all_images = jax.lax.psum((num_targets.sum(), has_caption.sum()), "devices")
     contrastive = (web_pair + dense_pair).sum() / 2 * all_tokens / jnp.maximum(all_images, 1)
     return CAPTION_WEIGHT * captions.sum() + CONTRASTIVE_WEIGHT * contrastive, num_targets.sum()
 

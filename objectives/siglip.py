@@ -23,27 +23,27 @@ def param_specs(model: Any) -> dict:
 flops, embed_images, embed_texts = clip.flops, clip.embed_images, clip.embed_texts
 
 
-def sigmoid_loss(image: jax.Array, text: jax.Array, real: jax.Array, scale: jax.Array,
+def sigmoid_loss(image: jax.Array, text: jax.Array, has_caption: jax.Array, scale: jax.Array,
                  bias: jax.Array) -> jax.Array:
     """(B,) for each image of this device: the binary cross-entropy of its pairs with all captions
-    of the global batch, summed. image and text (B,D) have unit length. Rows that are not `real`
+    of the global batch, summed. image and text (B,D) have unit length. Rows without `has_caption`
     (B,) are in no pair."""
     all_gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
     logits = scale * image @ all_gather(text).T + bias                       # (B, global batch)
     own_caption = jax.lax.axis_index("devices") * len(image) + jnp.arange(len(image))
     is_match = own_caption[:, None] == jnp.arange(logits.shape[1])
     losses = jax.nn.softplus(jnp.where(is_match, -logits, logits))
-    return jnp.where(real[:, None] & all_gather(real), losses, 0).sum(-1)
+    return jnp.where(has_caption[:, None] & all_gather(has_caption), losses, 0).sum(-1)
 
 
 def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Array, jax.Array]:
     pair = params["pair"]
     image = embed_images(params, batch["images"], model)
     text = embed_texts(params, batch["text"], model)
-    real = decoder.count_targets(batch["text"]) > 0
+    has_caption = decoder.count_targets(batch["text"]) > 0
     scale = INIT_SCALE * jnp.exp(pair["temperature"]["log"])
-    losses = sigmoid_loss(image, text, real, scale, INIT_BIAS + pair["bias"]["offset"])
-    return losses.sum(), real.sum()
+    losses = sigmoid_loss(image, text, has_caption, scale, INIT_BIAS + pair["bias"]["offset"])
+    return losses.sum(), has_caption.sum()
 
 
 def blind_loss(facts: Any) -> float:

@@ -3,7 +3,7 @@
 A file holds arrays by path, such as "params/encoder/blocks/qkv/kernel", and "meta", a JSON text as
 bytes: the step, the settings, the vocabulary, fingerprints of the data. Nothing is pickled, so a
 file from a stranger cannot run code. Each array has the CRC-32 of the zip format, which is checked
-when it is read. numpy does not know bfloat16: its bits are stored as uint16 and named in meta.
+when it is read. numpy does not know bfloat16: such an array is stored as uint16 and listed in meta.
 A file gets its name only after its bytes are on the disk, so a crash leaves the older ones intact.
 
     python -m runtime.checkpoint FILE        prints what a checkpoint holds
@@ -37,14 +37,12 @@ EXPORT_ENDINGS = (".safetensors", ".bin")  # of weights in the layout of another
 # ---------------------------------------------------------------------------------- writing
 def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by path."""
-    def name(entry: Any) -> str:
-        return str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry))))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(map(name, path)): leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def save(path: str, tree: Any, meta: dict[str, Any]) -> None:
-    """Writes a pytree and meta to `path` (.npz), all or nothing. OSError if the disk refuses."""
+    """Writes a pytree and meta to `path` (.npz), all or nothing. OSError if writing fails."""
     arrays, bits = {}, {}
     for name, leaf in flatten(tree).items():
         array = np.asarray(leaf)
@@ -269,7 +267,7 @@ def model_size(path: str) -> int:
     for name in os.listdir(path):
         if name == "encoder.npz" or name.endswith(EXPORT_ENDINGS):
             files.append(os.path.join(path, name))
-    return max(map(num_params_in_file, files), default=SMALL_MODEL_PARAMS)
+    return max(map(num_params_in_file, files), default=SMALL_MODEL_PARAMS)  # counts as large
 
 
 def num_params_in_file(path: str) -> int:
@@ -279,7 +277,7 @@ def num_params_in_file(path: str) -> int:
             return os.path.getsize(path) // 2  # an upper bound: a number takes 16 bits or more
         shapes, _ = read_header(path)
     except (CheckpointError, OSError):
-        return SMALL_MODEL_PARAMS
+        return SMALL_MODEL_PARAMS  # only models below this number are small
     sizes = {name: math.prod(spec.shape) for name, spec in shapes.items()}
     model_sizes = [size for name, size in sizes.items() if name.startswith("params/")]
     return sum(model_sizes or sizes.values())  # an encoder.npz has no such prefix

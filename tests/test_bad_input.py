@@ -205,7 +205,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     twelve = TINY.replace("batch=8", "batch=12")
     commands = [  # arguments, CPU devices, status, message
         (["--stages", twelve], 8, 1, "batch 12 of stage 1 cannot be shared by 8"),
-        (["--stages", TINY, "--data", "broken"], 1, 1, "not one usable sample in the data"),
+        (["--stages", TINY, "--data", "broken"], 1, 1, "no sample in the data can be used"),
         (["--data", "photo.png"], 1, 1, "photo.png is no data"),
         (["--flavor", "sweet"], 1, 2, "unknown flag --flavor"),
     ]

@@ -296,5 +296,5 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", run_out)
     assert train.main(["toy"]) == 1
     assert capsys.readouterr().err == (
-        "error: out of memory: --grad-accum 4 makes the same update in four pieces; then --remat "
-        "block, then a smaller batch in --stages (RESOURCE_EXHAUSTED: Out of memory)\n")
+        "error: out of memory: try --grad-accum 4 (the same update in four microbatches), then "
+        "--remat block, then a smaller batch in --stages (RESOURCE_EXHAUSTED: Out of memory)\n")

@@ -275,7 +275,7 @@ def test_a_broken_sample_is_replaced_and_counted_with_a_reason(tmp_path, field, 
     assert np.bincount(first["sample"])[2] == 4  # twice per epoch: for itself and for 1
     assert loaders[0].bad == loaders[1].bad == first["bad"]
     assert list(first["bad"]) == [1] and "\n" not in first["bad"][1]
-    with pytest.raises(DataError, match="not one usable sample"):
+    with pytest.raises(DataError, match="no sample in the data can be used"):
         reader(Subset(source, np.array([1, 1]))).batch(range(2), 16)
 
 

@@ -201,7 +201,7 @@ ONE_STAGE = ("--stages", "resolution=32 steps=2 batch=8 lr=1e-3")
     ([*GRID, "--min-crop-area", "0.5", *ONE_STAGE], "set --feature-copies 16"),
     ([*GRID, "--feature-copies", "2", *ONE_STAGE], "and --min-crop-area below 1 or --jitter"),
     ([*GRID, "--feature-copies", "2", "--jitter", "0.1", "--encoder", "Ti/4", *ONE_STAGE],
-     "are 12,288 numbers, and 8,192 are the most"),
+     "has 12,288 numbers in its patch tokens, and at most 8,192 are allowed"),
     (["--objective", "aimv2", "--encoder", "micro/8",
       "--stages", "resolution=8 steps=2 batch=8 lr=1e-3"], "needs a resolution of 16 or more")])
 def test_impossible_settings_are_refused(argv, message, capsys):

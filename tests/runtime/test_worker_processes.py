@@ -58,7 +58,7 @@ def test_batches_are_those_of_threads(kind, tmp_path):
 
 def test_two_texts_and_no_augmentation(tmp_path):
     source = open_source(spill(tmp_path / "all", members(10)), "re_caption")
-    with pytest.raises(DataError, match="not one usable sample"):  # n is a number
+    with pytest.raises(DataError, match="no sample in the data can be used"):  # n is a number
         process_reader(source, 1, alt_field="n").batch(range(2), 8)
     source, fields = open_source("scenes", "conditioned"), ("web", "conditioned,txt")
     first = ProcessLoader(source, TOK, 12, 0, None, 1, *fields).batch(range(9), 8)
