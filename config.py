@@ -186,7 +186,7 @@ def paper_recipe(encoder: str, decoder_size: str, low_resolution: int) -> Config
 
 SMALL_IMAGES = Config(
     min_crop_area=0.6, max_text_len=48, vocab_size=4000, grad_clip=1.0, jitter=0.2,
-    weight_decay=0.1,
+    weight_decay=0.1, scan_unroll=4,
     stages="resolution=32 steps=1100 batch=64 lr=1.5e-3 warmup=100, "
            "resolution=48 steps=200 batch=64 lr=1e-3 warmup=20")
 RECIPES = {

@@ -136,7 +136,8 @@ def train(cfg: Config) -> int:
     microbatch_sizes = [stage.batch // cfg.grad_accum for stage in parse_stages(cfg.stages)]
     if cfg.distributed:  # one CPU device per process ([]): several processes use all cores already
         microbatch_sizes = []
-    tune_cpu(sum(registry.param_counts(cfg).values()), microbatch_sizes, cfg.num_devices)
+    num_params, step_flops = sum(registry.param_counts(cfg).values()), registry.step_flops(cfg)
+    tune_cpu(num_params, microbatch_sizes, cfg.num_devices, step_flops)
     distributed.initialize_distributed(cfg.distributed, cfg.workdir)
     try:
         parallel = DataParallel(cfg.num_devices)

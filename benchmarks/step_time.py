@@ -59,12 +59,15 @@ def model_flops(cfg: Config, resolution: int) -> float:
     return 3 * sum(parts.values())
 
 
-def benchmark_devices(cfgs: list[Config], batches: list[int]) -> DataParallel:
+def benchmark_devices(cfgs: list[Config], batches: list[int],
+                      resolutions: list[int]) -> DataParallel:
     """The devices that all these steps run on: one accelerator, or the CPU as in training. With
     --zero1 all devices of this machine. ConfigError if there is only one to shard over."""
+    step_flops = [model_flops(cfg, resolution) / 3 * batch / cfg.grad_accum
+                  for cfg, batch, resolution in zip(cfgs, batches, resolutions)]
     num_params = max(sum(registry.param_counts(cfg).values()) for cfg in cfgs)
     pieces = [batch // cfg.grad_accum for cfg, batch in zip(cfgs, batches)]
-    tune_cpu(num_params, pieces)
+    tune_cpu(num_params, pieces, step_flops=max(step_flops))
     zero1 = any(cfg.zero1 for cfg in cfgs)
     num_devices = 1
     if zero1 or jax.default_backend() == "cpu":
@@ -141,7 +144,8 @@ def make_steps(cfg: Config, resolution: int, batch: int,
     check_compare(cfg, compare)
     if compare:  # JAX must leave a part of a GPU's memory to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    jax_step = JaxStep(cfg, resolution, batch, benchmark_devices([cfg], [batch]))
+    jax_step = JaxStep(cfg, resolution, batch,
+                       benchmark_devices([cfg], [batch], [resolution]))
     steps: dict[str, Any] = {"jax": jax_step}
     if compare:
         from benchmarks.torch_step import TorchStep
@@ -205,7 +209,8 @@ def table5(low: tuple, high: tuple, repeats: int) -> list[dict]:
     Without the curriculum all images are seen at the high one. low, high: the fields of Cell."""
     cells = {"low": Cell(*low), "high": Cell(*high)}
     parallel = benchmark_devices([cell.cfg for cell in cells.values()],
-                                 [cell.batch for cell in cells.values()])
+                                 [cell.batch for cell in cells.values()],
+                                 [cell.resolution for cell in cells.values()])
     runs: dict[tuple[str, bool], Callable] = {}
     flops: dict[tuple[str, bool], float] = {}
     state = None
@@ -245,7 +250,8 @@ def measure_costs(cfgs: dict[str, Config], repeats: int = 15) -> dict:
         for stage in parse_stages(cfg.stages):
             stages[name, stage.number] = stage
     parallel = benchmark_devices([cfgs[name] for name, _ in stages],
-                                 [stage.batch for stage in stages.values()])
+                                 [stage.batch for stage in stages.values()],
+                                 [stage.resolution for stage in stages.values()])
     runs = {}
     for (name, number), stage in tqdm(stages.items(), desc="compiling steps", leave=False,
                                       disable=not sys.stderr.isatty()):

@@ -112,6 +112,16 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
             "decoder": decoder.flops(model.decoder, kept, text_len - 1)}
 
 
+def step_flops(cfg: Any) -> float:
+    """Forward FLOPs of the largest batch (or microbatch) of all stages."""
+    model = model_spec(cfg)
+    sizes = []
+    for stage in parse_stages(cfg.stages):
+        per_image = sum(flops(model, stage.resolution, cfg.max_text_len).values())
+        sizes.append(per_image * stage.batch / cfg.grad_accum)
+    return max(sizes)
+
+
 def blind_loss(objective: str, facts: BlindFacts) -> float | None:
     """The best possible validation loss without the image, None where it is not known."""
     module = objective_module(objective)

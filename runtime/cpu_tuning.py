@@ -1,12 +1,14 @@
 """Process-wide settings that make a CPU faster, and the cache of compiled programs. Only commands
 call them, before JAX starts its devices.
 
-Why: on two cores, two CPU devices save an eighth of the toy's step, keeping freed memory a tenth,
-and full AVX-512 vectors 5%. The first two cost up to twice the memory, so large models do without.
+Why: on two cores, two CPU devices save an eighth of the toy's step, keeping freed memory a tenth
+(with an arena per thread a third), and full AVX-512 vectors 5%. The first two cost up to twice the
+memory, so large models do without.
 """
 import contextlib
 import ctypes
 import glob
+import math
 import os
 import platform
 import sys
@@ -17,35 +19,47 @@ import jax
 
 SMALL_MODEL_PARAMS = 100_000_000  # 1.6 GB with gradients and AdamW's moments
 ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # their files in /dev
-MALLOPT = ((-4, 0), (-1, -1), (-8, 1))  # malloc.h: M_MMAP_MAX 0, M_TRIM_THRESHOLD -1, M_ARENA_MAX 1
+SMALL_STEP_FLOPS = 3e9  # forward; up to here, half a batch needs no block of memory above 64 MB
+DEVICE_FLAG = "xla_force_host_platform_device_count"
+MALLOPT = ((-4, 0), (-1, -1))        # malloc.h: M_MMAP_MAX 0, M_TRIM_THRESHOLD -1
+ONE_ARENA = ((-8, 1),)               # M_ARENA_MAX
+KEEP_FREED_ARENAS = ((-2, 64 << 20),)  # M_TOP_PAD
 
 
-def tune_cpu(num_params: int, batches: Sequence[int] = (), num_devices: int = 0) -> None:
+def tune_cpu(num_params: int, batches: Sequence[int] = (), num_devices: int = 0,
+             step_flops: float = math.inf) -> None:
     """Makes training steps faster on a CPU; nothing else changes. batches: the sizes of those that
     two devices may share. num_devices: CPU devices that the user wants, whatever the model's size;
-    0: no number."""
+    0: no number. step_flops: forward FLOPs of the largest batch."""
     sys.setswitchinterval(0.0005)  # seconds: threads that make batches delay the loop less
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_prefer_vector_width" not in flags:  # XLA's default is half of AVX-512's width
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"
     is_small = num_params < SMALL_MODEL_PARAMS
+    shares_batches = bool(batches) and is_small and not num_devices and DEVICE_FLAG not in flags
     if is_small:
-        keep_freed_memory()
+        keep_freed_memory(shares_batches and step_flops < SMALL_STEP_FLOPS)
     if num_devices:
         set_cpu_devices(num_devices)
-    elif batches and is_small:
+    elif shares_batches:
         split_cpu_devices(batches)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(arena_per_thread: bool = False) -> None:
     """Freed memory stays with the process, on Linux without an accelerator. XLA allocates a step's
     temporaries again each step. By default, glibc returns much of that memory to the system in
     between, and mapping its pages again takes a tenth of the step. Nothing is reserved, but
-    fragmentation up to doubles the memory. One arena, because the others hold no large blocks."""
+    fragmentation up to doubles the memory.
+
+    glibc allocates from arenas. If all threads share one, they wait for each other and search it
+    among the fragments that compilation leaves: the toy's step takes 86 ms, and 62 with an arena
+    per thread. But only the shared one keeps blocks above 64 MB: without it, a step of Ti/16 takes
+    2,035 ms, not 1,814."""
     has_accelerator = any(glob.glob(f"/dev/{pattern}") for pattern in ACCELERATORS)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not has_accelerator and hasattr(libc, "mallopt"):  # musl has none
-        for option, value in MALLOPT:
+        arenas = KEEP_FREED_ARENAS if arena_per_thread else ONE_ARENA
+        for option, value in MALLOPT + arenas:
             libc.mallopt(option, value)
 
 
@@ -59,7 +73,7 @@ def num_cores() -> int:
 def set_cpu_devices(count: int) -> None:
     """JAX splits the CPU into `count` devices, at most one per core, unless XLA_FLAGS or
     jax_num_cpu_devices already sets a number. Other kinds of device stay as they are."""
-    in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    in_flags = DEVICE_FLAG in os.environ.get("XLA_FLAGS", "")
     if not in_flags and jax.config.jax_num_cpu_devices <= 0:
         with contextlib.suppress(RuntimeError):  # JAX has already started
             jax.config.update("jax_num_cpu_devices", min(count, num_cores()))

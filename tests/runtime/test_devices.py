@@ -38,6 +38,44 @@ def test_freed_memory_stays_with_the_process():
     assert int(python(PAGE_FAULTS, "/dev/none")) < 100
 
 
+THREADS = """
+import resource, threading, numpy as np
+from runtime import cpu_tuning
+cpu_tuning.glob.glob = lambda pattern: []
+cpu_tuning.keep_freed_memory(True)
+def allocate():
+    for _ in range(3):
+        np.ones(50_000_000, np.uint8)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(20):
+        np.ones(50_000_000, np.uint8)
+    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+threads = [threading.Thread(target=allocate) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_each_thread_keeps_blocks_below_64_mb_in_an_arena_of_its_own():
+    assert max(map(int, python(THREADS).split())) < 100  # one such block has 12,000 pages
+
+
+def test_only_small_steps_have_an_arena_per_thread(monkeypatch):
+    """Those of the toy, not those of larger models or batches; nor on one device."""
+    calls = []
+    monkeypatch.setattr(cpu_tuning, "keep_freed_memory", calls.append)
+    monkeypatch.setattr(cpu_tuning, "split_cpu_devices", lambda batches: None)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for recipe in ("toy", "images", "ti16"):
+        cpu_tuning.tune_cpu(1000, [32], step_flops=registry.step_flops(config.RECIPES[recipe]))
+    cpu_tuning.tune_cpu(1000, [32])
+    monkeypatch.setenv("XLA_FLAGS", f"--{cpu_tuning.DEVICE_FLAG}=1")
+    cpu_tuning.tune_cpu(1000, [32], step_flops=1)
+    assert calls == [True, False, False, False, False]
+
+
 def test_freed_memory_is_returned_beside_an_accelerator():
     paths = ["/dev/nvidia", "/dev/accel", "/dev/vfio/", "/dev/kfd"]
     counts = [int(line) for line in python(PAGE_FAULTS, *paths).splitlines()]
@@ -52,7 +90,7 @@ def test_without_mallopt_nothing_is_called(monkeypatch):
 def test_large_models_spend_no_memory(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     calls = []
-    monkeypatch.setattr(cpu_tuning, "keep_freed_memory", lambda: calls.append("keep"))
+    monkeypatch.setattr(cpu_tuning, "keep_freed_memory", lambda *arenas: calls.append("keep"))
     monkeypatch.setattr(cpu_tuning, "split_cpu_devices", calls.append)
     cpu_tuning.tune_cpu(cpu_tuning.SMALL_MODEL_PARAMS, [64])
     assert not calls
@@ -98,7 +136,7 @@ def test_evaluation_keeps_memory_only_for_small_models(run_files, monkeypatch):
     measure = evaluate.Measure(lambda context: {"val_loss": 1.0}, "")
     monkeypatch.setattr(evaluate, "MEASURES", {"caption": measure})
     calls = []
-    monkeypatch.setattr(cpu_tuning, "keep_freed_memory", lambda: calls.append("keep"))
+    monkeypatch.setattr(cpu_tuning, "keep_freed_memory", lambda *arenas: calls.append("keep"))
     monkeypatch.setattr(cpu_tuning, "SMALL_MODEL_PARAMS", num_params)
     assert evaluate.main([str(folder)]) == 0 and not calls
     monkeypatch.setattr(cpu_tuning, "SMALL_MODEL_PARAMS", num_params + 1)
