@@ -122,7 +122,7 @@ def test_a_bad_curriculum_is_refused_by_its_words(refuse, stages, message):
 
 def test_a_batch_that_cannot_be_divided_is_refused(refuse):
     line = refuse("--stages", TINY, "--grad-accum", "3")
-    assert re.search("batch 8 of stage 1 cannot be shared by 1 devices x 3 pieces", line)
+    assert re.search("batch 8 of stage 1 cannot be shared by 1 devices x 3 microbatches", line)
     assert "multiple of 3" in line
 
 
