@@ -112,7 +112,7 @@ class Config:
     loss_chunk: int = resumable_arg(0, "text positions whose logits exist at once; 0 for all; out "
                                     "of memory: try 16", low=0, high=1 << 20)
     scan_unroll: int = resumable_arg(1, "layers per scan step; more can be faster on a CPU and "
-                                     "compiles longer", low=1, high=1024)
+                                     "compiles longer; 1 with --remat", low=1, high=1024)
     zero1: bool = resumable_arg(False, "shard the optimizer state over the devices: same update, "
                                 "less memory")
     num_devices: int = resumable_arg(0, "local devices to use (of a CPU, up to its cores); 0 for "

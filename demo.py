@@ -230,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
         """BadRequest for one that is too long, or of unknown length."""
         text = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,15}", text):
-            raise BadRequest("The upload does not say how long it is.")
+            raise BadRequest("The request does not say how long it is.")
         length = int(text)
         if length <= MAX_UPLOAD_BYTES:
             body = self.rfile.read(length)

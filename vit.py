@@ -165,15 +165,15 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
     def body(x: jax.Array, w: dict, **last_options: Any) -> tuple[jax.Array, dict]:
         x, extras = block(x, w, cfg.num_heads, **options, **last_options)
         return x, {name: extras[name] for name in extra_names}
-    scanned = body
+    scanned, unroll = body, min(cfg.scan_unroll, cfg.depth)
     if cfg.remat != "none":
-        # A scan needs no prevent_cse: XLA does not merge its forward and backward loops.
-        scanned = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False)
-    if select is None or cfg.scan_unroll < cfg.depth:
-        x, extras = jax.lax.scan(scanned, x, blocks, unroll=min(cfg.scan_unroll, cfg.depth))
+        # A scan needs no prevent_cse: XLA does not merge its forward and backward loops. It would
+        # merge the two passes of unrolled blocks, which undoes remat.
+        scanned, unroll = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False), 1
+    if select is None or unroll < cfg.depth:
+        x, extras = jax.lax.scan(scanned, x, blocks, unroll=unroll)
         return x if select is None else select(x), extras
-    x, _ = jax.lax.scan(scanned, x, jax.tree.map(lambda a: a[:-1], blocks), unroll=cfg.depth)
-    # Not rematerialized: the backward pass begins with this block, so that would save little.
+    x, _ = jax.lax.scan(body, x, jax.tree.map(lambda a: a[:-1], blocks), unroll=cfg.depth)
     return body(x, jax.tree.map(lambda a: a[-1], blocks), select=select)
 
 

@@ -120,8 +120,9 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metri
     rows = metric_rows(metrics)
     if rows:
         parts += ["## Metrics on validation images", table(rows),
-                  "Losses are nats per token. `val_loss_blind` is the best possible loss without "
-                  "the image, `val_loss_shuffled` the loss with another image."]
+                  "Losses are nats per token. `val_loss_shuffled` is the loss with another image. "
+                  "`val_loss_blind` is the best possible loss without the image, if that is known "
+                  "(as for synthetic scenes), otherwise the run's lowest `val_loss_shuffled`."]
     return "\n".join(front) + "\n" + "\n\n".join(parts) + "\n"
 
 

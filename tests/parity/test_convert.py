@@ -284,7 +284,7 @@ def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").symlink_to(os.path.join(ROOT, "docs"))
     monkeypatch.chdir(tmp_path)
     untrained_run("runs/toy")
-    untrained_run("runs/emoji-lit", objective="lit", image_pool="map", init_encoder="random")
+    untrained_run("runs/toy-map", objective="lit", image_pool="map", init_encoder="random")
     torch.save(small_tower().state_dict(), "open_clip_pytorch_model.bin")
     for command in commands:
         script, *argv = shlex.split(command)
