@@ -76,7 +76,7 @@ def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
         if augment and augment.min_crop_area < 1:
             box = random_crop_box(width, height, augment.min_crop_area, rng)
         rows, columns = np.broadcast_to(resolution, 2).tolist()
-        box = decode_smaller(image, box, max(rows, columns))
+        box = set_draft_mode(image, box, max(rows, columns))
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)  # some conversions lose it
         size = (rows, columns) if orientation in TURNED else (columns, rows)
@@ -88,7 +88,7 @@ def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
         raise BadSample(f"image cannot be decoded ({type(problem).__name__})") from None
 
 
-def decode_smaller(image: Image.Image, box: Box, resolution: int) -> Box:
+def set_draft_mode(image: Image.Image, box: Box, resolution: int) -> Box:
     """Lets a JPEG decode at 1/2, 1/4 or 1/8 of its size where that is enough for the crop. Returns
     the box in the pixels that will be decoded."""
     width, height = image.size

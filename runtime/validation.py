@@ -262,7 +262,9 @@ class Evaluator:
         report.write_report([run.cfg.workdir], run.path("report.html"))
         run.lock.sync()
         print(text)
-        print(f"validation loss {metrics['val_loss']:.3f}; without the image "
+        is_known = self.monitor.blind_loss is not None
+        comparison = "without the image" if is_known else "at best with shuffled captions"
+        print(f"validation loss {metrics['val_loss']:.3f}; {comparison} "
               f"{metrics['val_loss_blind']:.3f}")
         print(f"the encoder: {run.path('encoder.npz')}; images: {run.path('samples.png')} and "
               f"{run.path('curve.png')}; everything about the run: {run.path('report.html')}")

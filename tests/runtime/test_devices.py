@@ -44,6 +44,7 @@ from runtime import cpu_tuning
 cpu_tuning.glob.glob = lambda pattern: []
 cpu_tuning.keep_freed_memory(True)
 def allocate():
+    kept = np.ones(30_000_000, np.uint8)  # so that the others get a 64 MB heap of their own
     for _ in range(3):
         np.ones(50_000_000, np.uint8)
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
