@@ -6,8 +6,6 @@ Why: on two cores, two CPU devices save an eighth of the toy's step, keeping fre
 memory, so large models do without.
 """
 import contextlib
-import ctypes
-import glob
 import math
 import os
 import platform
@@ -17,13 +15,11 @@ from collections.abc import Sequence
 
 import jax
 
+from runtime.heap import keep_freed_memory
+
 SMALL_MODEL_PARAMS = 100_000_000  # 1.6 GB with gradients and AdamW's moments
-ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # their files in /dev
 SMALL_STEP_FLOPS = 3e9  # forward; up to here, half a batch needs no block of memory above 64 MB
 DEVICE_FLAG = "xla_force_host_platform_device_count"
-MALLOPT = ((-4, 0), (-1, -1))        # malloc.h: M_MMAP_MAX 0, M_TRIM_THRESHOLD -1
-ONE_ARENA = ((-8, 1),)               # M_ARENA_MAX
-KEEP_FREED_ARENAS = ((-2, 64 << 20),)  # M_TOP_PAD
 
 
 def tune_cpu(num_params: int, batches: Sequence[int] = (), num_devices: int = 0,
@@ -43,24 +39,6 @@ def tune_cpu(num_params: int, batches: Sequence[int] = (), num_devices: int = 0,
         set_cpu_devices(num_devices)
     elif shares_batches:
         split_cpu_devices(batches)
-
-
-def keep_freed_memory(arena_per_thread: bool = False) -> None:
-    """Freed memory stays with the process, on Linux without an accelerator. XLA allocates a step's
-    temporaries again each step. By default, glibc returns much of that memory to the system in
-    between, and mapping its pages again takes a tenth of the step. Nothing is reserved, but
-    fragmentation up to doubles the memory.
-
-    glibc allocates from arenas. If all threads share one, they wait for each other and search it
-    among the fragments that compilation leaves: the toy's step takes 86 ms, and 62 with an arena
-    per thread. But only the shared one keeps blocks above 64 MB: without it, a step of Ti/16 takes
-    2,035 ms, not 1,814."""
-    has_accelerator = any(glob.glob(f"/dev/{pattern}") for pattern in ACCELERATORS)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not has_accelerator and hasattr(libc, "mallopt"):  # musl has none
-        arenas = KEEP_FREED_ARENAS if arena_per_thread else ONE_ARENA
-        for option, value in MALLOPT + arenas:
-            libc.mallopt(option, value)
 
 
 def num_cores() -> int:

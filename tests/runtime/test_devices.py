@@ -13,21 +13,21 @@ import evaluate
 import layers
 import vit
 from objectives import registry
-from runtime import checkpoint, cpu_tuning
+from runtime import checkpoint, cpu_tuning, heap
 from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT, python
 
 # ----------------------------------------------------------------------------------- memory
 PAGE_FAULTS = """
 import resource, sys, numpy as np
-from runtime import cpu_tuning
+from runtime import heap
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(100_000_000, np.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for accelerator in sys.argv[1:]:
-    cpu_tuning.glob.glob = lambda pattern: [accelerator] * pattern.startswith(accelerator)
-    cpu_tuning.keep_freed_memory()
+    heap.glob.glob = lambda pattern: [accelerator] * pattern.startswith(accelerator)
+    heap.keep_freed_memory()
     page_faults()
     print(page_faults())
 """
@@ -40,9 +40,9 @@ def test_freed_memory_stays_with_the_process():
 
 THREADS = """
 import resource, threading, numpy as np
-from runtime import cpu_tuning
-cpu_tuning.glob.glob = lambda pattern: []
-cpu_tuning.keep_freed_memory(True)
+from runtime import heap
+heap.glob.glob = lambda pattern: []
+heap.keep_freed_memory(True)
 def allocate():
     kept = np.ones(30_000_000, np.uint8)  # so that the others get a 64 MB heap of their own
     for _ in range(3):
@@ -83,9 +83,36 @@ def test_freed_memory_is_returned_beside_an_accelerator():
     assert len(counts) == 4 and min(counts) > 40
 
 
+FRAGMENTS = """
+import ctypes, jax, jax.numpy as jnp
+from runtime import heap
+heap.glob.glob = lambda pattern: []
+heap.LONG_COMPILATION = 0
+heap.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+large = libc.malloc(300 << 20)
+blocks = [libc.malloc(50_000) for n in range(4000)]
+fragments = set(blocks[::2])  # no two are neighbors
+for block in [large, *fragments]:
+    libc.free(block)
+before = libc.malloc(40_000)
+libc.free(before)
+jax.jit(lambda x: x + 1)(jnp.ones(3))
+part = libc.malloc(100 << 20)
+after = [libc.malloc(40_000) for _ in range(100)]
+print(before in fragments, fragments.isdisjoint(after), 0 <= part - large < 300 << 20)
+"""
+
+
+def test_after_a_compilation_fragments_are_hidden_and_large_blocks_are_not():
+    assert python(FRAGMENTS) .split() == ["True"] * 3
+
+
 def test_without_mallopt_nothing_is_called(monkeypatch):
-    monkeypatch.setattr(cpu_tuning.ctypes, "CDLL", lambda name: object())
-    cpu_tuning.keep_freed_memory()
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+    heap.keep_freed_memory()
 
 
 def test_large_models_spend_no_memory(monkeypatch):
