@@ -24,8 +24,8 @@ from benchmarks.ablation_tables import BASELINES, LENGTHS, ROOT, TABLES, load, s
 from config import RECIPES, Config, flag
 from evaluation import labels, probe, vqa
 from interop.encoder import Encoder, load_encoder, random_encoder, raw_pixel_encoder
+from runtime.cpu_tuning import keep_freed_memory
 from runtime.errors import ConfigError
-from runtime.heap import keep_freed_memory
 
 BASE = RECIPES["toy"]
 READER_STEPS = 800  # training steps of the small language model

@@ -13,21 +13,21 @@ import evaluate
 import layers
 import vit
 from objectives import registry
-from runtime import checkpoint, cpu_tuning, heap
+from runtime import checkpoint, cpu_tuning
 from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT, python
 
 # ----------------------------------------------------------------------------------- memory
 PAGE_FAULTS = """
 import resource, sys, numpy as np
-from runtime import heap
+from runtime import cpu_tuning
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(100_000_000, np.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for accelerator in sys.argv[1:]:
-    heap.glob.glob = lambda pattern: [accelerator] * pattern.startswith(accelerator)
-    heap.keep_freed_memory()
+    cpu_tuning.glob.glob = lambda pattern: [accelerator] * pattern.startswith(accelerator)
+    cpu_tuning.keep_freed_memory()
     page_faults()
     print(page_faults())
 """
@@ -40,9 +40,9 @@ def test_freed_memory_stays_with_the_process():
 
 THREADS = """
 import resource, threading, numpy as np
-from runtime import heap
-heap.glob.glob = lambda pattern: []
-heap.keep_freed_memory(True)
+from runtime import cpu_tuning
+cpu_tuning.glob.glob = lambda pattern: []
+cpu_tuning.keep_freed_memory(True)
 def allocate():
     kept = np.ones(30_000_000, np.uint8)  # so that the others get a 64 MB heap of their own
     for _ in range(3):
@@ -85,10 +85,10 @@ def test_freed_memory_is_returned_beside_an_accelerator():
 
 FRAGMENTS = """
 import ctypes, jax, jax.numpy as jnp
-from runtime import heap
-heap.glob.glob = lambda pattern: []
-heap.LONG_COMPILATION = 0
-heap.keep_freed_memory()
+from runtime import cpu_tuning
+cpu_tuning.glob.glob = lambda pattern: []
+cpu_tuning.LONG_COMPILATION = 0
+cpu_tuning.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -111,8 +111,8 @@ def test_after_a_compilation_fragments_are_hidden_and_large_blocks_are_not():
 
 
 def test_without_mallopt_nothing_is_called(monkeypatch):
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
-    heap.keep_freed_memory()
+    monkeypatch.setattr(cpu_tuning.ctypes, "CDLL", lambda name: object())
+    cpu_tuning.keep_freed_memory()
 
 
 def test_large_models_spend_no_memory(monkeypatch):
