@@ -52,8 +52,8 @@ def tune_cpu(num_params: int, batches: Sequence[int] = (), num_devices: int = 0,
 def keep_freed_memory(arena_per_thread: bool = False) -> None:
     """Freed memory stays with the process, on Linux without an accelerator. XLA allocates a step's
     temporaries again each step. By default, glibc returns much of that memory to the system in
-    between, and mapping its pages again takes a tenth of the step. Nothing is reserved, but
-    fragmentation up to doubles the memory.
+    between, and mapping its pages again takes a tenth of the step. Fragmentation up to doubles the
+    memory.
 
     glibc allocates from arenas. If all threads share one, they wait for each other: the toy's step
     takes 86 ms, and 62 with an arena per thread. But only the shared one keeps blocks above 64 MB:

@@ -110,7 +110,7 @@ def test_after_a_compilation_fragments_are_hidden_and_large_blocks_are_not():
     assert python(FRAGMENTS) .split() == ["True"] * 3
 
 
-def test_without_mallopt_nothing_is_called(monkeypatch):
+def test_without_glibc_nothing_is_called(monkeypatch):
     monkeypatch.setattr(cpu_tuning.ctypes, "CDLL", lambda name: object())
     cpu_tuning.keep_freed_memory()
 
