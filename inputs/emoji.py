@@ -7,7 +7,7 @@ how to pack your own images. The fields `txt` and `caption` hold the short name;
 more: another name, the category, and the colors, which are counted in the image.
 
     python -m inputs.emoji        downloads and packs, into the folder emoji
-    python train.py emoji         trains for about ten minutes on two cores
+    python train.py emoji         trains for 5 to 10 minutes on two cores
 """
 import hashlib
 import io
