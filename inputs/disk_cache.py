@@ -73,11 +73,15 @@ class DiskCache:
     @contextlib.contextmanager
     def hold(self, key: str) -> Iterator[None]:
         """Inside, this process does not delete the entry of a key. Others may."""
-        self.held[self.path(key)] += 1
+        path = self.path(key)
+        with self.lock:
+            self.held[path] += 1
         try:
             yield
         finally:
-            self.held[self.path(key)] -= 1
+            with self.lock:
+                self.held[path] -= 1
+            self.delete_oldest(0, path)
 
     def write(self, path: str, make: Callable[[BinaryIO], None]) -> int:
         """Writes a complete file or none. Returns its size."""
@@ -121,6 +125,7 @@ class DiskCache:
                     with contextlib.suppress(OSError):  # another run deletes too
                         os.remove(path)
                     total -= bytes_
+            self.added = self.limit  # too much is held: count again when one is not any more
 
     def entries(self) -> list[tuple[float, int, str]]:
         """(time of last use, bytes, path) of each entry. What killed processes left is deleted."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inputs import http_ranges, order, remote, remote_storage, tar_index, tars
+from inputs.disk_cache import DiskCache
 from inputs.files import ReadOptions, open_storage
 from inputs.sources import Subset, open_source
 from runtime.errors import DataError
@@ -154,6 +155,15 @@ def test_a_tiny_cache_costs_time_and_no_sample(server):
     source = open_source(f"{server.url}/{TARS}", options=ReadOptions(cache_gb=3e-5))
     assert_same(batches(source), batches(open_source(f"{server.folder}/*.tar")))
     assert sum(size for _, size, _ in source.storage.disk.entries()) < 80_000
+
+
+def test_entries_above_the_limit_are_deleted_when_nobody_holds_them_any_more(tmp_path):
+    cache = DiskCache(str(tmp_path), 1000)
+    with cache.hold("a"), cache.hold("b"):
+        for key in "ab":
+            cache.get(key, lambda file: file.write(bytes(900)))
+        assert len(cache.entries()) == 2
+    assert len(cache.entries()) == 1
 
 
 def test_damaged_and_vanishing_cache_files_are_made_again(server):
