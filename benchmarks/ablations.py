@@ -27,7 +27,10 @@ from interop.encoder import Encoder, load_encoder, random_encoder, raw_pixel_enc
 from runtime.cpu_tuning import keep_freed_memory
 from runtime.errors import ConfigError
 
-BASE = RECIPES["toy"]
+BASE = dataclasses.replace(  # as released: without text positions, so that it takes longer
+    RECIPES["toy"], text_pos_embed=False,
+    stages="resolution=24 steps=300 batch=32 lr=2e-3 warmup=100, "
+           "resolution=32 steps=2200 batch=32 lr=2.5e-3 warmup=20")
 READER_STEPS = 800  # training steps of the small language model
 RECIPE = f"{BASE.stages}; a reader of {READER_STEPS} steps"  # all figures of a file share it
 ONE_STAGE = "resolution=32 steps=2500 batch=32 lr=2.5e-3 warmup=100"  # as many images, all at 32 px
@@ -77,9 +80,11 @@ def flags(cfg: Config) -> list[str]:
     words = []
     for field in dataclasses.fields(Config):
         value = getattr(cfg, field.name)
-        if value is True:
-            words.append(flag(field.name))
-        elif value != getattr(RECIPES["toy"], field.name):
+        if value == getattr(RECIPES["toy"], field.name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag(field.name if value else f"no_{field.name}"))
+        else:
             words += [flag(field.name), str(value)]
     return words
 

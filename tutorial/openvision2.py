@@ -79,6 +79,7 @@ stage_texts = [f"resolution={side} steps={steps} batch=32 lr=2e-3 warmup={steps 
 cfg = dataclasses.replace(
     RECIPES["toy"], stages=", ".join(stage_texts), max_text_len=14,
     val_samples=max(64, round(min(LENGTH, 1) * 128)),  # 128 validation images
+    text_pos_embed=False,                              # as in the paper's recipes
     scan_unroll=1)                                     # compiles faster
 stages = parse_stages(cfg.stages)
 resolution = stages[0].resolution
