@@ -193,8 +193,8 @@ RECIPES = {
     "toy": Config(
         encoder="micro/4", data="scenes", min_crop_area=1.0, max_text_len=28, vocab_size=192,
         grad_clip=1.0, weight_decay=0.05, scan_unroll=4, text_pos_embed=True,
-        stages="resolution=24 steps=300 batch=32 lr=2e-3 warmup=100, "
-               "resolution=32 steps=1600 batch=32 lr=2.5e-3 warmup=20"),
+        stages="resolution=24 steps=300 batch=32 lr=1.6e-3 warmup=100, "
+               "resolution=32 steps=1800 batch=32 lr=1.7e-3 warmup=20"),
     "images": SMALL_IMAGES,
     "emoji": dataclasses.replace(SMALL_IMAGES, data="emoji/google/*.tar",
                                  val="emoji/twitter/*.tar", caption_field="re_caption"),
