@@ -2,7 +2,8 @@
 
 The parity tests compare with it, and bench.py times it. Parameters are the JAX tree as tensors:
 nested dicts, a block's arrays with a leading layer axis, matmul kernels (in, out). `cfg` is a
-ViTConfig or DecoderConfig; only num_heads, patch_size, prefix_attention and dtype are read.
+ViTConfig or DecoderConfig; only num_heads, patch_size, prefix_attention, text_pos_embed and dtype
+are read.
 
 Letters: B images, R pixels per side, P patch size, G grid side, N patches, K kept patches, T text
 positions, S tokens of a sequence, D width, E encoder width, H heads, V vocabulary size.
@@ -122,11 +123,22 @@ def gather_tokens(tokens, keep_indices):
     return tokens.gather(1, keep_indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+@functools.cache
+def text_position_embedding(length, width, device):
+    """(T,D) table: sines in the first half, cosines in the second."""
+    omega = 10000 ** (-2 * torch.arange(width // 2, dtype=torch.float64) / width)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), omega)        # (T,D/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float().to(device)
+
+
 def embed_sequence(params, image_tokens, text, cfg):
     """image_tokens (B,K,E) and text (B,T) to the sequence (B,K+T,D)."""
     dtype = getattr(torch, cfg.dtype)
     image = linear(image_tokens.to(dtype), params["project"])
-    return torch.cat([image, F.embedding(text, params["embed"]["embedding"].to(dtype))], dim=1)
+    words = F.embedding(text, params["embed"]["embedding"].to(dtype))
+    if cfg.text_pos_embed:
+        words = words + text_position_embedding(*words.shape[1:], words.device).to(dtype)
+    return torch.cat([image, words], dim=1)
 
 
 def decoder_mask(K, S, cfg, device):

@@ -1,4 +1,5 @@
 """The model against an independent one in PyTorch: same parameters, same values and gradients."""
+import dataclasses
 import functools
 
 import jax
@@ -117,10 +118,12 @@ def test_layer_norm_of_a_token_with_small_variance():
     assert max_error(layers.layer_norm(x, w), expected) <= 1e-4
 
 
-@pytest.mark.parametrize("prefix_attention", ["causal", "bidirectional"])
-@pytest.mark.parametrize("K", [6, 14])
-def test_logits(prefix_attention, K):
+@pytest.mark.parametrize("K, prefix_attention, text_pos_embed", [
+    (6, "causal", False), (14, "causal", True), (14, "bidirectional", False),
+    (6, "bidirectional", True)])
+def test_logits(K, prefix_attention, text_pos_embed):
     enc, dec = model_configs(prefix_attention=prefix_attention)
+    dec = dataclasses.replace(dec, text_pos_embed=text_pos_embed)
     params, text = parameters()["decoder"], make_batch(32)[1]
     image_tokens = np.random.default_rng(K).standard_normal((B, K, enc.width), np.float32)
     logits = jax.jit(decoder.caption_logits, static_argnums=3)(params, image_tokens, text, dec)
