@@ -9,9 +9,9 @@ more memory than needed. jax.custom_vjp takes three functions for each: the plai
 forward pass, which also returns the residuals that the gradient needs; and the backward pass. A
 training step on two cores, and the memory that XLA plans for it:
 
-    gradients of these two    toy with 4-pixel patches    Ti/16 at 160 px
-    written by hand           107 ms                      1,612 ms, 1.49 GiB
-    by autodiff               123 ms                      1,782 ms, 2.35 GiB
+    gradients of these two    an earlier toy    Ti/16 at 160 px
+    written by hand           107 ms            1,612 ms, 1.49 GiB
+    by autodiff               123 ms            1,782 ms, 2.35 GiB
 
 Letters: B images, Q query tokens, C of them in a chunk, S key tokens, D width, F output width, H
 heads, Dh = D/H.

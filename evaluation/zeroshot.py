@@ -4,9 +4,9 @@ The score of a class is log p(sentence | image): the sum over the sentence's tok
 Common sentences are likely for every image. "prior subtracted" subtracts log p(sentence), where p
 is the mean over the measured images.
 
-In training the decoder reads a random share of the patches; here it reads all of them. The toy
-ranks an image's own caption first among 200 for 99.5% of the images either way, and gives it -1.43
-nats with all patches, -1.72 with one draw.
+In training the decoder reads a random share of the patches; here it reads all of them. An earlier
+toy ranks an image's own caption first among 200 for 99.5% of the images either way, and gives it
+-1.43 nats with all patches, -1.72 with one draw.
 
 Letters: P images, N patches, S sentences, T text positions, E encoder width,
 H heads, Dh head width, L layers.

@@ -59,10 +59,10 @@ from train import make_optimizer, make_step, openvision2_loss
 # %% [markdown]
 # ## 0. The model and its data
 #
-# The settings are those of the recipe `toy`, with a shorter training on simpler images: synthetic
-# scenes with one object. The program that draws a scene also writes its caption. So each caption is
-# correct and complete, and a generated caption can be graded. The environment variable
-# `TUTORIAL_LENGTH` scales the length of the training: 1 is what is shown here.
+# The settings are those of the recipe `toy` without its text positions, and with a shorter training
+# on simpler images: synthetic scenes with one object. The program that draws a scene also writes
+# its caption. So each caption is correct and complete, and a generated caption can be graded. The
+# environment variable `TUTORIAL_LENGTH` scales the length of the training: 1 is what is shown here.
 #
 # Two losses show whether a model uses the image. The *blind loss* is the best possible loss without
 # the image: `caption_nats`, minus the logarithm of a caption's probability under the program that
