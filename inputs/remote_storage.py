@@ -187,7 +187,7 @@ class RemoteFile(io.RawIOBase):
 
 class FetchAhead:
     """Fetches the samples of the next batches into the disk cache, in threads of its own. Much at
-    the start would delay the first batches, so with each batch it looks further ahead."""
+    the start would delay the first batches, so each batch extends how far ahead it fetches."""
 
     def __init__(self, source: Any, order: Callable[[int], int], with_chunk: bool):
         """order(position): the sample at a position of the run. with_chunk: see sources.Source."""

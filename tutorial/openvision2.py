@@ -418,7 +418,7 @@ _ = show("06-losses", figures.draw_token_losses(targets, losses))
 # Those that grammar fixes: commas, "on", "background", `[eos]`. Colors, shapes, sizes and places
 # need the image. These tokens teach the encoder. So captions should say much about the image: the
 # paper trains on dense synthetic captions. In its Table 6, the alt text of web pages is worse on
-# all benchmarks but SQA. The first token is special: it tells which of three wordings follows. No
+# all benchmarks but SQA. The first token is special: it says which of three wordings follows. No
 # image shows that, so it costs at least ln 3 = 1.1 nats on average.
 # </details>
 
