@@ -101,7 +101,7 @@ class Config:
                                  "spikes", low=0, high=1e9)
     grad_accum: int = optim_arg(1, "microbatches that a batch is divided into, for the same "
                                 "update in less memory", low=1, high=1 << 20, resumable=True)
-    seed: int = optim_arg(0, "drives all that is random", low=0, high=(1 << 31) - 1)
+    seed: int = optim_arg(0, "drives what is random in training", low=0, high=(1 << 31) - 1)
 
     dtype: str = system_arg("float32", "dtype of activations and matmuls; bfloat16 on TPU and "
                             "GPU", DTYPES)
@@ -169,8 +169,8 @@ def from_dict(settings: dict[str, Any]) -> Config:
 def paper_recipe(encoder: str, decoder_size: str, low_resolution: int) -> Config:
     """The released recipe: 12.8 billion images at low resolution, then 1.02 billion at 224 px.
 
-    remat and loss_chunk are set to fit the memory of a small pod. remat block recomputes 20 to 23%
-    of a step's FLOPs, loss_chunk 16 another 0.2 to 4%. With memory to spare, --remat dots
+    remat and loss_chunk are set to fit the memory of a small pod. remat block recomputes 15 to 22%
+    of a step's FLOPs, loss_chunk 16 another 0.4 to 11%. With memory to spare, --remat dots
     recomputes 0.5 to 4% and saves nine times as many activations (python bench.py memory RECIPE
     prints both)."""
     epoch = 1_281_167  # the recipe counts in ImageNet epochs

@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
     command.add_argument("run", metavar="RUN_OR_NPZ",
                          help="a run's folder, a checkpoint, or an encoder's .npz")
     command.add_argument("--to", required=True, choices=tuple(LIBRARY_FILES),
-                         help="the library; open_clip only for runs with --cls-token")
+                         help="the library; open_clip without --pair only for runs "
+                              "with --cls-token")
     command.add_argument("--out", required=True, metavar="DIR",
                          help="the folder for weights, configuration and model card")
     command.add_argument("--resolution", type=int, default=0,

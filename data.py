@@ -10,7 +10,7 @@ the run from 0; inputs/order.py says which sample is at each. A chunk is some co
 that one read covers.
 Letters: B images, R pixels per side, T text positions, i the number of a sample.
 
-    python data.py [WHERE [FIELD]]     draws contact.png: crops and captions as training gets them
+    python data.py [WHERE [FIELD]]     draws contact.png: randomly cropped images with captions
 """
 import collections
 import importlib

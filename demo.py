@@ -8,8 +8,9 @@ the kept patches, the caption with the probability of each token, and the attent
 generated a token. Only runs with the method's decoder can be shown.
 
 The server is the standard library's, and it has three answers: the page, the captions of an image,
-and a sentence that says what is wrong. It opens no file for a request, so none can be read through
-it. It listens on this machine alone unless --host says otherwise. One image is decoded at a time.
+and a sentence that says what is wrong. A request cannot name a file: it
+has an image, or the number of an example. The server listens on this machine alone unless --host
+says otherwise. One image is decoded at a time.
 """
 import argparse
 import contextlib

@@ -197,7 +197,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         "caption and metrics (default: the last of training)")
     parser.add_argument("--steps", type=int, default=1500, help="vqa: training steps of a reader; "
                         "fewer are faster and read less (default: 1500)")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the probes, the vqa reader "
+                        "and the random encoder (default: 0)")
     parser.add_argument("--out", metavar="FOLDER", help="where images are written (default: the "
                         "run's folder)")
     parser.add_argument("--json", metavar="FILE", help="also write all figures to a file")

@@ -5,8 +5,8 @@
     python train.py l14 --data ...       the paper's L/14, on TPUs or GPUs, from the same file
 
 The method is `openvision2_loss`. `make_step` around it is the one training step: on one CPU, on
-eight simulated devices, and on the chips of a TPU pod. runtime/run_folder.py says what a run leaves
-in its folder. The same command, started again on that folder, continues from the last checkpoint.
+eight simulated devices, and on the chips of a TPU pod. README.md lists what a run leaves in its
+folder. The same command, started again on that folder, continues from the last checkpoint.
 
 Letters: B images per device, R pixels per side, N patches, K kept ones, T text positions, E width.
 """

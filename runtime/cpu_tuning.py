@@ -3,7 +3,8 @@ call them, before JAX starts its devices.
 
 Why: on two cores, two CPU devices save an eighth of the toy's step, keeping freed memory a tenth
 (with an arena per thread a third), and full AVX-512 vectors 5%. The first two cost up to twice the
-memory, so large models do without. docs/performance.md has the measurements.
+memory, so large models do without. docs/performance.md has measurements of the arenas and of
+fragments.
 """
 import contextlib
 import ctypes
@@ -75,8 +76,8 @@ def keep_freed_memory(arena_per_thread: bool = False) -> None:
 
 def hide_fragments(libc: ctypes.CDLL) -> None:
     """Compilation leaves thousands of fragments of free memory in the heap, among which each
-    allocation searches: a tenth of Ti/16's step, a fifth of that of `emoji`. This allocates the
-    fragments and never frees them, so that nothing finds them. Their pages are returned to the
+    allocation searches: a tenth of Ti/16's step or more, a fifth of that of `emoji`. This allocates
+    the fragments and never frees them, so that nothing finds them. Their pages are returned to the
     system first, and nothing is written to them."""
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc_usable_size.restype = ctypes.c_size_t

@@ -1,6 +1,6 @@
 """Worker processes (--worker-processes) decode, augment and tokenize in place of threads.
 
-Threads of one Python process share its interpreter lock (GIL), which decoding holds for 30 to 45%
+Threads of one Python process share its interpreter lock (GIL), which decoding holds for 35 to 45%
 of its time. So any number of threads makes as many samples as two or three cores. A ProcessLoader
 has as many threads as processes. Each thread reads the samples of a task, sends them to its own
 worker through a pipe, and receives the arrays. The batches are those of a Loader, bit for bit.

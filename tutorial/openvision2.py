@@ -273,7 +273,7 @@ _ = show("03-attention", visualize.draw_sheet(rows))
 # Twice the pixels per side are 4 times the patches. The MLP works on each token on its own: 4 times
 # the cost. So do the four projections of attention (query, key, value, output): 4 times. But
 # attention has a weight for each pair of tokens: this part grows 16 times. `vit.block_flops` has
-# both terms. At 24 px the part of the pairs is only 6% of a block.
+# both terms. At 24 px the pairs are only 7% of a block.
 # </details>
 
 # %% [markdown]
@@ -609,7 +609,7 @@ print(f"validation loss {validated.y[-1]:.2f}, blind loss {blind_loss:.2f}, shuf
 #
 # **What to expect.** First nothing sensible, then correct grammar about another scene, then the
 # scene itself. Green captions are right in every detail, in any wording. Color and place are
-# learned before shape: after so short a training, most captions name a wrong one. Below, the losses
+# learned before shape: after so short a training, about half name a wrong one. Below, the losses
 # of section 6: the tokens that describe the scene are cheap only with its own image.
 
 # %% tags=["trained"]
