@@ -81,9 +81,8 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     divided over devices or cut into `grad_accum` microbatches. Which patches of an image are kept
     depends on the seed and on the image's position in the run.
 
-    With `zero1`, each device keeps the optimizer state of its own shard of the parameters and
-    updates that shard; then all devices exchange the new shards (ZeRO stage 1, arXiv:1910.02054).
-    The update is the same, in less memory."""
+    With `zero1`, each device keeps the optimizer state of its own shard of the parameters, updates
+    it, and all exchange the new shards (ZeRO stage 1, arXiv:1910.02054). It saves memory."""
     root_key = jax.random.key(seed)
     value_and_grad = jax.value_and_grad(objective_loss(model.objective), has_aux=True)
 
@@ -98,8 +97,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
 
         def add(total: tuple, microbatch: dict) -> tuple:
             return jax.tree.map(jnp.add, total, loss_and_grads(params, microbatch)), None
-        start = ((jnp.float32(0), jnp.int32(0)), zeros)
-        return jax.lax.scan(add, start, microbatches)[0]
+        return jax.lax.scan(add, ((jnp.float32(0), jnp.int32(0)), zeros), microbatches)[0]
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
         own_params = params  # those that this device updates: all, or its shards
@@ -146,7 +144,8 @@ def train(cfg: Config) -> int:
     validate(cfg, parallel.num_devices)  # again, now that the number of devices is known
     if cfg.tensorboard:  # only process 0 needs the package, but its error ends all processes
         parallel.broadcast_from_main(check_tensorboard)
-    with open_folder(cfg) as (cfg, lock):  # if the run is in a bucket, cfg.workdir is now a copy
+    # If the run is in a bucket, cfg.workdir is now a copy.
+    with distributed.leave_together(parallel), open_folder(cfg) as (cfg, lock):
         try:
             return train_run(Run(cfg, parallel, lock))
         except OSError as problem:  # the error of a full disk names no file
@@ -185,8 +184,7 @@ def train_run(run: Run) -> int:
         except distributed.Preempted as preempted:
             monitor.bar.close()
             if run.parallel.is_main:
-                print(f"{preempted}: saved at step {run.step}; the same command continues from "
-                      "there")
+                print(f"{preempted}: saved at step {run.step}; the same command continues there")
             return 128 + preempted.signal
         finally:
             monitor.close()  # before an error is printed: the bar would be drawn over it
@@ -216,6 +214,8 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
     try:
         if run.state["evaluation_pending"]:
             evaluator.evaluate(params)
+            if run.step == run.stages[-1].end:  # no step follows that would save
+                save()
         with contextlib.closing(run.batches(stage)) as batches:
             for step in range(run.step + 1, stage.end + 1):
                 wait_start = time.time()

@@ -96,10 +96,11 @@ def write_text(path: str, text: str) -> None:
 
 def save_step(folder: str, step: int, tree: Any, meta: dict[str, Any], keep: int = 2,
               keep_every: int = 0) -> str:
-    """Writes step-N.npz, then deletes all but the last `keep` and the multiples of `keep_every`."""
+    """Writes step-N.npz, then deletes those before the last `keep`, no multiple of `keep_every`."""
     path = os.path.join(folder, f"step-{step:08d}.npz")
     save(path, tree, meta | {"step": step})
-    for number, old in steps(folder)[:-keep]:
+    older = [(number, old) for number, old in steps(folder) if number < step]
+    for number, old in older[:max(0, len(older) + 1 - keep)]:
         if not keep_every or number % keep_every:
             os.remove(old)
     return path

@@ -4,6 +4,7 @@ A signal only stores its number. The training loop and other long loops all-redu
 (DataParallel.all_reduce_status), so all processes learn of it at the same point, save, and end
 together, and none waits for one that has left.
 """
+import contextlib
 import glob
 import importlib.util
 import os
@@ -11,6 +12,7 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -105,6 +107,15 @@ def abort_process() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def leave_together(parallel: DataParallel) -> Iterator[None]:
+    """Unless an error ends the block, all processes wait at its end for what the first one does in
+    it, such as to save or upload: HEARTBEAT_SECONDS after the first process that leaves, JAX aborts
+    those that have not."""
+    yield
+    parallel.broadcast_from_main(lambda: None)
 
 
 # ----------------------------------------------------------------------------- preemption

@@ -81,6 +81,7 @@ class Monitor:
     def start_window(self) -> None:
         """A window is the steps between two lines of metrics.jsonl."""
         self.window_start = time.time()
+        self.window_step = self.run.step  # the losses of a continued run's window begin before it
         self.data_wait = 0.0  # seconds in which the loop waited for a batch
 
     def finish_step(self, pending: PendingStep) -> int:
@@ -110,7 +111,7 @@ class Monitor:
         """A line of metrics.jsonl: the mean loss since the line before."""
         state, window = self.run.state, self.run.state["window"]
         seconds = time.time() - self.window_start
-        num_images = len(window) * self.stage.batch
+        num_images = (pending.step - self.window_step) * self.stage.batch
         loss = sum(window) / len(window)
         self.log(step=pending.step, stage=self.stage.number, images=images, loss=loss,
                  grad_norm=grad_norm, lr=pending.lr, images_per_second=num_images / seconds,

@@ -48,6 +48,7 @@ def open_remote_folder(cfg: Config) -> tuple[Config, "RemoteFolder"]:
 
 class RemoteFolder(FolderLock):
     """The right to write to a folder in a bucket and to its local copy."""
+    flag = "--cache-dir: the local copy"
 
     def __init__(self, url: str, local: str, cfg: Config):
         super().__init__(local)

@@ -48,6 +48,8 @@ class Locked(ConfigError):
 class FolderLock:
     """The right to write to `folder`, from acquire() to close()."""
 
+    flag = "--workdir"  # the one that names the folder
+
     def __init__(self, folder: str):
         self.folder, self.path = folder, os.path.join(folder, LOCK_NAME)
         self.file: TextIO | None = None
@@ -177,8 +179,8 @@ class Run:
             with tempfile.TemporaryFile(dir=folder) as file:  # also a new file must be possible
                 file.write(b"x")
         except OSError as problem:
-            raise ConfigError(f"--workdir {folder} cannot be written to ({problem.strerror}): name "
-                              "a folder that you can write to") from None
+            raise ConfigError(f"{self.lock.flag} {folder} cannot be written to ({problem.strerror})"
+                              ": name a folder that you can write to") from None
 
     # ---- data
     def report_skipped_samples(self) -> None:
@@ -292,7 +294,7 @@ class Run:
     def read_bad_samples(self) -> list[str]:
         """The lines of bad-samples.txt: step, sample, reason."""
         try:
-            with open(self.path("bad-samples.txt"), encoding="utf-8") as file:
+            with open(self.path("bad-samples.txt"), encoding="utf-8", errors="replace") as file:
                 return [line for line in file if re.match(r"\d+\t", line)]
         except FileNotFoundError:
             return []

@@ -35,8 +35,11 @@ def same(a: dict, b: dict) -> bool:
 
 
 def assert_equal_runs(folder: str | Path, other: str | Path) -> None:
-    """The same parameters, optimizer state and metrics, bit for bit."""
+    """The same parameters, optimizer state, loss without the image and metrics, bit for bit."""
     assert same(arrays(folder), arrays(other))
+    states = [checkpoint.latest(str(path))[2] for path in (folder, other)]
+    for name in ("best_shuffled", "evaluation_pending"):
+        assert states[0][name] == states[1][name], name
     assert rows(folder) == rows(other)
 
 

@@ -224,3 +224,14 @@ def test_if_the_newest_is_damaged_the_previous_one_is_loaded_with_a_warning(tmp_
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.latest(str(tmp_path)) is None
     assert checkpoint.latest(str(tmp_path / "absent")) is None
+
+
+def test_a_damaged_newer_checkpoint_costs_none_that_is_saved_now(tmp_path):
+    folder = str(tmp_path)
+    for step in (400, 800):
+        checkpoint.save_step(folder, step, {"a": np.full(300, step)}, {}, keep=2)
+    os.truncate(tmp_path / "step-00000800.npz", 100)
+    for step in (500, 600):
+        checkpoint.save_step(folder, step, {"a": np.full(300, step)}, {}, keep=1, keep_every=400)
+        assert [n for n, _ in checkpoint.steps(folder)] == [400, step, 800]
+        assert checkpoint.latest(folder)[2]["step"] == step

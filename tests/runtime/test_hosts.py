@@ -180,3 +180,31 @@ def test_reduce_scatter_of_large_arrays(cache, processes):
         wrong, scatters = json.loads(out.splitlines()[-1])
         assert wrong == {"ours": 0, "library": 0}
         assert scatters == {"ours": processes == 1, "library": True}
+
+
+SLOW_END = """
+import sys, time
+import jax
+import train
+from runtime import validation
+
+initialize, finish = jax.distributed.initialize, validation.Evaluator.finish
+jax.distributed.initialize = lambda **flags: initialize(**flags | {"shutdown_timeout_seconds": 2})
+
+def finish_slowly(evaluator, params):
+    finish(evaluator, params)
+    if evaluator.run.parallel.is_main:
+        time.sleep(6)
+validation.Evaluator.finish = finish_slowly
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_the_others_wait_for_what_the_first_process_saves_last(cache, tmp_path):
+    """JAX aborts all processes if one is still at work so long after another has left."""
+    stage = "resolution=16 steps=2 batch=8 lr=1e-3"
+    command = [sys.executable, "-c", SLOW_END, *COMMAND[2:], "--stages", stage, "--workdir",
+               str(tmp_path / "run"), "--distributed"]
+    for status, _, errors in wait(launch(cache, command, 2, 1)):
+        assert status == 0, errors
+    assert (tmp_path / "run" / "summary.json").exists()

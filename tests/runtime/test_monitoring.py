@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 import train
 from runtime import monitoring, plots
+from runtime.monitoring import Monitor
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import SMALL_RUN, arrays, rows, same
 
@@ -175,3 +177,19 @@ def test_metrics_of_an_earlier_version_get_todays_names(tmp_path):
     assert plots.read_metrics(str(tmp_path / "metrics.jsonl")) == [
         {"step": 3, "val_loss": 4.0, "val_loss_shuffled": 5.0, "val_loss_blind": 1.0,
          "data_wait_fraction": 0.5}]
+
+
+def test_the_rate_of_a_continued_window_counts_the_steps_since_the_start():
+    """15 losses of a window of 20 steps are from before the stop, and their time is not known."""
+    monitor, row = Monitor.__new__(Monitor), {}
+    state = {"window": [1.0] * 15, "bad_samples": 0, "train_seconds": 0, "train_images": 0}
+    monitor.run = SimpleNamespace(step=415, state=state)
+    monitor.stage, monitor.first_step = SimpleNamespace(batch=8, number=1), 415
+    monitor.postfix, monitor.last_plot = {}, float("inf")
+    monitor.log = lambda **figures: row.update(figures)
+    monitor.start_window()
+    monitor.run.step, monitor.window_start = 420, time.time() - 10
+    state["window"] += [2.0] * 5
+    monitor.log_window(SimpleNamespace(step=420, lr=0.0), 420 * 8, 1.0)
+    assert row["images_per_second"] == pytest.approx(5 * 8 / 10, rel=0.1)
+    assert row["loss"] == 1.25

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+import train
 from config import Config
 from inputs import remote
 from runtime import checkpoint, remote_folder
@@ -157,7 +158,7 @@ def test_a_half_filled_copy_never_reaches_the_bucket(bucket, monkeypatch):
     assert {name: (bucket / name).read_bytes() for name in os.listdir(bucket)} == before
 
 
-def test_wrong_places_are_one_sentence(bucket, tmp_path):
+def test_wrong_places_are_one_sentence(bucket, tmp_path, capsys):
     with pytest.raises(ConfigError, match="a web server stores nothing"):
         open_remote_folder(Config(workdir="https://example.org/run"))
     (tmp_path / "file").write_text("")
@@ -165,6 +166,10 @@ def test_wrong_places_are_one_sentence(bucket, tmp_path):
     with pytest.raises(DataError, match="cannot be used as --workdir"):
         folder.acquire()
     folder.close()
+    flags = ["--workdir", f"file://{bucket}", "--cache-dir", str(tmp_path / "file" / "cache")]
+    assert train.main([*FLAGS, *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --cache-dir: the local copy ") and error.count("\n") == 1
 
 
 def test_a_killed_run_ends_as_the_undisturbed_one(cache, bucket, tmp_path):
