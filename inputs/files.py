@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from PIL import Image
 
 from inputs.images import open_image
 from inputs.tar_headers import IMAGE_SUFFIXES, TEXT_SUFFIXES
+from inputs.tokenizer import is_dropped
 from runtime.errors import BadSample, ConfigError, DataError
 
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 256 << 20, 1 << 20  # a larger file is a broken sample
@@ -265,6 +267,12 @@ def caption_weights(text: str) -> dict[str, float]:
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
+def has_word(text: str) -> bool:
+    """Whether the tokenizer leaves anything of a text: not of zero-width spaces, for example."""
+    return any(not (char.isspace() or is_dropped(char) or unicodedata.category(char) == "Mn")
+               for char in text)
+
+
 def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> str:
     """A field of a parsed KEY.json; of a list, the text that `choose` chooses."""
     if not isinstance(fields, dict) or field not in fields:
@@ -272,12 +280,12 @@ def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> str:
         raise BadSample(f"json has no field {field!r} (it has {names[:200]}); name one with {flag}")
     text = fields[field]
     if isinstance(text, list):
-        texts = [part for part in text if isinstance(part, str) and part.strip()]
+        texts = [part for part in text if isinstance(part, str) and has_word(part)]
         if not texts:
             raise BadSample("caption list holds no text" if text else "caption list is empty")
         text = texts[choose(len(texts))]
     if isinstance(text, str):  # json can have half a surrogate pair, which cannot be printed
         text = text.encode("utf-8", "replace").decode()
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not has_word(text):
         raise BadSample("caption is empty")
     return text

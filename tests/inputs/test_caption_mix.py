@@ -86,3 +86,14 @@ def test_a_misspelt_field_and_txt_in_a_mix_are_refused(tmp_path):
         sources.open_source(samples.spill(tmp_path / "all", samples.members(4)), "txt,re_caption")
     with pytest.raises(DataError, match="scenes have no captions 'nope'"):
         sources.open_source("scenes", "txt,nope")
+
+
+def test_a_caption_without_a_word_is_never_drawn(tmp_path):
+    """If it were, the sample would be bad from then on: in one run, and not in its continuation."""
+    where = write(tmp_path / "a.tar", lambda i: {"a": ["\u200b", "a cat", "\u0301"],
+                                                 "b": "a cat" if i % 2 else "\u200b"})
+    for field in ("a", "b:9,a"):
+        source = sources.open_source(where, field)
+        batch = Loader(source, TOK, 12, 0, TRAINING, 2, caption_field=field).batch(range(200), 4)
+        assert not batch["bad"]
+        assert np.array_equal(batch["text"], [TOK.encode("a cat", 12)] * 200)
