@@ -19,9 +19,12 @@ NORM = """The tokens are those **before** the final norm: the caption decoder re
 training, and a multimodal model should too. A `last_hidden_state` has the norm on each token.
 `pooled` is the mean of the patch tokens, then the norm; a mean of normed tokens is different. In
 transformers' LLaVA, `vision_feature_layer=-1` reads these tokens (its default, -2, those of the
-block before).
-
-Captions give the norm no gradient: unless the weights were imported, it is as initialized."""
+block before)."""
+UNTRAINED = """Captions give the norm no gradient: unless the weights were imported, it is as
+initialized."""
+NORM_IS_TRAINED = ("clip", "siglip", "openvision", "cappa", "genlip")  # by these objectives
+GENLIP = """GenLIP reads the tokens **after** the final norm, and so does `load_encoder`. The tokens
+of other libraries, as above, do not have it yet."""
 PAIR = """`similarity` holds cosines of images (rows) and texts (columns). A class is best described
 by the kind of text that the text encoder was trained on."""
 IMAGES = """Images are resized to {0} x {0} (bilinear, antialiased, no crop), then normalized with
@@ -96,6 +99,12 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
+def norm_text(objective: str) -> str:
+    if objective == "genlip":
+        return GENLIP
+    return NORM if objective in NORM_IS_TRAINED else f"{NORM}\n\n{UNTRAINED}"
+
+
 def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metrics: dict) -> str:
     """README.md of an export in the layout `kind`. meta: of checkpoint.read_encoder. metrics: of
     read_metrics."""
@@ -105,14 +114,19 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metri
     is_pair = kind.endswith("pair")
     task = "zero-shot-image-classification" if is_pair else "image-feature-extraction"
     front += [f"pipeline_tag: {task}", "tags: [openvision2, vision-encoder]", "---", ""]
-    origin = "with a text encoder" if is_pair else "trained from captions alone"
+    objective = meta.get("config", {}).get("objective", "openvision2")
+    origin = "trained from captions alone"
+    if is_pair:
+        origin = "with a text encoder"
+    elif objective != "openvision2":
+        origin = f"trained by `--objective {objective}`"
     if "source" in meta:
         origin = f"imported from `{meta['source']}`"
     inputs = "a PIL image `image` and a list `texts`" if is_pair else "a PIL image `image`"
     parts = ["# Vision encoder, OpenVision 2", f"A plain ViT, {origin}.",
              table(size_rows(cfg, resolution)), "## Use",
              f"From this folder, with {inputs}:\n\n```python\n{USE[kind]}\n```",
-             PAIR if is_pair else NORM,
+             PAIR if is_pair else norm_text(objective),
              IMAGES.format(resolution)]
     settings = setting_rows(meta.get("config", {}))
     if settings:

@@ -65,6 +65,17 @@ def test_the_card_shows_settings_and_metrics(run, tmp_path):
     assert model_card.USE["npz"] in text and "library_name" not in text
 
 
+@pytest.mark.parametrize("objective, trains_norm, origin", [
+    ("openvision2", False, "trained from captions alone"), ("lit", False, "--objective lit"),
+    ("clip", True, "--objective clip"), ("genlip", True, "--objective genlip")])
+def test_the_card_says_what_trained_the_encoder_and_its_norm(objective, trains_norm, origin):
+    text = model_card.model_card("npz", vit.vit_config("micro/8"), 24,
+                                 {"config": {"objective": objective}}, {})
+    assert origin in text
+    assert trains_norm != ("give the norm no gradient" in text)
+    assert ("**after** the final norm" in text) == (objective == "genlip")
+
+
 def test_the_card_shows_settings_of_earlier_versions():
     rows = model_card.setting_rows({"shuffle": True, "caption": "txt", "b2": 0.99, "data": "a/b"})
     assert rows == {"caption_field": "`txt`", "adam_b2": "`0.99`", "data": "`b`"}
