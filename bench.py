@@ -47,6 +47,8 @@ def bench_config(args: argparse.Namespace) -> Config:
     flags = {name: value for name, value in vars(args).items() if name in MODEL_FLAGS}
     if flags.get("objective") == "openvision":
         flags["alt_field"] = "web"  # any name does: the captions are random
+    if flags.get("objective") == "lit":
+        flags["init_encoder"] = "random"
     if args.recipe or "encoder" not in flags:
         return dataclasses.replace(RECIPES[args.recipe or "toy"], **flags)
     size = flags["encoder"].partition("/")[0]

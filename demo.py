@@ -8,9 +8,8 @@ the kept patches, the caption with the probability of each token, and the attent
 generated a token. Only runs with the method's decoder can be shown.
 
 The server is the standard library's, and it has three answers: the page, the captions of an image,
-and a sentence that says what is wrong. A request cannot name a file: it
-has an image, or the number of an example. The server listens on this machine alone unless --host
-says otherwise. One image is decoded at a time.
+and a sentence that says what is wrong. A request cannot name a file: it has an image, or an
+example's number. The server listens on this machine alone unless --host says otherwise.
 """
 import argparse
 import contextlib
@@ -220,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         """Whether the request names this server, which a page of another site does not whose name
         points here, and comes from the page of this server. Answers the request if not."""
         host = self.headers.get("Host", "")
-        is_own = host.rpartition(":")[0] in ("127.0.0.1", "localhost", self.server.host)
+        is_own = re.sub(r":\d*$", "", host) in ("127.0.0.1", "localhost", self.server.host)
         own_origins = None, f"http://{host}"
         if (is_own or self.server.host == "0.0.0.0") and self.headers.get("Origin") in own_origins:
             return True

@@ -92,8 +92,7 @@ def measure_retrieval(context: EvalContext) -> dict[str, Any]:
 
 
 def search_images(context: EvalContext) -> dict[str, Any]:
-    args, cfg = context.args, context.run_config
-    where = args.data or cfg.val or cfg.data
+    args, cfg = context.args, override_config(context.run_config, context.changes, 0)
     if context.has_text_encoder:
         resolution, text = context.pair.resolution, pair.embed_texts(context.pair, [args.text])[0]
 
@@ -105,10 +104,11 @@ def search_images(context: EvalContext) -> dict[str, Any]:
         def score(pixels: np.ndarray) -> np.ndarray:
             tokens = context.encoder(pixels).tokens
             return zeroshot.likelihood(context.captioner, tokens, [args.text])[:, 0]
-    candidates = search.readable_images(where, args.seed, args.num_samples or 1000, resolution)
+    candidates = search.readable_images(cfg, args.seed, args.num_samples or 1000, resolution)
     best = search.nearest(candidates, score)
-    path = os.path.join(args.out or (args.encoder if os.path.isdir(args.encoder) else "."),
-                        "search.png")
+    folder = args.out or (args.encoder if os.path.isdir(args.encoder) else ".")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "search.png")
     search.draw(path, args.text, best)
     return {"text": args.text, "image": path, "nearest": [name for _, name, _ in best]}
 
@@ -232,6 +232,8 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):
+        raise ConfigError(f"--json {args.json}: its folder does not exist or cannot be written")
     tune_cpu(checkpoint.model_size(args.encoder))
     enable_compilation_cache()
     context, results = EvalContext(args), {}

@@ -10,6 +10,7 @@ from config import Config, from_dict
 from evaluation import pair
 from evaluation.captioning import override_config
 from evaluation.labels import LabeledImages, open_labeled_images
+from inputs.files import caption_weights
 from interop import layouts, transfer
 from interop.encoder import Encoder
 from objectives.registry import CONTRASTIVE
@@ -71,7 +72,12 @@ class EvalContext:
     @functools.cached_property
     def pair(self) -> pair.Pair:
         trained = pair.read_pair(self.args.encoder)
-        return trained._replace(resolution=self.args.resolution or trained.resolution)
+        resolution = self.args.resolution or trained.resolution
+        side = resolution // trained.model.encoder.patch_size
+        if trained.model.num_patches not in (0, side * side):
+            raise ConfigError(f"--resolution {resolution}: a run of --image-pool grid reads images "
+                              f"of {trained.resolution} px alone: leave it out")
+        return trained._replace(resolution=resolution)
 
     @functools.cached_property
     def images(self) -> tuple[LabeledImages | None, LabeledImages]:
@@ -86,7 +92,7 @@ class EvalContext:
             count = 1 << 30  # all validation images
         labels = args.label_fields
         if not labels and not train and not of_scenes:
-            labels = (cfg.caption_field,)
+            labels = (",".join(caption_weights(cfg.caption_field)),)  # without the weights
         sized = override_config(self.run_config, self.changes, count)
         return open_labeled_images(sized, labels, count, train)
 

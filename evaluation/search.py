@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from config import Config
 from inputs.images import decode_and_augment
+from inputs.opening import read_options
 from inputs.sources import open_source
 from interop.encoder import load_pixels
 from runtime.errors import BadSample, DataError
@@ -22,11 +24,11 @@ SIDE, GAP, LINE, COLUMNS = 160, 10, 18, 4
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def readable_images(where: str, seed: int, count: int,
+def readable_images(cfg: Config, seed: int, count: int,
                     resolution: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, pixels (R,R,3) uint8) of at most `count` images. One that cannot be read is reported
-    on stderr and left out."""
-    names = []
+    """(name, pixels (R,R,3) uint8) of at most `count` images of cfg.val, or cfg.data. One that
+    cannot be read is reported on stderr and left out."""
+    where, names = cfg.val or cfg.data, []
     if os.path.isdir(where):
         for folder, _, files in sorted(os.walk(where)):
             names += [os.path.join(folder, file) for file in sorted(files)
@@ -35,7 +37,7 @@ def readable_images(where: str, seed: int, count: int,
         def load(i: int) -> np.ndarray:
             return load_pixels(names[i], resolution)
     else:
-        source = open_source(where, seed=seed, split="val", count=count)
+        source = open_source(where, cfg.caption_field, seed, "val", count, read_options(cfg))
         names += [source.name(i) for i in range(min(count, len(source)))]
 
         def load(i: int) -> np.ndarray:

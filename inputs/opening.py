@@ -23,11 +23,12 @@ def open_data(cfg: Any) -> tuple[Source, Source]:
     """(training source, validation source) of a run's Config. ConfigError or DataError."""
     if not cfg.data:
         raise ConfigError("--data is missing: give a folder of captioned images, tars, or scenes")
-    if cfg.alt_field and cfg.data != "scenes" and cfg.caption_field == "txt":
-        raise ConfigError(f"--alt-field {cfg.alt_field} is a field of the KEY.json, from which "
-                          "--caption-field must then come too: name its field")
     options = read_options(cfg)
     source = sources.open_source(cfg.data, cfg.caption_field, cfg.seed, "train", options=options)
+    has_columns = getattr(source, "has_columns", True)  # scenes have no files
+    if cfg.alt_field and cfg.caption_field == "txt" and not has_columns:
+        raise ConfigError(f"--alt-field {cfg.alt_field} is a field of the KEY.json, from which "
+                          "--caption-field must then come too: name its field")
     if not cfg.val and cfg.data != "scenes":
         return sources.train_val_split(source, cfg.val_samples)
     val_source = sources.open_source(cfg.val or "scenes", cfg.caption_field, cfg.seed, "val",

@@ -265,7 +265,7 @@ def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "tra
     """The source that --data or --val names. DataError if there is nothing to train on."""
     if where == "scenes":
         return SceneSource(seed, split, count, field)
-    name = where.partition("?")[0] if "://" in where else where  # without an address's query
+    name = where.partition("?")[0] if where.startswith("http") else where  # without the query
     if name.endswith(".parquet"):  # this and tars by name: a run needs one kind of source
         return importlib.import_module("inputs.parquet").ParquetSource(where, field, options)
     if os.path.isdir(where):

@@ -124,6 +124,10 @@ def report(source: Any, fields: list[str], options: argparse.Namespace) -> None:
     if not samples:
         raise DataError(f"not one usable sample in {options.data}; {bad.most_common(1)[0][0]}")
     columns = dict(zip(fields, zip(*(sample.captions for sample in samples))))
+    for field, column in columns.items():
+        if not any(column):
+            raise DataError(f"--caption-field {field}: none of {len(samples)} samples has it: "
+                            "leave it out, or raise --num-samples")
     words = open_vocab(options, [text for column in columns.values() for text in column])
     lengths = {field: token_counts(words, column) for field, column in columns.items()}
     sizes = [sample.size for sample in samples]

@@ -171,7 +171,7 @@ def sizes(arrays: dict[str, np.ndarray], layout: Layout, heads: int) -> tuple[vi
     heads = heads or default_heads(depth, D, M)
     if not heads:
         raise LayoutError(f"the number of heads is not known for width {D}: set it with --heads")
-    if D % heads:
+    if heads < 1 or D % heads:
         raise LayoutError(f"width {D} cannot be divided into {heads} heads: change --heads")
     if D % 4 or D < 8:
         raise LayoutError(f"width {D} is no multiple of 4")

@@ -173,6 +173,9 @@ def check_settings(cfg: Any) -> None:
     if cfg.alt_field and cfg.objective != "openvision":
         raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
                           "leave it out, or take that objective")
+    if cfg.objective != "lit" and (cfg.feature_copies or cfg.image_pool != "attention"):
+        raise ConfigError("--feature-copies and --image-pool are read by --objective lit alone: "
+                          "leave them out, or take that objective")
     if cfg.objective == "lit" and not cfg.init_encoder:
         raise ConfigError("--objective lit trains a text encoder for a frozen encoder: name its "
                           "run with --init-encoder (or random or pixels, to compare with)")
@@ -227,7 +230,7 @@ def initial_params(cfg: Any, model: ModelSpec) -> dict:
             differences.append(f"{name} {theirs}, not {ours}")
     if differences:
         raise ConfigError(f"--init-encoder {cfg.init_encoder} has {'; '.join(differences)}: change "
-                          "--encoder, --cls-token or --learned-pos-grid to suit it")
+                          "--encoder, --cls-token, --learned-pos-grid or --gated-attention")
     return params
 
 

@@ -78,6 +78,8 @@ def refuse(tmp_path, capsys, monkeypatch):
     ("--encoder XXL/14", "--encoder.*XXL"),
     ("--num-devices 9999", "9999 devices"),
     ("--vocab-size 20", "--vocab-size"),
+    ("--feature-copies 8", "--feature-copies and --image-pool are read by --objective lit alone"),
+    ("--image-pool mean", "--feature-copies and --image-pool are read by --objective lit alone"),
 ])
 def test_a_bad_flag_is_named(refuse, argv, message):
     assert re.search(message, refuse(*argv.split())), argv

@@ -179,6 +179,7 @@ def test_pages_of_other_sites_are_refused(server):
     own = "http://{}:{}".format(*server.server_address)
     assert request(server, "POST", "/caption?scene=1", Origin=own)[0] == 200
     assert request(server, "POST", "/caption?scene=1", Host="localhost:9000")[0] == 200  # forwarded
+    assert request(server, "POST", "/caption?scene=1", Host="127.0.0.1")[0] == 200  # port 80
 
 
 def test_the_page_has_the_names_of_the_runs_as_text(server):

@@ -119,6 +119,12 @@ def test_step_table(tmp_path, capsys):
     assert "images/s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("objective", registry.OBJECTIVES)
+def test_every_objective_can_be_timed(objective):
+    args = bench.parse(["step", "toy", "--objective", objective])
+    assert bench.settings(args)[0].objective == objective
+
+
 def test_zero1_divides_the_optimizer_state(cache, tmp_path):
     """On two simulated devices: the same loss, and one copy of AdamW's moments less."""
     env = several_devices(2, cache)

@@ -208,3 +208,30 @@ def test_only_a_loss_on_pixels_reads_them_for_its_blind_loss(objective, reads):
         for batch, _ in val_set.batches:
             del batch["images"]
         assert val_set.blind_loss() == blind_loss
+
+
+def test_search_reads_the_data_that_its_flags_name(run, tmp_path, capsys):
+    write_images(tmp_path / "files", 14)
+    path = tmp_path / "new" / "folder"
+    argv = [str(run), "search", "a red circle", "--val", str(tmp_path / "files"), "--json",
+            str(tmp_path / "figures"), "--out", str(path)]
+    assert evaluate.main(argv) == 0
+    [nearest] = [result["nearest"] for result in json.loads((tmp_path / "figures").read_text()
+                                                            ).values()]
+    assert all(name.startswith(str(tmp_path / "files")) for name in nearest)
+    assert (path / "search.png").exists()
+
+
+def test_weights_of_captions_are_no_part_of_a_label(run, tmp_path, capsys):
+    write_images(tmp_path / "files", 6, dense="a big red circle, number {}")
+    argv = [str(run), "zeroshot", "--val", str(tmp_path / "files"), "--caption-field",
+            "caption:1,dense:3"]
+    assert evaluate.main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["zeroshot"]["names"] == 2
+
+
+def test_a_place_for_figures_that_cannot_be_written_is_refused_at_once(run, tmp_path, capsys,
+                                                                        monkeypatch):
+    monkeypatch.setattr(evaluate, "EvalContext", None)  # nothing is measured before
+    assert evaluate.main([str(run), "knn", "--json", str(tmp_path / "none" / "figures")]) == 1
+    assert "its folder does not exist" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from config import RECIPES
+from config import RECIPES, Config, from_dict
 from evaluation import pair, retrieval, search, templates
 from inputs import sources
 from objectives.registry import init_params, model_spec
@@ -121,7 +121,7 @@ def test_search_reads_a_folder_without_captions_and_skips_what_is_broken(tmp_pat
     Image.new("RGB", (1, 5000), "green").save(tmp_path / "tall.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "notes.txt").write_text("red")
-    images = search.readable_images(str(tmp_path), 0, 100, 8)
+    images = search.readable_images(Config(data=str(tmp_path)), 0, 100, 8)
     best = search.nearest(images, lambda pixels: pixels[:, 0, 0, 0].astype(float))
     assert os.path.basename(best[0][1]) == "red.png" and len(best) == 3
     search.draw(str(tmp_path / "search.png"), "red", best)
@@ -149,6 +149,17 @@ def test_bad_input_gets_one_sentence(lit_run, tmp_path, capsys, argv, message):
     assert evaluate.main([lit_run, *(places.get(word, word) for word in argv)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_grid_pool_has_one_resolution(lit_run, tmp_path, capsys):
+    _, _, meta = checkpoint.latest(lit_run)
+    meta["config"] |= {"image_pool": "grid"}
+    cfg = from_dict(meta["config"])
+    checkpoint.save_step(str(tmp_path), 2, {"params": init_params(cfg, model_spec(cfg))}, meta)
+    argv = [str(tmp_path), "search", "red", "--num-samples", "4", "--resolution"]
+    assert evaluate.main([*argv, "16"]) == 0
+    assert evaluate.main([*argv, "32"]) == 1
+    assert "reads images of 16 px alone" in capsys.readouterr().err
 
 
 def test_a_run_without_text_encoder_or_decoder_says_so(run, lit_run, capsys):

@@ -1,6 +1,7 @@
 """Parquet: the same samples as in tars, row groups of any size in bounded memory, a cache that can
 be deleted at any time, and broken files and rows that cost no good sample."""
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -13,15 +14,26 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 
+from config import RECIPES
 from data import Loader
-from inputs import order, parquet, parquet_groups, tars
+from inputs import opening, order, parquet, parquet_groups, tars
 from inputs.files import ReadOptions, choose_first
 from inputs.opening import vocab_captions
 from inputs.sources import open_source, train_val_split
-from runtime.errors import BadSample, DataError
+from runtime.errors import BadSample, ConfigError, DataError
 from tests.helpers.paths import ROOT, python
 from tests.helpers.properties import FEW, file, mutated
-from tests.helpers.samples import TOK, TRAINING, encoded, members, photo, put, reader, sample
+from tests.helpers.samples import (
+    TOK,
+    TRAINING,
+    encoded,
+    members,
+    photo,
+    put,
+    reader,
+    sample,
+    spill,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -391,3 +403,16 @@ raise SystemExit(train.main(["images", "--data", sys.argv[1], "--workdir", sys.a
                           capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "pip install -e '.[parquet]'" in done.stderr.splitlines()[-1]
+
+
+def test_a_second_caption_beside_a_column_named_txt(tmp_path):
+    """In a table, txt is a column as any other; of files, KEY.txt has no second caption."""
+    rows = [{"image": row(i)["image"], "txt": f"a cat {i}", "web": f"cat {i}"} for i in range(9)]
+    where = write(tmp_path / "a.parquet", rows)
+    cfg = dataclasses.replace(RECIPES["images"], data=where, caption_field="txt", alt_field="web")
+    source, _ = opening.open_data(cfg)
+    assert source.caption(0, "web").startswith("cat")
+    spill(tmp_path / "files", [(f"{i}.txt", b"a cat") for i in range(9)]
+          + [(f"{i}.jpg", sample(i)["jpg"]) for i in range(9)])
+    with pytest.raises(ConfigError, match="--alt-field web is a field of"):
+        opening.open_data(dataclasses.replace(cfg, data=str(tmp_path / "files")))

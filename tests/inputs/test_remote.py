@@ -78,7 +78,7 @@ def test_local_files_web_servers_and_buckets_give_the_same_batches(server, kind)
     local = open_source(f"{server.folder}/*.{kind}")
     expected = batches(local)
     for where in (f"{server.url}/{{00000..00003}}.{kind}", f"memory://www/*.{kind}",
-                  f"memory://www/0000{{0,1,2,3}}.{kind}"):
+                  f"memory://www/0000{{0,1,2,3}}.{kind}", f"memory://www/0000?.{kind}"):
         source = open_source(where)
         assert source.fingerprint() == local.fingerprint()
         assert_same(batches(source), expected)

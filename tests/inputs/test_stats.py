@@ -4,6 +4,7 @@ import json
 import pytest
 
 from inputs import stats
+from inputs.sources import draw_indices
 from runtime.errors import run_command
 from tests.helpers.samples import encoded, photo, put
 
@@ -51,3 +52,15 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, flags, message
     write(tmp_path / "a.tar")
     assert run_command(stats.main, flags) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_field_that_no_sample_has_is_named(tmp_path, capsys):
+    rare = 1 - draw_indices(2, 1)[0]  # the one of two samples that is not drawn
+    files = []
+    for i in range(2):
+        fields = {"a": "cat"} | ({"b": "dog"} if i == rare else {})
+        files += [(f"{i}.png", encoded(photo(40, 30))), (f"{i}.json", json.dumps(fields).encode())]
+    argv = [put(tmp_path / "a.tar", files), "--caption-field", "a,b", "--num-samples", "1"]
+    assert run_command(stats.main, argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --caption-field b: none of 1 samples has it")

@@ -95,6 +95,13 @@ def test_a_misfit_is_named(case):
         detect(arrays, heads=0 if case == "width" else 3)
 
 
+@pytest.mark.parametrize("heads", [-3, 7])
+def test_an_impossible_number_of_heads_is_named(heads):
+    params, cfg = small_encoder(cls_token=True)
+    with pytest.raises(LayoutError, match=f"cannot be divided into {heads} heads"):
+        detect(to_library(params, cfg, 3, LAYOUTS["open_clip"]), heads)
+
+
 def test_a_patch_bias_is_refused():
     params, cfg = small_encoder()
     arrays = to_library(params, cfg, 3, LAYOUTS["siglip"])
