@@ -286,6 +286,8 @@ def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> str:
         text = texts[choose(len(texts))]
     if isinstance(text, str):  # json can have half a surrogate pair, which cannot be printed
         text = text.encode("utf-8", "replace").decode()
-    if not isinstance(text, str) or not has_word(text):
+    if not isinstance(text, str) or not text.strip():
         raise BadSample("caption is empty")
+    if not has_word(text):
+        raise BadSample("caption holds no word")
     return text
