@@ -82,7 +82,7 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
     depends on the seed and on the image's position in the run.
 
     With `zero1`, each device keeps the optimizer state of its own shard of the parameters, updates
-    it, and all exchange the new shards (ZeRO stage 1, arXiv:1910.02054). It saves memory."""
+    it, and all exchange the new shards (ZeRO stage 1, arXiv:1910.02054): same update."""
     root_key = jax.random.key(seed)
     value_and_grad = jax.value_and_grad(objective_loss(model.objective), has_aux=True)
 

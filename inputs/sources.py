@@ -265,7 +265,8 @@ def open_source(where: str, field: str = "txt", seed: int = 0, split: str = "tra
     """The source that --data or --val names. DataError if there is nothing to train on."""
     if where == "scenes":
         return SceneSource(seed, split, count, field)
-    name = where.partition("?")[0] if where.startswith("http") else where  # without the query
+    is_web = where.startswith(("http://", "https://"))
+    name = where.partition("?")[0] if is_web else where  # without an address's query
     if name.endswith(".parquet"):  # this and tars by name: a run needs one kind of source
         return importlib.import_module("inputs.parquet").ParquetSource(where, field, options)
     if os.path.isdir(where):

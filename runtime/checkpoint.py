@@ -96,7 +96,7 @@ def write_text(path: str, text: str) -> None:
 
 def save_step(folder: str, step: int, tree: Any, meta: dict[str, Any], keep: int = 2,
               keep_every: int = 0) -> str:
-    """Writes step-N.npz, then deletes those before the last `keep`, no multiple of `keep_every`."""
+    """Writes step-N.npz, then deletes older ones but keep - 1 and the multiples of keep_every."""
     path = os.path.join(folder, f"step-{step:08d}.npz")
     save(path, tree, meta | {"step": step})
     older = [(number, old) for number, old in steps(folder) if number < step]
