@@ -212,7 +212,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         after = args.measures.index("search") + 1
         if after == len(args.measures):
             parser.error('search needs a text, as in: search "a red bird"')
-        args.text = args.measures.pop(after)
+        args.text = args.measures.pop(after).strip()
+        if not args.text:
+            parser.error('search needs a text, as in: search "a red bird"')
     for name in args.measures:
         if name in OLD_MEASURES:
             parser.error(f"measure {name} is now {OLD_MEASURES[name]}")

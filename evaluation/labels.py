@@ -134,8 +134,8 @@ def open_labeled_images(cfg: Config, labels: Sequence[str], count: int,
         return open_scenes(cfg.seed, labels, min(count, UNSEEN // 4), train)
     if not labels:
         raise DataError(f"no label is named: which fields of the KEY.json in {cfg.data} are "
-                        "classes? (evaluate.py --label-fields, or the second word of "
-                        "evaluation.labels)")
+                        "classes? Name them with --label-fields (python -m evaluation.labels: as "
+                        "the second word)")
     if "txt" in labels and len(labels) > 1:
         raise DataError("--label-fields txt is the KEY.txt, and the others are fields of the "
                         "KEY.json: measure them one at a time")

@@ -69,7 +69,8 @@ def nearest(images: Iterator[tuple[str, np.ndarray]],
     if block:
         add()
     if not best:
-        raise DataError("no image can be read there: name a folder of images, or tars, with --data")
+        raise DataError("no image can be read in what --data or --val names: give a folder of "
+                        "images, or tars")
     return best
 
 

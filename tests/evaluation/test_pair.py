@@ -125,7 +125,7 @@ def test_search_reads_a_folder_without_captions_and_skips_what_is_broken(tmp_pat
     best = search.nearest(images, lambda pixels: pixels[:, 0, 0, 0].astype(float))
     assert os.path.basename(best[0][1]) == "red.png" and len(best) == 3
     search.draw(str(tmp_path / "search.png"), "red", best)
-    with pytest.raises(DataError, match="no image can be read there"):
+    with pytest.raises(DataError, match="no image can be read in what"):
         search.nearest(iter([]), len)
 
 
@@ -141,7 +141,7 @@ def test_pools_that_leave_nothing_to_find_are_refused():
 @pytest.mark.parametrize("argv, message", [
     (["zeroshot", "--classnames", "{names}"], "there is nothing to tell apart: 1 class in"),
     (["retrieval", "--data", "{empty}"], "empty"),
-    (["search", "red", "--data", "{empty}"], "no image can be read there")])
+    (["search", "red", "--data", "{empty}"], "no image can be read in what --data or --val names")])
 def test_bad_input_gets_one_sentence(lit_run, tmp_path, capsys, argv, message):
     (tmp_path / "names").write_text("cat\nCat\n")
     os.mkdir(tmp_path / "empty")
@@ -167,6 +167,9 @@ def test_a_run_without_text_encoder_or_decoder_says_so(run, lit_run, capsys):
     assert "caption likelihood takes one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main([lit_run, "search"])
+    assert "search needs a text" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([lit_run, "search", "  "])
     assert "search needs a text" in capsys.readouterr().err
     with pytest.raises(Exception, match="which has no text encoder: train one with"):
         pair.read_pair(str(run))
