@@ -216,8 +216,7 @@ def test_search_reads_the_data_that_its_flags_name(run, tmp_path, capsys):
     argv = [str(run), "search", "a red circle", "--val", str(tmp_path / "files"), "--json",
             str(tmp_path / "figures"), "--out", str(path)]
     assert evaluate.main(argv) == 0
-    [nearest] = [result["nearest"] for result in json.loads((tmp_path / "figures").read_text()
-                                                            ).values()]
+    nearest = json.loads((tmp_path / "figures").read_text())["search"]["nearest"]
     assert all(name.startswith(str(tmp_path / "files")) for name in nearest)
     assert (path / "search.png").exists()
 
