@@ -254,8 +254,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sub = command(gpu_report_rows, "all measurements of a GPU: steps in bf16 against "
                   "torch.compile, and the toy; each in a process of its own", "gpu-report")
     sub.add_argument("--cells", nargs="+", default=list(gpu_report.CELLS),
-                     metavar="RECIPE:RESOLUTION:BATCH",
-                     help=f"steps to time (default: {' '.join(gpu_report.CELLS)})")
+                     metavar="CELL", help="steps to time: RECIPE:RESOLUTION:BATCH, then --remat and "
+                     f"--scan-unroll after further colons (default: {' '.join(gpu_report.CELLS)})")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sub.add_argument("--compare", choices=("torch", "torch-compile"), default="torch-compile")
     sub.add_argument("--repeats", type=positive, default=20, help="timed steps (default: 20)")

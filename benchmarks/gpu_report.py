@@ -13,17 +13,22 @@ from collections.abc import Sequence
 
 from runtime.errors import ConfigError
 
-CELLS = ("b16:84:256", "b16:224:128", "l14:84:128", "l14:224:64")  # recipe:resolution:batch
+# recipe:resolution:batch, and :remat:scan-unroll where those are not dots and 1
+CELLS = ("b16:84:256", "b16:224:128", "l14:84:128", "l14:224:64", "l14:224:64:none:24",
+         "l14:224:64:none:1")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, as the vendor says
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def parse_cell(cell: str) -> list[str]:
-    """The arguments of `bench.py step` for RECIPE:RESOLUTION:BATCH."""
-    if len(cell.split(":")) != 3:
-        raise ConfigError(f"--cells: {cell!r} is not RECIPE:RESOLUTION:BATCH, such as l14:224:128")
-    recipe, resolution, batch = cell.split(":")
-    return [recipe, "--resolution", resolution, "--batch", batch]
+    """The arguments of `bench.py step` for RECIPE:RESOLUTION:BATCH[:REMAT[:UNROLL]]."""
+    parts = cell.split(":")
+    if not 3 <= len(parts) <= 5:
+        raise ConfigError(f"--cells: {cell!r} is not RECIPE:RESOLUTION:BATCH[:REMAT[:UNROLL]], such "
+                          "as l14:224:128 or l14:224:128:none:24")
+    recipe, resolution, batch, remat, unroll = parts + ["dots", "1"][len(parts) - 3:]
+    return [recipe, "--resolution", resolution, "--batch", batch, "--remat", remat, "--scan-unroll",
+            unroll]
 
 
 def run_python(arguments: list[str]) -> tuple[float, str]:
@@ -43,8 +48,8 @@ def read_json(path: str) -> dict:
 def measure_cell(cell: str, dtype: str, compare: str, repeats: int, path: str) -> list[dict]:
     """The table of a step, with "% of peak": its model FLOPs per second by the device's peak."""
     seconds, error = run_python(
-        ["bench.py", "step", *parse_cell(cell), "--dtype", dtype, "--remat", "dots", "--compare",
-         compare, "--repeats", str(repeats), "--json", path])
+        ["bench.py", "step", *parse_cell(cell), "--dtype", dtype, "--compare", compare, "--repeats",
+         str(repeats), "--json", path])
     if error:
         return [{"cell": cell, "seconds": seconds, "error": error}]
     table = read_json(path)

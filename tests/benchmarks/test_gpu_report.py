@@ -2,6 +2,7 @@
 import json
 
 import bench
+from benchmarks import gpu_report
 
 TINY = ("--toy-flags=--stages 'resolution=16 steps=2 batch=2 lr=1e-3' --val-samples 4 "
         "--scan-unroll 1")
@@ -24,3 +25,9 @@ def test_the_report_has_all_tables_and_the_reason_of_what_failed(tmp_path, capsy
 def test_a_cell_that_is_none_is_refused(capsys):
     assert bench.main(["gpu-report", "--cells", "l14:224"]) == 1
     assert "is not RECIPE:RESOLUTION:BATCH" in capsys.readouterr().err
+
+
+def test_a_cell_can_name_rematerialization_and_unrolling():
+    short, long = (gpu_report.parse_cell(cell) for cell in ("l14:84:8", "l14:84:8:none:24"))
+    assert short[-4:] == ["--remat", "dots", "--scan-unroll", "1"]
+    assert long[-4:] == ["--remat", "none", "--scan-unroll", "24"]
