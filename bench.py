@@ -17,7 +17,6 @@ prints a table; --json FILE also stores it.
 """
 import argparse
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from config import RECIPES, Config
 from objectives import registry
 from runtime import checkpoint
 from runtime.curriculum import parse_stages
-from runtime.errors import CommandParser, ConfigError, run_command
+from runtime.errors import CommandParser, ConfigError, check_output_file, run_command
 from runtime.tables import format_table
 
 MODEL_FLAGS = ("encoder", "decoder", "objective", "keep_ratio", "prefix_attention", "cls_token",
@@ -244,6 +243,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                           "the augmentation of the paper's recipes")
     sub = command(ablate, "the paper's ablations on the toy: trains and evaluates each row, 6 to "
                           "60 minutes per row and seed on one core; an interrupted command resumes")
+    ablate_parser = sub
     sub.add_argument("tables", nargs="*", metavar="TABLE",
                      help=f"some of {', '.join(ablations.TABLES)} (default: all)")
     sub.add_argument("--seeds", type=positive, default=3, help="per cell (default: 3)")
@@ -254,8 +254,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sub = command(gpu_report_rows, "all measurements of a GPU: steps in bf16 against "
                   "torch.compile, and the toy; each in a process of its own", "gpu-report")
     sub.add_argument("--cells", nargs="+", default=list(gpu_report.CELLS),
-                     metavar="CELL", help="steps to time: RECIPE:RESOLUTION:BATCH, then --remat and "
-                     f"--scan-unroll after further colons (default: {' '.join(gpu_report.CELLS)})")
+                     metavar="CELL", help="steps to time: RECIPE:RESOLUTION:BATCH, or with the "
+                     "--remat and the --scan-unroll after that (default: "
+                     f"{' '.join(gpu_report.CELLS)})")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sub.add_argument("--compare", choices=("torch", "torch-compile"), default="torch-compile")
     sub.add_argument("--repeats", type=positive, default=20, help="timed steps (default: 20)")
@@ -265,14 +266,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     unknown = set(vars(args).get("tables", ())) - set(ablations.TABLES)
     if unknown:
-        sub.error(f"unknown table {min(unknown)!r}: take some of {', '.join(ablations.TABLES)}")
+        known = ", ".join(ablations.TABLES)
+        ablate_parser.error(f"unknown table {min(unknown)!r}: take some of {known}")
     return args
 
 
 def run(argv: list[str]) -> int:
     args = parse(argv)
-    if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):
-        raise ConfigError(f"--json {args.json}: its folder does not exist or cannot be written")
+    check_output_file("--json", args.json)
     rows = args.function(args)
     print(format_table(rows))
     if args.json:

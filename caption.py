@@ -17,6 +17,7 @@ import jax
 import decoder
 from config import Config, from_dict
 from inputs import tokenizer
+from inputs.files import printable
 from inputs.images import silence_pillow
 from interop.encoder import ImageLike, load_pixels
 from masking import keep_random_tokens
@@ -25,6 +26,8 @@ from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache
 from runtime.errors import BadSample, CheckpointError, CommandParser, run_command
 from vit import ViTConfig, init, vit
+
+MAX_SEED = (1 << 31) - 1  # as of training
 
 
 class Captioner(NamedTuple):
@@ -108,6 +111,13 @@ def count(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to {MAX_SEED}")
+    return value
+
+
 def main(argv: list[str]) -> int:
     parser = CommandParser(prog="caption.py",
                            description="Print captions for any image, by a trained run.")
@@ -117,7 +127,7 @@ def main(argv: list[str]) -> int:
                         help="sample from the most probable tokens that together have this "
                              "probability (default: greedy)")
     parser.add_argument("--samples", type=count, default=1, help="captions per image (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of all draws (default: 0)")
     parser.add_argument("--keep-ratio", type=fraction, default=0.0,
                         help="fraction of the patch tokens that the decoder reads (default: as in "
                              "the run)")
@@ -131,7 +141,7 @@ def print_captions(args: argparse.Namespace) -> int:
         try:
             for sample in range(args.samples):
                 text = caption(image, args.seed, sample, args.top_p)
-                print(f"{image}: {text}", flush=True)
+                print(f"{printable(image)}: {text}", flush=True)
         except BadSample as problem:  # the other images still get their captions
             print(f"error: {problem}", file=sys.stderr)
             status = 1

@@ -22,7 +22,7 @@ import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import numpy as np
 from PIL import Image
@@ -189,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self.is_own_host():
             return
-        if urlsplit(self.path).path == "/":
+        if self.path.partition("?")[0] == "/":
             self.send(200, self.server.page, "text/html; charset=utf-8")
         else:
             self.send_problem(404, "There is nothing at this address: the page is at /.")
@@ -198,11 +198,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self.is_own_host():
             return
         try:
-            parts = urlsplit(self.path)
+            path, _, query = self.path.partition("?")
             body = self.read_body()
-            if parts.path != "/caption":
+            if path != "/caption":
                 raise BadRequest("There is nothing at this address: the page is at /.")
-            answer = self.server.demo.answer(parse_qs(parts.query), body)
+            answer = self.server.demo.answer(parse_qs(query, keep_blank_values=True), body)
         except (BadRequest, BadSample) as problem:
             self.send_problem(400, str(problem))
         except TimeoutError:
@@ -276,7 +276,7 @@ def serve(args: argparse.Namespace) -> int:
         server = Server((args.host, args.port), demo)
     except OSError as problem:
         raise ConfigError(f"--host {args.host} --port {args.port} cannot be used "
-                          f"({problem.strerror or problem}): take another --port") from None
+                          f"({problem.strerror or problem}): change one of them") from None
     host, port = server.server_address[:2]
     print(f"open http://{host}:{port} in a browser; Ctrl-C ends the demo", flush=True)
     with server:

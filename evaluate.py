@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from caption import MAX_SEED
 from evaluation import pair, probe, retrieval, search, visualize, vqa, zeroshot
 from evaluation.captioning import (
     compare_with_references,
@@ -26,7 +27,13 @@ from evaluation.templates import read_templates
 from inputs import images, opening, sources
 from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.errors import CheckpointError, CommandParser, ConfigError, run_command
+from runtime.errors import (
+    CheckpointError,
+    CommandParser,
+    ConfigError,
+    check_output_file,
+    run_command,
+)
 from runtime.tables import format_table
 from train import openvision2_loss
 
@@ -47,36 +54,40 @@ def measure_metrics(context: EvalContext) -> dict[str, Any]:
 
 
 def measure_probes(context: EvalContext) -> dict[str, Any]:
-    return probe.measure(context.encoder, *context.images, probe.LINEAR, seed=context.args.seed)
+    return probe.measure(context.encoder, *context.probe_images, probe.LINEAR,
+                         seed=context.args.seed)
 
 
 def measure_neighbors(context: EvalContext) -> dict[str, Any]:
-    return probe.measure(context.encoder, *context.images, probe.NEIGHBORS,
+    return probe.measure(context.encoder, *context.probe_images, probe.NEIGHBORS,
                          seed=context.args.seed)
 
 
 def measure_zeroshot(context: EvalContext) -> dict[str, Any]:
     """By vectors, if the run has a text encoder, else by caption likelihood."""
     args, templates = context.args, read_templates(context.args.template)
+    if context.of_scenes and args.label_fields:
+        raise ConfigError("--label-fields: the classes of zeroshot are the captions of scenes, so "
+                          "leave it out, or name other data")
     if context.has_text_encoder:
         return measure_zeroshot_vectors(context, templates)
     if len(templates) > 1:
         raise ConfigError(f"--template {args.template} has {len(templates)} sentences: caption "
                           "likelihood takes one; a run of --objective lit averages them")
-    captioner, val_images = context.captioner, context.images[1]
+    captioner, val_images = context.captioner, context.val_images(200)
     rows = np.sort(sources.draw_indices(len(val_images), args.num_samples or 200))
     sentences, truth = zeroshot.make_classes(val_images, rows, args.classnames, templates[0])
     known = truth >= 0
-    tokens = val_images.features(context.encoder).tokens[rows[known]]
+    tokens = val_images.subset(rows[known]).features(context.encoder).tokens
     return zeroshot.measure(captioner, tokens, sentences, truth[known])
 
 
 def measure_zeroshot_vectors(context: EvalContext, templates: list[str]) -> dict[str, Any]:
-    args, val_images = context.args, context.images[1]
+    args, val_images = context.args, context.val_images(200)
     rows = np.sort(sources.draw_indices(len(val_images), args.num_samples or 200))
     names, truth = zeroshot.make_classes(val_images, rows, args.classnames, "{}")
     known = truth >= 0
-    pixels = val_images.pixels(context.pair.resolution)[rows[known]]
+    pixels = val_images.subset(rows[known]).pixels(context.pair.resolution)
     return pair.classify(pair.embed_images(context.pair, pixels),
                          pair.embed_classes(context.pair, names, templates), truth[known],
                          zeroshot.groups_of_classes(val_images, names))
@@ -106,9 +117,8 @@ def search_images(context: EvalContext) -> dict[str, Any]:
             return zeroshot.likelihood(context.captioner, tokens, [args.text])[:, 0]
     candidates = search.readable_images(cfg, args.seed, args.num_samples or 1000, resolution)
     best = search.nearest(candidates, score)
-    folder = args.out or (args.encoder if os.path.isdir(args.encoder) else ".")
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "search.png")
+    os.makedirs(context.out_folder, exist_ok=True)
+    path = os.path.join(context.out_folder, "search.png")
     search.draw(path, args.text, best)
     return {"text": args.text, "image": path, "nearest": [name for _, name, _ in best]}
 
@@ -118,15 +128,14 @@ def measure_vqa(context: EvalContext) -> dict[str, Any]:
 
 
 def draw_images(context: EvalContext) -> dict[str, str]:
-    path, val_images = context.args.encoder, context.images[1]
-    run_folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    val_images = context.val_images(12)
     try:
         captioner = context.captioner
     except CheckpointError as problem:
         print(f"words.png is left out: {problem}")
         captioner = None
     pixels = val_images.pixels(context.encoder.resolution)[:12]
-    paths = visualize.draw_all(context.encoder, pixels, context.args.out or run_folder, captioner)
+    paths = visualize.draw_all(context.encoder, pixels, context.out_folder, captioner)
     return {os.path.basename(path): path for path in paths}
 
 
@@ -224,8 +233,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--num-samples must be 2 or more")
     if "{}" not in args.template and args.template != "photo" and not os.path.isfile(args.template):
         parser.error("--template needs {} where the name goes; or name a file of such sentences")
-    if args.resolution < 0 or args.seed < 0 or args.steps < 1:
-        parser.error("--resolution and --seed must not be negative, --steps must be 1 or more")
+    if args.resolution < 0 or args.steps < 1 or not 0 <= args.seed <= MAX_SEED:
+        parser.error("--resolution must not be negative, --steps must be 1 or more, --seed from 0 "
+                     f"to {MAX_SEED}")
     return args
 
 
@@ -234,8 +244,7 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):
-        raise ConfigError(f"--json {args.json}: its folder does not exist or cannot be written")
+    check_output_file("--json", args.json)
     tune_cpu(checkpoint.model_size(args.encoder))
     enable_compilation_cache()
     context, results = EvalContext(args), {}

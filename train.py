@@ -165,7 +165,7 @@ def train_run(run: Run) -> int:
         shapes = jax.eval_shape(lambda: registry.init_params(run.cfg, run.model))
         params = run.restore(shapes, "params")
     else:
-        params = registry.initial_params(run.cfg, run.model)
+        params = run.parallel.broadcast_arrays(registry.initial_params(run.cfg, run.model))
     if run.cfg.objective == "lit":  # the features of its frozen encoder can be cached
         run.loader = registry.objective_module("lit").training_loader(run, params)
     params = run.parallel.replicate(params)

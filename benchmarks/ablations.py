@@ -24,7 +24,9 @@ from benchmarks.ablation_tables import BASELINES, LENGTHS, ROOT, TABLES, load, s
 from config import RECIPES, Config, flag
 from evaluation import labels, probe, vqa
 from interop.encoder import Encoder, load_encoder, random_encoder, raw_pixel_encoder
+from objectives import registry
 from runtime.cpu_tuning import keep_freed_memory
+from runtime.curriculum import parse_stages
 from runtime.errors import ConfigError
 
 BASE = dataclasses.replace(  # as released: without text positions, so that it takes longer
@@ -118,10 +120,11 @@ def evaluate(encoder: Encoder, seed: int) -> dict[str, float]:
 def train_and_evaluate(cell: str, seed: int, folder: str, costs: dict) -> dict[str, float]:
     """Figures of one cell and seed, from its run, which is trained or finished first."""
     if cell in BASELINES:
-        trained = load_encoder(os.path.join(folder, f"base-{seed}"))  # which gives the shape
+        resolution = parse_stages(BASE.stages)[-1].resolution
+        shape = Encoder({}, registry.model_spec(BASE).encoder, resolution)
         if cell == "pixels":
-            return evaluate(raw_pixel_encoder(trained), seed)
-        return evaluate(random_encoder(trained, seed), seed)
+            return evaluate(raw_pixel_encoder(shape), seed)
+        return evaluate(random_encoder(shape, seed), seed)
     workdir = os.path.join(folder, f"{cell}-{seed}")
     cfg = dataclasses.replace(settings(cell, costs), seed=seed, workdir=workdir)
     train(cfg, f"{workdir}.log")

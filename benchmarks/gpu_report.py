@@ -24,8 +24,8 @@ def parse_cell(cell: str) -> list[str]:
     """The arguments of `bench.py step` for RECIPE:RESOLUTION:BATCH[:REMAT[:UNROLL]]."""
     parts = cell.split(":")
     if not 3 <= len(parts) <= 5:
-        raise ConfigError(f"--cells: {cell!r} is not RECIPE:RESOLUTION:BATCH[:REMAT[:UNROLL]], such "
-                          "as l14:224:128 or l14:224:128:none:24")
+        raise ConfigError(f"--cells: {cell!r} is not RECIPE:RESOLUTION:BATCH[:REMAT[:UNROLL]], as "
+                          "l14:224:128 or l14:224:128:none:24")
     recipe, resolution, batch, remat, unroll = parts + ["dots", "1"][len(parts) - 3:]
     return [recipe, "--resolution", resolution, "--batch", batch, "--remat", remat, "--scan-unroll",
             unroll]
@@ -35,8 +35,8 @@ def run_python(arguments: list[str]) -> tuple[float, str]:
     """Runs a Python command of this clone: its seconds, and its last line if it failed, else ""."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    lines = (done.stdout + done.stderr).split("\n")
-    error = [line for line in lines if line.strip()][-1] if done.returncode else ""
+    lines = (done.stdout + done.stderr).strip().split("\n")
+    error = (lines[-1] or f"ended with status {done.returncode}") if done.returncode else ""
     return time.perf_counter() - start, error
 
 
@@ -46,7 +46,7 @@ def read_json(path: str) -> dict:
 
 
 def measure_cell(cell: str, dtype: str, compare: str, repeats: int, path: str) -> list[dict]:
-    """The table of a step, with "% of peak": its model FLOPs per second by the device's peak."""
+    """The table of a step; in bf16 with "% of peak": its FLOPs per second by the device's peak."""
     seconds, error = run_python(
         ["bench.py", "step", *parse_cell(cell), "--dtype", dtype, "--compare", compare, "--repeats",
          str(repeats), "--json", path])
@@ -56,7 +56,7 @@ def measure_cell(cell: str, dtype: str, compare: str, repeats: int, path: str) -
     peaks = [peak for name, peak in PEAK_FLOPS.items() if name in table["machine"]]
     rows = []
     for row in table["rows"]:
-        if peaks:
+        if peaks and dtype == "bfloat16":
             row["% of peak"] = 100e9 * row["GFLOP/s"] / peaks[0]
         rows.append({"cell": cell, **row, "seconds": seconds})
     return rows

@@ -52,7 +52,7 @@ class TorchStep:
         num_kept = masking.num_kept_tokens(num_patches, cfg.keep_ratio)
         root = jax.random.key(cfg.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(batch["position"])
-        keep_indices = masking.sample_keep_indices(keys, num_patches, num_kept)
+        keep_indices = masking.sample_keep_indices(keys, num_patches, num_kept, cfg.shuffle_kept)
         arrays = (batch["images"], keep_indices, batch["text"])
         return [torch_reference.tensor(array, self.device) for array in arrays]
 

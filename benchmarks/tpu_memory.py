@@ -183,10 +183,11 @@ def recompute_fraction(cfg: Config, resolution: int) -> float:
     num_patches, T = (resolution // enc.patch_size) ** 2, cfg.max_text_len - 1
     num_kept = registry.num_decoder_tokens(registry.model_spec(cfg), num_patches)
     recomputed = 0.0
-    for part, S in ((enc, num_patches + enc.cls_token), (dec, num_kept + T)):
+    parts = (enc, num_patches + enc.cls_token, enc.gated_attention), (dec, num_kept + T, False)
+    for part, S, gated in parts:
         attention = part.depth * 4 * S * S * part.width
         fc2 = part.depth * 2 * S * part.width * part.mlp_dim  # no gradient reads its output
-        blocks = vit.block_flops(S, part.width, part.mlp_dim, part.depth)
+        blocks = vit.block_flops(S, part.width, part.mlp_dim, part.depth, gated)
         recomputed += {"none": 0, "dots": attention, "block": blocks - fc2}[cfg.remat]
     if 0 < cfg.loss_chunk < T:
         recomputed += 2 * T * dec.width * dec.vocab_size

@@ -9,6 +9,7 @@ the blind loss.
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,10 +36,15 @@ def override_config(cfg: Config, changes: dict[str, Any], count: int) -> Config:
     Where the run split its validation images from its training data, val_samples stays: another
     number would be another draw, and nearly all of its images would be training images."""
     new = dataclasses.replace(cfg, **changes)
-    split_by_run = not new.val and new.data == cfg.data != "scenes"
+    split_by_run = not new.val and cfg.data != "scenes" and place(new.data) == place(cfg.data)
     if not count or split_by_run:
         return new
     return dataclasses.replace(new, val_samples=count)
+
+
+def place(data: str) -> str:
+    """--data in one spelling: photos/, ./photos and an absolute path are the same folder."""
+    return data.rstrip("/") if "://" in data else os.path.realpath(data)
 
 
 def open_validation(path: str, changes: dict[str, Any], count: int,
@@ -85,7 +91,8 @@ def evaluate_captions(path: str, changes: dict[str, Any], count: int,
     if metrics["val_loss_blind"] is None:
         same_images = not changes and not count
         shuffled = metrics["val_loss_shuffled"]
-        metrics["val_loss_blind"] = meta["best_shuffled"] if same_images else shuffled
+        earlier = meta["best_shuffled"] if same_images else None
+        metrics["val_loss_blind"] = shuffled if earlier is None else min(earlier, shuffled)
     if isinstance(val_set.loader.source, SceneSource) and val_set.can_caption:
         metrics |= caption_metrics(val_set, params)
     return metrics

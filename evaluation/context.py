@@ -23,7 +23,8 @@ def open_encoder(path: str, resolution: int) -> tuple[Encoder, dict[str, Any]]:
     exported. resolution 0: the last of training. The settings are {} where they are not known."""
     names = os.listdir(path) if os.path.isdir(path) else [path]
     if any(name.endswith(checkpoint.EXPORT_ENDINGS) for name in names):
-        params, cfg, exported_resolution, _ = layouts.detect(transfer.load_arrays(path), 0)
+        arrays, heads = transfer.load_arrays(path), transfer.heads_in_config(path)
+        params, cfg, exported_resolution, _ = layouts.detect(arrays, heads)
         return Encoder(params, cfg, resolution or exported_resolution), {}
     params, cfg, meta = checkpoint.read_encoder(path)
     cfg = dataclasses.replace(cfg, dtype="float32", remat="none")
@@ -66,6 +67,13 @@ class EvalContext:
         return caption.read_captioner(self.args.encoder)
 
     @property
+    def out_folder(self) -> str:
+        """Where images are written: --out, or the folder of the run."""
+        path = self.args.encoder
+        run_folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        return self.args.out or run_folder
+
+    @property
     def has_text_encoder(self) -> bool:
         return self.run_config.objective in CONTRASTIVE
 
@@ -80,23 +88,32 @@ class EvalContext:
         return trained._replace(resolution=resolution)
 
     @functools.cached_property
-    def images(self) -> tuple[LabeledImages | None, LabeledImages]:
-        """(training, validation) images. Without a probe to train there are no training images."""
-        args, cfg = self.args, override_config(self.run_config, self.changes, 0)
+    def data_config(self) -> Config:
+        """The settings of the run with the data that the flags name."""
+        cfg = override_config(self.run_config, self.changes, 0)
         if not (cfg.data or cfg.val):
-            raise ConfigError(f"--data is missing: {args.encoder} does not name its training data")
-        of_scenes = (cfg.val or cfg.data) == "scenes"
-        train = "probe" in args.measures or "knn" in args.measures
-        count = args.num_samples or self.default_count(cfg, train)
-        if args.classnames == "all" and not of_scenes:
-            count = 1 << 30  # all validation images
-        labels = args.label_fields
-        if not labels and not train and not of_scenes:
-            labels = (",".join(caption_weights(cfg.caption_field)),)  # without the weights
-        sized = override_config(self.run_config, self.changes, count)
-        return open_labeled_images(sized, labels, count, train)
+            raise ConfigError(f"--data is missing: {self.args.encoder} does not name its training "
+                              "data")
+        return cfg
 
-    def default_count(self, cfg: Config, train: bool) -> int:
-        if train:
-            return 1000 if cfg.data == "scenes" else 2000
-        return 200 if "zeroshot" in self.args.measures else 12
+    @property
+    def of_scenes(self) -> bool:
+        return (self.data_config.val or self.data_config.data) == "scenes"
+
+    @functools.cached_property
+    def probe_images(self) -> tuple[LabeledImages | None, LabeledImages]:
+        """(training, validation) images of probes and neighbors."""
+        count = self.args.num_samples or (1000 if self.data_config.data == "scenes" else 2000)
+        sized = override_config(self.run_config, self.changes, count)
+        return open_labeled_images(sized, self.args.label_fields, count)
+
+    def val_images(self, default_count: int) -> LabeledImages:
+        """Validation images for measures that train nothing; all of them for --classnames all."""
+        count, labels = self.args.num_samples or default_count, self.args.label_fields
+        if not self.of_scenes:
+            if self.args.classnames == "all":
+                count = 1 << 30
+            fields = ",".join(caption_weights(self.data_config.caption_field))  # without weights
+            labels = labels or (fields,)
+        sized = override_config(self.run_config, self.changes, count)
+        return open_labeled_images(sized, labels, count, train=False)[1]

@@ -52,6 +52,12 @@ class LabeledImages:
             self.augmented_cache[key] = LabeledImages(self.source, self.indices, self.labels, *key)
         return self.augmented_cache[key]
 
+    def subset(self, rows: np.ndarray) -> "LabeledImages":
+        """The images `rows` and their labels, without copies."""
+        indices = [self.indices[row] for row in rows]
+        labels = {name: texts[rows] for name, texts in self.labels.items()}
+        return LabeledImages(self.source, indices, labels)
+
     def pixels(self, resolution: int) -> np.ndarray:
         """(n,R,R,3) uint8, preprocessed like validation images. An image is decoded for R and for
         RAW_SIZE at once."""
@@ -172,9 +178,14 @@ def select_labels(labeled: LabeledImages, names: Sequence[str]) -> LabeledImages
 def main(argv: list[str]) -> int:
     if not 1 <= len(argv) <= 2:
         sys.exit("usage: python -m evaluation.labels WHERE [LABEL,LABEL]")
-    names = argv[1].split(",") if len(argv) > 1 else ()
-    cfg = Config(data=argv[0], val_samples=1000)
-    _, labeled = open_labeled_images(cfg, names, 1000)
+    where, names = argv[0], argv[1].split(",") if len(argv) > 1 else ()
+    if where == "scenes":
+        _, labeled = open_scenes(0, names, 1000, train=False)
+    elif names:
+        labeled = file_images(sources.open_source(where, names[0]), names, 1000)
+    else:
+        raise DataError(f"no label is named: which fields of the KEY.json in {where} are classes? "
+                        "Name them as the second word")
     for name, texts in labeled.labels.items():
         counts = Counter(texts.ravel().tolist())
         most = [f"{text or '(none)'} {count}" for text, count in counts.most_common(8)]

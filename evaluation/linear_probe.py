@@ -19,6 +19,7 @@ from objectives.fisher import shrink
 
 L2 = (1.0, 1e-1, 1e-2, 1e-3)   # regularization strengths to choose from
 MAX_WIDTH = 2048               # wider features are projected. The raw pixels, 1,728, are not
+MIN_DEVIATION = 1e-4           # of a projected feature, relative to the largest
 MAX_STEPS = 100                # of L-BFGS
 REGRESSION_COPIES = 4          # copies of each image that regression uses; more only take time
 
@@ -26,14 +27,19 @@ REGRESSION_COPIES = 4          # copies of each image that regression uses; more
 def flatten_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (n,N,D) and (m,N,D), or pixels, to features (n,N*D) and (m,N*D). Wider ones than
     MAX_WIDTH become their coordinates in a subspace that holds most of the training features: the
-    range of a random sketch (Halko, Martinsson and Tropp, 2011)."""
+    range of a random sketch (Halko, Martinsson and Tropp, 2011). It has at most n dimensions, and
+    none in which the training features differ by rounding alone."""
     train = train.reshape(len(train), -1).astype(np.float32)
     test = test.reshape(len(test), -1).astype(np.float32)
     if train.shape[1] <= MAX_WIDTH:
         return train, test
-    sketch = np.random.default_rng(0).standard_normal((train.shape[1], MAX_WIDTH), np.float32)
+    width = min(MAX_WIDTH, len(train))
+    sketch = np.random.default_rng(0).standard_normal((train.shape[1], width), np.float32)
     basis, _ = np.linalg.qr(train.T @ (train @ sketch))
-    return train @ basis, test @ basis
+    projected = train @ basis
+    deviation = projected.std(0)
+    used = deviation > MIN_DEVIATION * deviation.max()
+    return projected[:, used], test @ basis[:, used]
 
 
 def linear_probe(train: np.ndarray, test: np.ndarray, tasks: Tasks, seed: int = 0) -> np.ndarray:

@@ -62,7 +62,12 @@ def l2_normalize(x: np.ndarray) -> np.ndarray:
 
 
 def nearest_image(train: np.ndarray, test: np.ndarray, tasks: Tasks) -> np.ndarray:
-    """The classes (m,T) of the one nearest training image by Euclidean distance."""
+    """The classes (m,T) of the one nearest training image by Euclidean distance, of those that
+    have a class."""
     # Without the squared length of the test vector, which is the same for all training images.
     distances = np.square(train).sum(1) - 2 * test @ train.T
-    return tasks.train[distances.argmin(1)]
+    predictions = np.zeros(tasks.test.shape, np.int32)
+    for t, classes in enumerate(tasks.train.T):
+        labeled = classes >= 0
+        predictions[:, t] = classes[labeled][distances[:, labeled].argmin(1)]
+    return predictions

@@ -42,6 +42,10 @@ def readable_images(cfg: Config, seed: int, count: int,
 
         def load(i: int) -> np.ndarray:
             return decode_and_augment(source.image(i), resolution)
+    available = len(names) if os.path.isdir(where) else len(source)
+    if available > count:
+        print(f"searching the first {count:,} of {available:,} images: --num-samples takes more",
+              file=sys.stderr)
     for i, name in enumerate(names[:count]):
         try:
             yield name, load(i)

@@ -284,9 +284,11 @@ def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> str:
         if not texts:
             raise BadSample("caption list holds no text" if text else "caption list is empty")
         text = texts[choose(len(texts))]
-    if isinstance(text, str):  # json can have half a surrogate pair, which cannot be printed
-        text = text.encode("utf-8", "replace").decode()
-    if not isinstance(text, str) or not text.strip():
+    if text is not None and not isinstance(text, str):
+        raise BadSample(f"caption is no text: {str(text)[:40]}")
+    # json can have half a surrogate pair, which cannot be printed
+    text = (text or "").encode("utf-8", "replace").decode()
+    if not text.strip():
         raise BadSample("caption is empty")
     if not has_word(text):
         raise BadSample("caption holds no word")

@@ -78,7 +78,7 @@ def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
         rows, columns = np.broadcast_to(resolution, 2).tolist()
         box = set_draft_mode(image, box, max(rows, columns))
         image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation)  # some conversions lose it
+        orientation = camera_orientation(image)  # some conversions lose it
         size = (rows, columns) if orientation in TURNED else (columns, rows)
         image = to_rgb(image).resize(size, Image.Resampling.BILINEAR, box)
         if orientation in EXIF_TRANSPOSE:
@@ -86,6 +86,14 @@ def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
         return np.asarray(augment_image(image, augment, rng) if augment else image)
     except Exception as problem:  # Pillow's plugins raise anything on corrupt bytes
         raise BadSample(f"image cannot be decoded ({type(problem).__name__})") from None
+
+
+def camera_orientation(image: Image.Image) -> int | None:
+    """From its EXIF data, None if there is none or it is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises anything on corrupt bytes
+        return None
 
 
 def set_draft_mode(image: Image.Image, box: Box, resolution: int) -> Box:

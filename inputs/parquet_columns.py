@@ -101,9 +101,10 @@ def leads_to(path: str, wanted: list[str]) -> bool:
 
 
 def pick(value: Any, steps: Iterable[str]) -> Any:
-    """The value below a value of the top column; of a list, that of each element."""
+    """The value below a value of the top column; of a list, that of each element. Bytes in place of
+    a struct are those of to_values, of text that is not UTF-8."""
     steps = list(steps)
-    if not steps or value is None:
+    if not steps or value is None or isinstance(value, bytes):
         return value
     if isinstance(value, list):
         return [pick(element, steps) for element in value]

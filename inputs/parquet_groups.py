@@ -17,7 +17,7 @@ import numpy as np
 
 from inputs import files
 from inputs.parquet_columns import Column, find_column, first_bytes, pick, texts
-from runtime.errors import MissingExtra
+from runtime.errors import DataError, MissingExtra
 
 VERSION = "parquet group 1"    # of what this file writes: a new one makes all groups anew
 TAIL = struct.Struct("<QI8s")  # number of rows, CRC-32 of the table, mark
@@ -156,8 +156,10 @@ def salvaged_rows(storage: Any, path: str, metadata: Any, group: int, columns: l
                     num_read += 1
                     yield row
             break
-        except (OSError, ValueError, LookupError, RuntimeError, NotImplementedError, MemoryError,
+        except (OSError, ValueError, LookupError, RuntimeError, NotImplementedError,
                 TypeError) as error:  # pyarrow's own are among these
+            if getattr(error, "errno", None):  # the system's, which may pass: no damage
+                raise DataError(f"{path} cannot be read ({first_line(error)})") from None
             problem = first_line(error)
     for _ in range(count - num_read):
         yield f"{DAMAGED_GROUP} ({problem})"

@@ -174,7 +174,10 @@ class Encoder:
 
 def batches(count: int, batch: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, size) of batches that cover `count` images. A size is `batch` or a lower power
-    of two, so that few programs are compiled; at most a quarter of a batch is padding."""
+    of two, so that few programs are compiled; at most a quarter of a batch is padding. ValueError
+    for a batch below 1."""
+    if batch < 1:
+        raise ValueError(f"batch must be 1 or more, not {batch}")
     start = 0
     while start < count:
         left = count - start

@@ -1,4 +1,5 @@
 """The model card of an exported encoder: what it is, how to use it, its training, its metrics."""
+import contextlib
 import json
 import os
 from typing import Any
@@ -23,6 +24,7 @@ block before)."""
 UNTRAINED = """Captions give the norm no gradient: unless the weights were imported, it is as
 initialized."""
 NORM_IS_TRAINED = ("clip", "siglip", "openvision", "cappa", "genlip")  # by these objectives
+NATS_PER_TOKEN = ("openvision2", "cappa", "genlip")  # their losses are those of captions alone
 GENLIP = """GenLIP reads the tokens **after** the final norm, and so does `load_encoder`. The tokens
 of other libraries, as above, do not have it yet."""
 PAIR = """`similarity` holds cosines of images (rows) and texts (columns). A class is best described
@@ -118,6 +120,8 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metri
     origin = "trained from captions alone"
     if is_pair:
         origin = "with a text encoder"
+    elif objective == "lit":
+        origin = "which a run of `--objective lit` kept frozen"
     elif objective != "openvision2":
         origin = f"trained by `--objective {objective}`"
     if "source" in meta:
@@ -134,10 +138,16 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metri
     rows = metric_rows(metrics)
     if rows:
         parts += ["## Metrics on validation images", table(rows),
-                  "Losses are nats per token. `val_loss_shuffled` is the loss with another image. "
+                  f"{loss_unit(objective)} `val_loss_shuffled` is the loss with another image. "
                   "`val_loss_blind` is the best possible loss without the image, if that is known "
                   "(as for synthetic scenes), otherwise the run's lowest `val_loss_shuffled`."]
     return "\n".join(front) + "\n" + "\n\n".join(parts) + "\n"
+
+
+def loss_unit(objective: str) -> str:
+    if objective in NATS_PER_TOKEN:
+        return "Losses are nats per token."
+    return f"Losses are those of `--objective {objective}`."
 
 
 def size_rows(cfg: vit.ViTConfig, resolution: int) -> dict[str, Any]:
@@ -169,17 +179,20 @@ def metric_rows(metrics: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def read_metrics(path: str) -> dict[str, Any]:
-    """The summary of a run, or, while it is not finished, its last evaluation."""
+def read_metrics(path: str, step: int | None) -> dict[str, Any]:
+    """The summary of a run or, while it is not finished, its last evaluation. For a checkpoint of a
+    step, the evaluation at that step, {} if there was none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    try:
-        with open(os.path.join(folder, "summary.json"), encoding="utf-8") as f:
+    is_checkpoint = os.path.basename(path).startswith("step-")
+    summary = os.path.join(folder, "summary.json")
+    if not is_checkpoint and os.path.exists(summary):
+        with contextlib.suppress(OSError, ValueError), open(summary, encoding="utf-8") as f:
             return plots.rename_old_metrics(json.load(f))
-    except (OSError, ValueError):
-        pass
     try:
         rows = plots.read_metrics(os.path.join(folder, "metrics.jsonl"))
     except OSError:
         return {}
     evaluations = [row for row in rows if "val_loss" in row]
+    if is_checkpoint:
+        evaluations = [row for row in evaluations if row["step"] == step]
     return evaluations[-1] if evaluations else {}

@@ -161,7 +161,8 @@ def export_pair(path: str, library: str, out: str, resolution: int = 0) -> list[
     for name, config in configs.items():
         texts[name] = checkpoint.to_json(config, indent=1) + "\n"
     _, _, meta = checkpoint.read_encoder(path)
-    texts["README.md"] = model_card(f"{library} pair", cfg, resolution, meta, read_metrics(path))
+    metrics = read_metrics(path, meta.get("step"))
+    texts["README.md"] = model_card(f"{library} pair", cfg, resolution, meta, metrics)
     file = os.path.join(out, weights)
     require("safetensors.numpy", f"writing {file}")  # before a folder is made
     os.makedirs(out, exist_ok=True)

@@ -1,5 +1,6 @@
 """Import and export: read weights in any known layout, write an encoder for another library."""
 import importlib
+import json
 import os
 import warnings
 from typing import Any
@@ -50,6 +51,25 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
     return load_torch(path)
 
 
+def heads_in_config(path: str) -> int:
+    """The number of heads in the configuration that a library keeps beside its weights; 0 if it is
+    not known."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    for name in ("config.json", "open_clip_config.json"):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                config = json.load(file)
+            config = config.get("model_cfg", config)
+            for part in ("vision_cfg", "vision_config", "model_args"):  # open_clip, SigLIP, timm
+                config = config.get(part, config)
+            if "head_width" in config:
+                return int(config["width"]) // int(config["head_width"])
+            return int(config.get("num_attention_heads", config.get("num_heads", 0)))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError):
+            continue
+    return 0
+
+
 def load_safetensors(path: str) -> dict[str, np.ndarray]:
     safetensors = require("safetensors", f"reading {path}")
     try:
@@ -88,7 +108,8 @@ def import_encoder(path: str, out: str, heads: int = 0) -> list[str]:
     """Writes the encoder in a file or folder to `out` (.npz, or a folder for encoder.npz). Returns
     notes on what was read."""
     try:
-        params, cfg, resolution, notes = detect(load_arrays(path), heads)
+        arrays = load_arrays(path)
+        params, cfg, resolution, notes = detect(arrays, heads or heads_in_config(path))
     except LayoutError as problem:
         raise ConvertError(f"{path}: {problem}") from None
     file = out if out.endswith(".npz") else os.path.join(out, "encoder.npz")
@@ -180,7 +201,7 @@ def export_encoder(path: str, library: str, out: str, resolution: int = 0) -> li
     texts = {}
     for name, config in configs.items():
         texts[name] = checkpoint.to_json(config, indent=1) + "\n"
-    metrics = read_metrics(path) if "config" in meta else {}
+    metrics = read_metrics(path, meta.get("step")) if "config" in meta else {}
     texts["README.md"] = model_card(kind, cfg, resolution, meta, metrics)
     file = os.path.join(out, weights)
     if kind != "npz":

@@ -24,7 +24,7 @@ def shrink(covariance: np.ndarray) -> np.ndarray:
 def discriminant(features: Callable[[int], np.ndarray], copies: int,
                  num_directions: int) -> dict[str, np.ndarray]:
     """{"mean": (F,), "matrix": (F,K)} fp32, to use as (x - mean) @ matrix. features(c): (n,F) of
-    copy c of all images. Directions above n - 1, for which there are too few images, are 0."""
+    copy c of all images. Directions for which there are too few different images are 0."""
     image_means = sum(features(c) for c in range(copies)) / np.float32(copies)
     n, F = image_means.shape
     covariance = np.zeros((F, F), np.float32)
@@ -35,7 +35,7 @@ def discriminant(features: Callable[[int], np.ndarray], copies: int,
     root = np.linalg.cholesky(shrink(covariance))
     whitened = np.linalg.solve(root, (image_means - mean).T)                   # (F,n)
     values, vectors = np.linalg.eigh(whitened.T @ whitened)
-    rank = min(num_directions, n - 1, F)
+    rank = min(num_directions, n - 1, F, int((values > 1e-6 * values[-1]).sum()))
     values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
     # Singular values of `whitened` are the ratios, the roots of the eigenvalues.
     matrix = np.zeros((F, num_directions), np.float32)

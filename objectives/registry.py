@@ -222,6 +222,10 @@ def initial_params(cfg: Any, model: ModelSpec) -> dict:
             params["encoder"] = lit.pixel_encoder(params["encoder"], model.encoder)
         return params
     params["encoder"], imported, _ = read_encoder(local_encoder(cfg))
+    if cfg.objective == "lit" and imported.norm_tokens:
+        raise ConfigError(f"--init-encoder {cfg.init_encoder} is GenLIP's, whose tokens are taken "
+                          "after the final norm: --objective lit reads them before it, so name an "
+                          "encoder of another objective")
     differences = []
     for name in ("depth", "width", "num_heads", "mlp_dim", "patch_size", "cls_token",
                  "learned_pos_grid", "gated_attention"):

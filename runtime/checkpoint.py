@@ -201,8 +201,8 @@ def latest(folder: str, check: Callable[[str, dict, dict], None] = lambda *_: No
         except CheckpointError as problem:
             print(f"warning: {problem}; trying the checkpoint before it", flush=True)
     if paths:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged: delete them to start "
-                              "again, or restore one")
+        raise CheckpointError(f"every checkpoint in {folder} is damaged: delete the folder to "
+                              "start again, or restore one")
     return None
 
 

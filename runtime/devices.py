@@ -177,7 +177,7 @@ class DataParallel:
 
     def gather_lines(self, lines: Sequence[str]) -> list[str]:
         """Every process's lines, in the order of the processes."""
-        text = "\n".join(lines).encode()
+        text = "\n".join(lines).encode(errors="replace")
         size = int(self.all_gather(np.array(len(text))).max())
         texts = self.all_gather(np.frombuffer(text.ljust(size), np.uint8))
         all_lines: list[str] = []

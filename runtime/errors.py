@@ -54,6 +54,14 @@ def first_problems(problems: list[str], limit: int) -> str:
     return "; ".join(problems[:limit] + more)
 
 
+def check_output_file(flag: str, path: str) -> None:
+    """ConfigError if a file cannot be written where `flag` says. "" is no file."""
+    if path and os.path.isdir(path):
+        raise ConfigError(f"{flag} {path} is a folder: name a file")
+    if path and not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise ConfigError(f"{flag} {path}: its folder does not exist or cannot be written")
+
+
 class CommandParser(argparse.ArgumentParser):
     """Of a command line. What cannot be parsed gets one sentence and exit status 2, without the
     usage lines, which -h prints. Flags must be spelled out."""

@@ -102,7 +102,9 @@ class Monitor:
         self.bar.update(stage.batch)
         images = stage.first_image + (step - stage.start) * stage.batch
         if num_bad:
-            self.log_bad_samples(num_bad, pending.bad, images)
+            self.log_bad_samples(num_bad, pending.bad)
+        if run.state["bad_samples"]:
+            self.check_bad_fraction(run.state["bad_samples"], images)
         if step % run.cfg.log_every == 0 or step == stage.end:
             self.log_window(pending, images, grad_norm)
         return signal
@@ -127,9 +129,8 @@ class Monitor:
         state["window"] = []
         self.start_window()
 
-    def log_bad_samples(self, num_bad: int, bad: dict[int, str], images: int) -> None:
-        """Lists the bad samples that all processes met in the last step. TrainingError if more than
-        --max-bad-fraction of the samples read are bad."""
+    def log_bad_samples(self, num_bad: int, bad: dict[int, str]) -> None:
+        """Lists the bad samples that all processes met in the last step."""
         run, state = self.run, self.run.state
         lines = [f"{state['step']}\t{run.source.name(i)}\t{why}" for i, why in bad.items()]
         lines = run.parallel.gather_lines([line.replace("\n", " ") for line in lines])
@@ -140,11 +141,15 @@ class Monitor:
             for line in lines[:max(0, MAX_SHOWN_BAD_SAMPLES - self.num_shown_bad)]:
                 self.bar.write("skipped: " + ": ".join(line.split("\t")[1:]))
             self.num_shown_bad += len(lines)
+
+    def check_bad_fraction(self, num_bad: int, images: int) -> None:
+        """TrainingError if more than --max-bad-fraction of the samples read are bad."""
+        run = self.run
         num_read = min(images, len(run.source))
         judged = num_read >= min(MIN_JUDGED_SAMPLES, len(run.source))
-        if judged and state["bad_samples"] > run.cfg.max_bad_fraction * num_read:
+        if judged and num_bad > run.cfg.max_bad_fraction * num_read:
             raise TrainingError(
-                f"{state['bad_samples']} of the first {num_read} samples are bad, more than "
+                f"{num_bad} of the first {num_read} samples are bad, more than "
                 f"--max-bad-fraction {run.cfg.max_bad_fraction} allows; "
                 f"{run.path('bad-samples.txt')} lists them with the reasons: repair the data, or "
                 "allow more")

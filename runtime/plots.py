@@ -6,6 +6,7 @@
 import json
 import math
 import os
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -29,13 +30,21 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without a last line that a crash cut off. OSError if it cannot
     be read."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 rows.append(rename_old_metrics(json.loads(line)))
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def read_bad_samples(path: str) -> list[str]:
+    """The lines of a bad-samples.txt: step, sample, reason."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [line for line in file if re.match(r"\d+\t", line)]
 
 
 # ----------------------------------------------------------------------------------- charts

@@ -181,6 +181,10 @@ class Run:
         except OSError as problem:
             raise ConfigError(f"{self.lock.flag} {folder} cannot be written to ({problem.strerror})"
                               ": name a folder that you can write to") from None
+        for name in ("summary.json", "encoder.npz"):
+            if os.path.exists(self.path(name)) and not checkpoint.steps(folder):
+                raise ConfigError(f"{self.lock.flag} {folder} has {name} and no checkpoint: name "
+                                  "another folder, or delete this one to train again")
 
     # ---- data
     def report_skipped_samples(self) -> None:
@@ -275,10 +279,11 @@ class Run:
     # ---- other files
     def write_folder(self) -> None:
         """Writes the files of each start. Removes lines that are newer than the checkpoint."""
-        rows = plots.read_metrics(self.path("metrics.jsonl")) if self.step else []
+        path = self.path("metrics.jsonl")
+        rows = plots.read_metrics(path) if self.step and os.path.exists(path) else []
         kept_rows = [checkpoint.to_json(row) + "\n" for row in rows if self.is_final(row)]
-        checkpoint.write_text(self.path("metrics.jsonl"), "".join(kept_rows))
-        if lines := self.read_bad_samples():
+        checkpoint.write_text(path, "".join(kept_rows))
+        if lines := plots.read_bad_samples(self.path("bad-samples.txt")):
             kept_lines = [line for line in lines if int(line.split("\t")[0]) <= self.step]
             checkpoint.write_text(self.path("bad-samples.txt"), "".join(kept_lines))
         settings = checkpoint.to_json(dataclasses.asdict(self.cfg), indent=1)
@@ -290,11 +295,3 @@ class Run:
         if row["step"] == self.step and self.state["evaluation_pending"]:
             return "val_loss" not in row
         return row["step"] <= self.step
-
-    def read_bad_samples(self) -> list[str]:
-        """The lines of bad-samples.txt: step, sample, reason."""
-        try:
-            with open(self.path("bad-samples.txt"), encoding="utf-8", errors="replace") as file:
-                return [line for line in file if re.match(r"\d+\t", line)]
-        except FileNotFoundError:
-            return []
