@@ -62,8 +62,8 @@ class Config:
                                       "as GenLIP does")
     learned_pos_grid: int = model_arg(0, "grid side of a learned position table; 0 for the sin-cos "
                                       "formula, which fits any grid", low=0, high=1 << 12)
-    init_encoder: str = model_arg("", "start from this encoder: a run's folder, its encoder.npz, "
-                                  "or what convert.py imported; all else starts from scratch")
+    init_encoder: str = model_arg("", "start from this encoder: a run's folder, an encoder.npz, "
+                                  "an address; with --objective lit also random or pixels")
     init_scale: str = model_arg("xavier", "scale of the initial weights: Xavier's, or the released "
                                 "code's (docs/fidelity.md)", ("xavier", "released"))
 

@@ -1,8 +1,8 @@
 """Random token keep: the decoder reads K of an image's N patch tokens (paper section 2.2, Table 7).
 
 The encoder reads all patches. After it, a random draw, new in each step, keeps the tokens for the
-decoder. The decoder costs less on the shorter sequence. The features also get better (Table 7),
-because any third of the tokens must describe the image.
+decoder. The decoder costs less on the shorter sequence. In the paper the features also get better
+(Table 7). A likely reason: any third of the tokens must describe the image.
 
 Letters: B images, N patches, K kept patches, D width.
 
