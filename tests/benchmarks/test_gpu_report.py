@@ -31,3 +31,8 @@ def test_a_cell_can_name_rematerialization_and_unrolling():
     short, long = (gpu_report.parse_cell(cell) for cell in ("l14:84:8", "l14:84:8:none:24"))
     assert short[-4:] == ["--remat", "dots", "--scan-unroll", "1"]
     assert long[-4:] == ["--remat", "none", "--scan-unroll", "24"]
+
+
+def test_a_command_that_is_killed_is_a_line_of_the_report():
+    killed = gpu_report.run_python(["-c", "import os; os.kill(os.getpid(), 9)"])
+    assert "ended with status -9" in killed[1]

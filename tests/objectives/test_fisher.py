@@ -70,3 +70,11 @@ def test_a_new_lit_run_computes_it_from_the_tokens_of_all_copies(tmp_path, monke
     run.step = 1
     lit.training_loader(run, params)
     assert params["discriminant"]["matrix"] is computed and len(seen) == 3
+
+
+def test_equal_images_give_no_directions():
+    rng = np.random.default_rng(0)
+    copies = rng.normal(size=(4, 30, 8)).astype(np.float32)
+    copies[:, 10:] = 1  # twenty images of one color, which augmentation cannot change
+    found = fisher.discriminant(copies.__getitem__, 4, 20)
+    assert np.isfinite(found["matrix"]).all()
