@@ -152,20 +152,34 @@ class RemoteFolder(FolderLock):
     # ---- copies
     def fill(self) -> None:
         """Replaces the local copy by what is in the bucket: of checkpoints, the newest."""
-        for name in os.listdir(self.folder):
-            if name not in KEPT_LOCAL and os.path.isfile(os.path.join(self.folder, name)):
-                os.remove(os.path.join(self.folder, name))
         names = [name for name in self.names() if name != LOCK_NAME]
         checkpoints = [name for name in names if CHECKPOINT.fullmatch(name)]
+        self.remove_local_files(max([step_of(name) for name in checkpoints], default=0))
         for name in names:
             if LEFT_OVER.fullmatch(name):
                 self.call("rm_file", f"{self.url}/{name}")
             elif name not in checkpoints[:-self.keep]:
                 self.download(name)
-            elif not self.keep_every or int(CHECKPOINT.fullmatch(name)[1]) % self.keep_every:
+            elif not self.keep_every or step_of(name) % self.keep_every:
                 self.known[name] = 0, 0  # left by a kill: the next upload deletes it
         self.filled = True
         print(f"{self.url}: its local copy is {self.folder}", flush=True)
+
+    def remove_local_files(self, uploaded_step: int) -> None:
+        """Removes the local copy. A checkpoint of a later step than the bucket has, which could not
+        be uploaded, is moved beside the folder."""
+        for name in os.listdir(self.folder):
+            path = os.path.join(self.folder, name)
+            if name in KEPT_LOCAL or not os.path.isfile(path):
+                continue
+            if CHECKPOINT.fullmatch(name) and step_of(name) > uploaded_step:
+                os.makedirs(f"{self.folder}-not-uploaded", exist_ok=True)
+                moved = os.path.join(f"{self.folder}-not-uploaded", name)
+                os.replace(path, moved)
+                print(f"{moved} is later than what {self.url} has: to continue from it, upload it "
+                      "there first", flush=True)
+            else:
+                os.remove(path)
 
     def sync(self, urgent: bool = True) -> None:
         """Brings the bucket up to date. ConfigError if another process has taken the folder."""
@@ -205,6 +219,11 @@ class RemoteFolder(FolderLock):
                         remote.call(self.protocol, "rm_file", f"{self.url}/{LOCK_NAME}")
         finally:
             super().close()
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint's file."""
+    return int(CHECKPOINT.fullmatch(name)[1])
 
 
 def upload_order(name: str) -> tuple[int, str]:

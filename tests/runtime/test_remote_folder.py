@@ -193,3 +193,20 @@ def test_a_killed_run_ends_as_the_undisturbed_one(cache, bucket, tmp_path):
 
 def newest_step(bucket):
     return max((step for step, _ in checkpoint.steps(str(bucket))), default=0)
+
+
+def test_a_checkpoint_that_could_not_be_uploaded_is_kept(bucket, capsys):
+    first = open_folder(bucket)
+    first.acquire()
+    write_step(first.folder, 4)
+    first.sync()
+    write_step(first.folder, 8)  # then the bucket is gone, and the run ends
+    first.sync = lambda urgent=True: None
+    first.close()
+
+    again = open_folder(bucket)
+    again.acquire()
+    assert os.listdir(f"{again.folder}-not-uploaded") == ["step-00000008.npz"]
+    assert "to continue from it, upload it" in capsys.readouterr().out
+    assert [step for step, _ in checkpoint.steps(again.folder)] == [4]
+    again.close()
