@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import config
 import train
 from config import RECIPES
 from runtime import checkpoint
@@ -226,3 +227,11 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
             assert message in done.stderr.splitlines()[-1], done.stderr
             assert done.stderr.count("error:") == 1
             assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_run_continues_only_with_settings_that_change_no_number():
+    assert {
+        "grad_accum", "remat", "loss_chunk", "scan_unroll", "zero1", "num_devices", "distributed",
+        "workdir", "cache_dir", "cache_gb", "workers", "worker_processes", "log_every",
+        "eval_every", "save_every", "keep_checkpoints", "keep_every", "max_bad_fraction",
+        "tensorboard", "profile"} == config.RESUMABLE

@@ -190,3 +190,8 @@ def test_the_contact_sheet_names_the_image_that_cannot_be_decoded(tmp_path, monk
     printed = capsys.readouterr().out
     assert "replaced by the next: " in printed and "5.png" in printed
     assert (tmp_path / "contact.png").exists()
+
+
+def test_positions_from_2_to_the_31_start_again_at_zero():
+    batch = reader(open_source("scenes")).batch(range(2**31 + 5, 2**31 + 8), 8)
+    assert batch["position"].tolist() == [5, 6, 7]

@@ -193,3 +193,40 @@ def test_l14_has_the_flops_of_the_paper():
     encoder_flops = vit.flops(vit.vit_config("L/14"), 224)
     decoder_flops = decoder.flops(cfg, masking.num_kept_tokens(256, 0.35), 127)
     assert (encoder_flops + decoder_flops) / 1e9 == pytest.approx(208.9, rel=0.02)  # Table 3
+
+
+def test_the_loss_of_half_precision_features_is_float32():
+    V = 4096
+    cfg = decoder.DecoderConfig(1, 8, 1, 8, vocab_size=V, image_width=8)
+    head = {"kernel": jnp.zeros((8, V), jnp.bfloat16)}
+    features = jnp.ones((1, 1, 8), jnp.bfloat16)
+    loss = decoder.token_cross_entropy({"head": head}, features, jnp.array([[5]]), cfg)
+    assert loss.dtype == jnp.float32
+    assert float(loss[0]) == pytest.approx(np.log(V), rel=1e-4)
+
+
+def test_a_temperature_of_two_takes_the_root_of_the_probabilities():
+    scores = jnp.log(jnp.array([[0.6, 0.3, 0.1]]))
+    keys = jax.random.split(jax.random.key(0), 3000)
+
+    @jax.jit
+    def sample(keys):
+        return jax.vmap(lambda key: decoder.sample_top_p(key, scores, 1.0, 2.0))(keys)
+    expected = np.sqrt([0.6, 0.3, 0.1])
+    expected /= expected.sum()
+    found = np.bincount(np.ravel(sample(keys)), minlength=3) / 3000
+    assert np.abs(found - expected).max() < 0.03
+
+
+def test_each_token_is_drawn_with_a_key_of_its_own_and_within_the_nucleus():
+    cfg, params, image, _ = example(K=1)
+    head = params["head"] | {"kernel": params["head"]["kernel"] * 0}  # all are equally likely
+    params = params | {"head": head}
+
+    @jax.jit
+    def generate(top_p):
+        return decoder.generate(params, image, cfg, 12, jax.random.key(0), top_p=top_p)
+    tokens = np.asarray(generate(1.0))
+    assert len(set(tokens[0, 1:6].tolist())) > 2
+    narrow = np.asarray(generate(1e-6))
+    assert len(np.unique(narrow[:, 1:])) <= 2

@@ -30,11 +30,13 @@ def server(tmp_path_factory):
 @contextlib.contextmanager
 def serving(paths: list[str]):
     with demo.Server(("127.0.0.1", 0), demo.Demo(paths)) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def request(server, method: str, path: str, body: bytes = b"", **headers) -> tuple[int, str]:

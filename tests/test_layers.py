@@ -150,3 +150,30 @@ def test_initial_parameters_have_the_declared_scale(distribution):
     drawn = layers.init_params(jax.random.key(0), {"kernel": spec})["kernel"]
     assert float(drawn.std()) == pytest.approx(0.5, rel=0.02)
     assert abs(float(drawn.mean())) < 0.01
+
+
+@pytest.mark.parametrize("mask", [None, np.tri(6, dtype=bool)], ids=["full", "causal"])
+def test_the_fused_kernel_gets_the_same_arguments(monkeypatch, mask):
+    dot = jax.nn.dot_product_attention
+
+    def fused(*args, implementation, **options):
+        return dot(*args, **options)
+    monkeypatch.setattr(layers, "has_fused_attention", lambda *_: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 2, 8), np.float32)
+    outputs, _ = layers.dot_product_attention(q, k, v, mask)
+    expected, _ = layers.plain_attention(q, k, v, mask)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+def test_attention_weights_of_half_precision_inputs_are_float32():
+    x = jax.ShapeDtypeStruct((2, 6, 2, 8), jnp.bfloat16)
+    weights = jax.eval_shape(lambda q: layers.dot_product_attention(q, q, q, None)[1], x)
+    assert weights.dtype == jnp.float32
+
+
+def test_layer_norm_of_half_precision_inputs_computes_in_float32():
+    x = jnp.asarray(1000 + np.random.default_rng(0).standard_normal((4, 64)), jnp.bfloat16)
+    w = {"scale": jnp.ones(64), "bias": jnp.zeros(64)}
+    exact = layers.layer_norm(x.astype(jnp.float32), w)
+    assert np.abs(np.asarray(layers.layer_norm(x, w), np.float32) - exact).max() < 0.02

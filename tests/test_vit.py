@@ -180,3 +180,11 @@ def test_flops_formula_equals_the_count_of_traced_matmuls(cls):
     params = noisy_params(vit.param_specs(cfg))
     counted = matmul_flops(lambda p, x: vit.vit(p, x, cfg)["tokens"], params, random_images(1, 48))
     assert counted == vit.flops(cfg, 48)
+
+
+def test_learned_positions_are_resized_by_the_cubic():
+    cfg = vit.ViTConfig(1, 8, 2, 8, 8, learned_pos_grid=4)
+    table = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    expected = jax.image.resize(table.reshape(4, 4, 8), (7, 5, 8), "cubic").reshape(35, 8)
+    found = vit.position_embedding({"positions": {"table": table}}, (7, 5), cfg)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

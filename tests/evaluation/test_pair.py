@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,3 +174,42 @@ def test_a_run_without_text_encoder_or_decoder_says_so(run, lit_run, capsys):
     assert "search needs a text" in capsys.readouterr().err
     with pytest.raises(Exception, match="which has no text encoder: train one with"):
         pair.read_pair(str(run))
+
+
+def test_a_prior_is_subtracted_before_the_ranks():
+    scores, own = np.array([[0.0, 1.0]]), np.array([0])
+    assert retrieval.image_to_text_ranks(scores, own).tolist() == [1]
+    assert retrieval.image_to_text_ranks(scores, own, np.array([0.0, 5.0])).tolist() == [0]
+    assert retrieval.image_to_text_ranks(scores, own, np.array([5.0, 0.0])).tolist() == [1]
+
+
+def pool_of(count: int) -> SimpleNamespace:
+    """Pairs whose pixels are their numbers, scored four at a time."""
+    def scores(resolution, score):
+        return np.concatenate([score(np.arange(i, min(i + 4, count))) for i in range(0, count, 4)])
+    return SimpleNamespace(captions=np.array([f"c{i}" for i in range(count)]),
+                           caption_of_image=np.arange(count), scores=scores)
+
+
+def test_vectors_that_are_equal_find_each_other(monkeypatch):
+    vectors = np.eye(12)
+    monkeypatch.setattr(retrieval.pairs, "embed_texts", lambda _, texts: vectors)
+    monkeypatch.setattr(retrieval.pairs, "embed_images", lambda _, pixels: vectors[pixels])
+    rows = retrieval.measure_vectors(SimpleNamespace(resolution=8), pool_of(12))
+    assert all(row == {"R@1": 1, "R@5": 1, "R@10": 1} for row in rows.values())
+
+
+def test_a_caption_that_is_likely_for_every_image_wins_only_without_the_prior(monkeypatch):
+    scores = 10 * np.eye(12)
+    scores[:, 0] += 50
+    monkeypatch.setattr(retrieval, "likelihood", lambda c, tokens, captions: scores[tokens])
+
+    class Encoder:
+        resolution = 8
+
+        def __call__(self, pixels):
+            return SimpleNamespace(tokens=pixels)
+    rows = retrieval.measure_likelihood(None, Encoder(), pool_of(12))
+    assert rows["image to text, prior subtracted"]["R@1"] == 1
+    assert rows["image to text, likelihood"]["R@1"] == pytest.approx(1 / 12)
+    assert rows["text to image, likelihood"]["R@1"] == 1

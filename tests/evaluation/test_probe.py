@@ -1,11 +1,12 @@
 """Probes and neighbors, on features whose answers are planted and against independent formulas."""
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from evaluation import attention_probe, labels, linear_probe, neighbors, probe, tasks
-from inputs import scenes
+from inputs import scenes, sources
 from runtime.errors import DataError, MissingExtra
 
 SIZES = (3, 2)
@@ -160,7 +161,7 @@ def test_projected_features_keep_their_inner_products(monkeypatch):
     x = (rng.normal(size=(100, 20)) @ rng.normal(size=(20, 200))).astype(np.float32)
     train, test = linear_probe.flatten_features(x[:80].reshape(80, 10, 20),
                                                 x[80:].reshape(20, 10, 20))
-    assert train.shape == (80, 32)
+    assert train.shape == (80, 20)  # the rank
     np.testing.assert_allclose(test @ train.T, x[80:] @ x[:80].T, atol=0.01)
 
 
@@ -213,3 +214,43 @@ def test_scikit_learn_is_missed_before_the_features_are_computed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingExtra):
         probe.measure(None, None, None)
+
+
+def test_all_copies_of_an_image_select_or_all_train():
+    rows = tasks.selection_rows(40, 10, 0).reshape(4, 10)
+    assert (rows == rows[0]).all()
+
+
+def test_an_image_does_not_vote_for_itself_when_the_neighbors_are_chosen():
+    """With three labels of ten flipped, it would make one neighbor look perfect."""
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(300, 4)), rng.normal(size=(400, 4))
+    answers = (train[:, :1] > 0).astype(np.int32)
+    truth = (test[:, :1] > 0).astype(np.int32)
+    flipped = rng.random(300) < 0.3
+    answers[flipped] = 1 - answers[flipped]
+    made = tasks.Tasks(["t"], np.array([2]), answers, truth)
+    assert (neighbors.nearest_neighbors(train, test, made) == truth).mean() > 0.78
+
+
+def test_the_attention_probe_keeps_its_best_round():
+    """Labels are random, so that later rounds are worse on the images that select."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 3, 40)).astype(np.float32)
+    y = rng.integers(0, 2, (120, 1)).astype(np.int32)
+    to_task = attention_probe.class_to_task((2,))
+    chosen = tasks.selection_rows(120, 120, 0)[:, None]
+    fitted = attention_probe.one_hot(np.where(chosen, -1, y), (2,))
+    selecting = attention_probe.one_hot(np.where(chosen, y, -1), (2,))
+    params = attention_probe.fit(x, fitted, selecting, to_task, jax.random.key(0))
+    logits = attention_probe.batched_logits(params, x, to_task)
+    loss = attention_probe.cross_entropy(logits, selecting, to_task)
+    assert float(loss[0]) / chosen.sum() < 1.5
+
+
+def test_training_scenes_of_probes_are_of_no_run():
+    of_runs = sources.SceneSource(0, "train")
+    seen = {tuple(of_runs.scene(i)["jitter"]) for i in range(3000)}
+    images = labels.scene_images(0, "train", 500)
+    assert not seen & {tuple(images.source.scene(i)["jitter"]) for i in images.indices}
+    assert min(images.indices) > 10**9

@@ -119,3 +119,15 @@ def test_baselines_have_tokens_on_the_same_grid(encoder):
     pixels = raw_pixel_encoder(encoder)(images).tokens
     expected = np.asarray(vit.normalize(images[1, 8:, 8:])).ravel()
     assert np.allclose(pixels[1, 3], expected, atol=1e-6)
+
+
+def test_each_row_is_of_its_own_encoder(monkeypatch):
+    encoder, random, raw = object(), object(), object()
+    monkeypatch.setattr(vqa, "random_encoder", lambda encoder, seed: random)
+    monkeypatch.setattr(vqa, "raw_pixel_encoder", lambda encoder: raw)
+    monkeypatch.setattr(vqa, "measure", lambda encoder, *_: {"all": encoder})
+    monkeypatch.setattr(vqa, "NUM_TRAIN", 20)
+    monkeypatch.setattr(vqa, "NUM_VAL", 10)
+    rows = vqa.measure_all(encoder)
+    found = [rows[name]["all"] for name in ("encoder", "random encoder", "raw pixels")]
+    assert found == [encoder, random, raw]

@@ -60,3 +60,20 @@ def test_classes_come_from_labels_or_a_file(tmp_path):
         from_file(b"caf\xe9\nbus\n")
     with pytest.raises(DataError, match="none of the labels"):
         from_file(b"car\nbus\n")
+
+
+def test_a_class_that_is_likely_for_every_image_wins_only_without_the_prior(monkeypatch):
+    scores = 10 * np.eye(6)
+    scores[:, 0] += 50
+    monkeypatch.setattr(zeroshot, "likelihood", lambda *_: scores)
+    figures = zeroshot.measure(None, None, list("abcdef"), np.arange(6))
+    assert figures["prior subtracted"] == 1
+    assert figures["likelihood"] == pytest.approx(1 / 6)
+
+
+def test_the_group_of_a_class_is_that_of_its_first_image():
+    texts = {"name": np.array([["Cat"], ["dog"], ["cat"]]),
+             "kind": np.array([["pet"], ["pet"], ["wild"]])}
+    labeled = labels.LabeledImages(None, range(3), texts)
+    groups = zeroshot.groups_of_classes(labeled, ["Cat", "dog", "cow"])
+    assert groups["kind"].tolist() == ["pet", "pet", ""]

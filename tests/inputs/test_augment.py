@@ -231,3 +231,9 @@ def test_the_same_generator_draws_the_same_image():
         rngs = np.random.default_rng(seed), np.random.default_rng(seed)
         first, second = (decode_and_augment(photo(60, 40), 24, RELEASED, rng) for rng in rngs)
         assert np.array_equal(first, second)
+
+
+def test_one_image_of_two_is_mirrored():
+    plain = decode_and_augment(photo(), 24)
+    made = augmented(photo(), 1000, 24, hflip=True)
+    assert abs((made == plain).all((1, 2, 3)).mean() - 0.5) < 0.05

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from inputs import order, tars
+from inputs import order, tar_index, tars
 from inputs.order import LaneShuffle
 from inputs.sources import open_source, train_val_split
 from tests.helpers.samples import members, put, reader
@@ -243,3 +243,11 @@ def test_the_index_command_reports_what_cannot_be_read(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 1 and "2 with a .txt" in done.stdout
     assert "error: none.tar: No such file or directory" in done.stderr.splitlines()
+
+
+def test_the_index_of_another_version_is_made_again(tmp_path, monkeypatch):
+    path = put(tmp_path / "a.tar", members(2))
+    tar_index.index_tar(path)
+    assert tar_index.load_index(path) is not None
+    monkeypatch.setattr(tar_index, "INDEX_VERSION", 99)
+    assert tar_index.load_index(path) is None

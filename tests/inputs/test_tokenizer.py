@@ -10,7 +10,8 @@ import pytest
 
 import decoder
 import train
-from inputs import tokenizer
+from inputs import opening, sources, tokenizer
+from tests.helpers.samples import put, sample
 
 STAGES = "resolution=16 steps=1 batch=8 lr=1e-3"
 TOK = tokenizer.train_vocab(["a cat and a dog, number 0123456789"], 200)
@@ -149,3 +150,26 @@ def test_a_file_that_is_no_tokenizer_json_gets_a_message(error_of, content):
 def test_a_vocabulary_larger_than_the_embedding_gets_a_message(error_of):
     line = error_of("many.json", tokenizer_json(), "--vocab-size", "20")
     assert f"--vocab-size 20 is less than the {len(PIECES)} pieces of many.json" in line
+
+
+def test_the_words_of_a_vocabulary_are_the_most_frequent():
+    words = [f"qu{letter}" for letter in string.ascii_lowercase]
+    text = " ".join([" ".join([word] * (26 - n)) for n, word in enumerate(words)])
+    alphabet = len(tokenizer.train_vocab([""], 10_000))
+    pieces = tokenizer.train_vocab([text], alphabet + 16).pieces
+    assert "qua" in pieces and "quz" not in pieces
+
+
+def test_a_vocabulary_has_the_endings_that_words_share():
+    words = " ".join(f"{letter}ating" for letter in "bcdfghjklmnp")
+    alphabet = len(tokenizer.train_vocab([""], 10_000))
+    pieces = tokenizer.train_vocab([words], alphabet + 5).pieces
+    assert {"##ating", "##ting", "##ing"} & set(pieces)
+
+
+def test_the_vocabulary_reads_every_caption_of_a_small_set(tmp_path):
+    files = []
+    for i in range(40):
+        files += [(f"{i:03}.jpg", sample(i)["jpg"]), (f"{i:03}.txt", b"a cat")]
+    source = sources.open_source(put(tmp_path / "a.tar", files))
+    assert len(list(opening.vocab_captions(source))) == 40

@@ -78,3 +78,16 @@ def test_equal_images_give_no_directions():
     copies[:, 10:] = 1  # twenty images of one color, which augmentation cannot change
     found = fisher.discriminant(copies.__getitem__, 4, 20)
     assert np.isfinite(found["matrix"]).all()
+
+def test_the_lengths_of_the_directions_follow_from_the_eigenvalues():
+    """Of within^-1 between. A direction's length over all images is ratio**0.5, and its ratio is
+    the root of its eigenvalue."""
+    copies = planted(0)
+    found = fisher.discriminant(copies.__getitem__, COPIES, K)
+    means = np.mean(copies, axis=0, dtype=np.float64)
+    centered = means - means.mean(0)
+    within = np.mean([(copy - means).T @ (copy - means) / n for copy in copies], axis=0)
+    values = np.linalg.eigvals(np.linalg.solve(fisher.shrink(within), centered.T @ centered)).real
+    largest = np.sort(values)[::-1][:K]
+    lengths = np.linalg.norm(centered @ found["matrix"], axis=0)
+    np.testing.assert_allclose(lengths, largest ** 0.25, rtol=1e-3)

@@ -1,5 +1,6 @@
 """LiT: the features of an image are computed once, and the optimizer leaves the encoder alone."""
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import vit
-from config import RECIPES
+from config import RECIPES, Config
 from inputs import sources
 from inputs.images import Augment
 from objectives import lit
@@ -65,3 +66,14 @@ def test_the_optimizer_has_no_state_for_the_encoder_and_does_not_change_it():
     updates, _ = jax.jit(optimizer.update)(grads, state, params)
     assert not any(np.asarray(u).any() for u in jax.tree.leaves(updates["encoder"]))
     assert all(np.asarray(u).any() for u in jax.tree.leaves(updates["text"]))
+
+
+@pytest.mark.parametrize("min_area, copies, stored", [(1.0, 0, True), (0.5, 0, False),
+                                                      (0.5, 3, True)])
+def test_features_are_stored_unless_each_crop_is_new(source, min_area, copies, stored):
+    model = make_model("lit")
+    run = SimpleNamespace(loader=reader(source, augment=Augment(min_area)), model=model, step=0,
+                          cfg=Config(feature_copies=copies, workers=1),
+                          stages=parse_stages("resolution=16 steps=9 batch=8 lr=1"))
+    loader = lit.training_loader(run, make_params(model))
+    assert isinstance(loader, lit.FeatureLoader) == stored

@@ -72,7 +72,7 @@ def test_what_is_missing_or_replaced_is_one_sentence(bucket, files, monkeypatch)
     for kind in ("tar", "parquet"):
         source = open_source(f"{bucket}/set/0.{kind}")
         shutil.rmtree(os.environ["XDG_CACHE_HOME"])
-        source.cache.spans.clear()
+        source.span_cache.spans.clear()
         fs.put_file(files / f"1.{kind}", f"{bucket}/set/0.{kind}")
         with pytest.raises(DataError, match="has changed since it was opened"):
             batches(source)

@@ -49,7 +49,7 @@ def test_a_run_reads_the_commit_of_its_start(hub, repo):
     expected = batches(open_source(f"{repo}/*.tar"))
     source = open_source(where)
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
-    source.cache.spans.clear()
+    source.span_cache.spans.clear()
     newer = os.path.join(hub.folder, "2" * 40, "owner", "set", "data")
     shutil.copytree(repo, newer, ignore=shutil.ignore_patterns("*.npz"))  # indexes
     shutil.copy(f"{newer}/1.tar", f"{newer}/0.tar")

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import stat
 import zipfile
 from pathlib import Path
 
@@ -235,3 +236,14 @@ def test_a_damaged_newer_checkpoint_costs_none_that_is_saved_now(tmp_path):
         checkpoint.save_step(folder, step, {"a": np.full(300, step)}, {}, keep=1, keep_every=400)
         assert [n for n, _ in checkpoint.steps(folder)] == [400, step, 800]
         assert checkpoint.latest(folder)[2]["step"] == step
+
+
+def test_the_file_reaches_the_disk_before_its_name_and_then_its_folder(tmp_path, monkeypatch):
+    synced, fsync, path = [], os.fsync, tmp_path / "a"
+
+    def record(fd):
+        synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), path.exists()))
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", record)
+    checkpoint.write_text(str(path), "x")
+    assert synced == [(False, False), (True, True)]

@@ -5,11 +5,16 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
+import config
 from runtime import distributed
-from runtime.errors import DistributedError
+from runtime.devices import DataParallel
+from runtime.errors import ConfigError, DistributedError
+from runtime.run_folder import Run
 from tests.helpers.paths import ROOT, python
+from tests.helpers.runs import SMALL_RUN
 
 # --------------------------------------------------------------------------- a lost process
 FILTERED = """
@@ -143,3 +148,38 @@ def test_a_tpu_host_that_lacks_a_package_to_find_the_others(tpu, monkeypatch):
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
     with pytest.raises(DistributedError, match="No module named 'requests'"):
         distributed.initialize_distributed(False)
+
+
+def test_lines_of_all_processes_are_gathered_whatever_their_lengths(monkeypatch):
+    other = b"b.tar/7\tcut"
+
+    def all_gather(x):
+        x = np.asarray(x)
+        if not x.ndim:
+            return np.array([x, len(other)])
+        return np.stack([x, np.frombuffer(other.ljust(len(x)), np.uint8)])
+    data_parallel = DataParallel(1)
+    monkeypatch.setattr(data_parallel, "all_gather", all_gather)
+    assert data_parallel.gather_lines(["a", "é"]) == ["a", "é", other.decode()]
+    assert data_parallel.gather_lines([]) == [other.decode()]
+
+
+class Second(DataParallel):
+    """A process whose main process sees other training data."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.is_main = False
+
+    def broadcast_from_main(self, make):
+        value = make()
+        if isinstance(value, dict) and "training data" in value:
+            return value | {"training data": "9 samples (0)"}
+        return value
+
+
+def test_a_process_that_sees_other_data_than_the_main_one_is_refused(tmp_path):
+    cfg = config.parse_args([*SMALL_RUN, "--workdir", str(tmp_path / "run")])[0]
+    message = "training data here is .*all processes must read the same"
+    with pytest.raises(ConfigError, match=message):
+        Run(cfg, Second())

@@ -161,3 +161,14 @@ def test_lock_file_that_its_former_holder_deletes_is_made_again(tmp_path, monkey
     with pytest.raises(Locked):
         FolderLock(str(tmp_path)).acquire()
     lock.close()
+
+
+def test_closing_a_lock_whose_file_was_replaced_leaves_the_new_one(tmp_path):
+    path = tmp_path / run_folder.LOCK_NAME
+    first, second = FolderLock(str(tmp_path)), FolderLock(str(tmp_path))
+    first.acquire()
+    path.unlink()
+    second.acquire()
+    first.close()
+    assert path.exists()
+    second.close()

@@ -193,3 +193,18 @@ def test_the_rate_of_a_continued_window_counts_the_steps_since_the_start():
     monitor.log_window(SimpleNamespace(step=420, lr=0.0), 420 * 8, 1.0)
     assert row["images_per_second"] == pytest.approx(5 * 8 / 10, rel=0.1)
     assert row["loss"] == 1.25
+
+
+def test_the_total_speed_leaves_out_the_first_window_which_compiles():
+    monitor = Monitor.__new__(Monitor)
+    state = {"window": [1.0] * 5, "bad_samples": 0, "train_seconds": 0, "train_images": 0}
+    monitor.run = SimpleNamespace(step=5, state=state)
+    monitor.stage, monitor.first_step = SimpleNamespace(batch=8, number=1), 0
+    monitor.postfix, monitor.last_plot, monitor.data_wait = {}, float("inf"), 0.0
+    monitor.log = lambda **figures: None
+    monitor.window_start, monitor.window_step = time.time() - 100, 0
+    monitor.log_window(SimpleNamespace(step=5, lr=0.0), 40, 1.0)
+    assert state["train_images"] == 0
+    state["window"], monitor.run.step, monitor.window_start = [1.0] * 5, 10, time.time() - 10
+    monitor.log_window(SimpleNamespace(step=10, lr=0.0), 80, 1.0)
+    assert state["train_images"] == 40

@@ -210,3 +210,38 @@ def test_a_checkpoint_that_could_not_be_uploaded_is_kept(bucket, capsys):
     assert "to continue from it, upload it" in capsys.readouterr().out
     assert [step for step, _ in checkpoint.steps(again.folder)] == [4]
     again.close()
+
+def test_metrics_are_uploaded_first_and_the_summary_last():
+    names = ["summary.json", "step-00000002.npz", "samples.png", "metrics.jsonl"]
+    assert sorted(names, key=remote_folder.upload_order) == [
+        "metrics.jsonl", "samples.png", "step-00000002.npz", "summary.json"]
+
+
+def test_what_is_not_urgent_is_uploaded_once_a_minute(bucket):
+    folder = open_folder(bucket)
+    folder.acquire()
+    local = os.path.join(folder.folder, "metrics.jsonl")
+    with open(local, "w") as file:
+        file.write("1")
+    folder.sync()
+    with open(local, "a") as file:
+        file.write("2")
+    folder.sync(urgent=False)
+    assert (bucket / "metrics.jsonl").read_text() == "1"
+    folder.last_sync -= 61
+    folder.sync(urgent=False)
+    assert (bucket / "metrics.jsonl").read_text() == "12"
+    folder.close()
+
+
+def test_a_lock_that_another_process_took_is_not_written_again(bucket, monkeypatch):
+    folder = open_folder(bucket)
+    folder.acquire()
+    folder.stop.set()
+    folder.beat.join()
+    (bucket / LOCK_NAME).write_text('{"id": "another"}')
+    waits = iter([False, True])
+    monkeypatch.setattr(folder.stop, "wait", lambda seconds: next(waits))
+    folder.keep_beating()
+    assert (bucket / LOCK_NAME).read_text() == '{"id": "another"}'
+    folder.close()
