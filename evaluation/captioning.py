@@ -91,8 +91,8 @@ def evaluate_captions(path: str, changes: dict[str, Any], count: int,
     if metrics["val_loss_blind"] is None:
         same_images = not changes and not count
         shuffled = metrics["val_loss_shuffled"]
-        earlier = meta["best_shuffled"] if same_images else None
-        metrics["val_loss_blind"] = shuffled if earlier is None else min(earlier, shuffled)
+        best = meta["best_shuffled"] if same_images else None  # None before the first evaluation
+        metrics["val_loss_blind"] = shuffled if best is None else best
     if isinstance(val_set.loader.source, SceneSource) and val_set.can_caption:
         metrics |= caption_metrics(val_set, params)
     return metrics

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from runtime.checkpoint import write_text
-
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[UNK]")  # BERT's own vocab.txt calls 1 and 2 unused
 MAX_WORD_CHARS = 100  # a longer word is [UNK] (BERT)
@@ -138,7 +136,8 @@ class WordPiece:
         return text.strip()
 
     def save(self, path: str) -> None:
-        write_text(path, "\n".join(self.pieces) + "\n")
+        with open(path, "w", encoding="utf-8") as f:
+            f.write("\n".join(self.pieces) + "\n")
 
 
 class HFTokenizer(WordPiece):
@@ -188,7 +187,8 @@ class HFTokenizer(WordPiece):
         return self.library.decode(library_ids, skip_special_tokens=True).strip()
 
     def save(self, path: str) -> None:
-        write_text(path, self.text)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(self.text)
 
 
 # ------------------------------------------------------------------------------------ reading

@@ -173,7 +173,7 @@ def test_a_run_with_other_settings_or_broken_checkpoints_is_not_changed(refuse, 
     path = folder / "step-00000001.npz"
     path.write_bytes(b"PK damaged")
     line = refuse("--stages", TINY, "--workdir", "run")
-    assert "every checkpoint in run is damaged: delete them" in line
+    assert "every checkpoint in run is damaged: delete the folder" in line
     settings = dataclasses.asdict(RECIPES["toy"]) | {"stages": TINY, "seed": 3}
     meta = {"step": 1, "config": settings, "data": {"training data": "scenes"}}
     checkpoint.save(str(path), {}, meta)

@@ -110,12 +110,12 @@ TEXTS = {
     "NUL at the end": (b"a cat 2\0", None),
 }
 JSONS = {
-    "NaN": (b'{"c": NaN}', "caption is empty"),
-    "infinity": (b'{"c": 1e999}', "caption is empty"),
-    "an object": (b'{"c": {"c": "x"}}', "caption is empty"),
+    "NaN": (b'{"c": NaN}', "caption is no text"),
+    "infinity": (b'{"c": 1e999}', "caption is no text"),
+    "an object": (b'{"c": {"c": "x"}}', "caption is no text"),
     "an empty list": (b'{"c": []}', "caption list is empty"),
     "a list without text": (b'{"c": [1, null, " ", ["a"]]}', "caption list holds no text"),
-    "true": (b'{"c": true}', "caption is empty"),
+    "true": (b'{"c": true}', "caption is no text"),
     "utf-16": ('{"c": "kä"}'.encode("utf-16"), "not UTF-8"),
     "a tail": (b'{"c": "a cat 2"} x', "cannot be parsed"),
     "two of them": (b'{"c": "a"}{"c": "b"}', "cannot be parsed"),

@@ -154,7 +154,7 @@ NO_DATA = [
     (".", "txt", r"no captioned image in .*, but tars: name those, as '.*\*\.tar'"),
     ("good.tar", "caption",
      r"no field 'caption' \(it has re_caption, n\); name one with --caption-field"),
-    ("good.tar", "n", "caption is empty"),
+    ("good.tar", "n", "caption is no text: 0"),
     ("bare.tar", "re_caption", r"1 without a \.json"),
 ]
 
