@@ -21,7 +21,7 @@ tutorial: $(VENV)/tutorial ## run every cell of tutorial/openvision2.py, and wri
 	$(BIN)/python tutorial/build.py
 
 test: $(VENV)/test         ## light: no torch, no accelerator; two files at a time
-	QUICK_COMPILE=1 $(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser --ignore=tests/long $(TWO) --no-loadscope-reorder
+	QUICK_COMPILE=1 $(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/remote --ignore=tests/browser --ignore=tests/long $(LEAVE_OUT) $(TWO) --no-loadscope-reorder
 
 test-long: $(VENV)/test    ## twenty kills, every division over hosts, a long run
 	QUICK_COMPILE=1 $(BIN)/python -m pytest tests/long $(TWO)
