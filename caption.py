@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 import decoder
-from config import Config, from_dict
+from config import MAX_SEED, Config, from_dict
 from inputs import tokenizer
 from inputs.files import printable
 from inputs.images import silence_pillow
@@ -26,8 +26,6 @@ from runtime import checkpoint
 from runtime.cpu_tuning import enable_compilation_cache
 from runtime.errors import BadSample, CheckpointError, CommandParser, run_command
 from vit import ViTConfig, init, vit
-
-MAX_SEED = (1 << 31) - 1  # as of training
 
 
 class Captioner(NamedTuple):

@@ -27,6 +27,7 @@ def arg(group: str, default: Any, text: str, choices: tuple = (), low: float | N
         "resumable": resumable})
 
 
+MAX_SEED = (1 << 31) - 1
 DECODERS, REMAT = tuple(decoder.DECODER_SIZES), tuple(vit.REMAT)
 DTYPES = ("float32", "bfloat16")
 model_arg = functools.partial(arg, "model")
@@ -101,7 +102,7 @@ class Config:
                                  "spikes", low=0, high=1e9)
     grad_accum: int = optim_arg(1, "microbatches that a batch is divided into, for the same "
                                 "update in less memory", low=1, high=1 << 20, resumable=True)
-    seed: int = optim_arg(0, "drives what is random in training", low=0, high=(1 << 31) - 1)
+    seed: int = optim_arg(0, "drives what is random in training", low=0, high=MAX_SEED)
 
     dtype: str = system_arg("float32", "dtype of activations and matmuls; bfloat16 on TPU and "
                             "GPU", DTYPES)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from caption import MAX_SEED
+from config import MAX_SEED
 from evaluation import pair, probe, retrieval, search, visualize, vqa, zeroshot
 from evaluation.captioning import (
     compare_with_references,

@@ -130,6 +130,17 @@ def file_images(source: Any, labels: Sequence[str], count: int) -> LabeledImages
     return LabeledImages(source, indices, {name: np.array(rows) for name, rows in texts.items()})
 
 
+def check_labels(labels: Sequence[str], where: str) -> None:
+    """DataError unless these can be the labels of the data that `where` names."""
+    if not labels:
+        raise DataError(f"no label is named: which fields of the KEY.json in {where} are classes? "
+                        "Name them with --label-fields (python -m evaluation.labels: as the second "
+                        "word)")
+    if "txt" in labels and len(labels) > 1:
+        raise DataError("--label-fields txt is the KEY.txt, and the others are fields of the "
+                        "KEY.json: measure them one at a time")
+
+
 def open_labeled_images(cfg: Config, labels: Sequence[str], count: int,
                         train: bool = True) -> tuple[LabeledImages | None, LabeledImages]:
     """(training, validation) images of a run's settings: at most `count` of its validation images
@@ -138,13 +149,7 @@ def open_labeled_images(cfg: Config, labels: Sequence[str], count: int,
     val = cfg.val or cfg.data
     if val == "scenes" and (not train or cfg.data == "scenes"):
         return open_scenes(cfg.seed, labels, min(count, UNSEEN // 4), train)
-    if not labels:
-        raise DataError(f"no label is named: which fields of the KEY.json in {cfg.data} are "
-                        "classes? Name them with --label-fields (python -m evaluation.labels: as "
-                        "the second word)")
-    if "txt" in labels and len(labels) > 1:
-        raise DataError("--label-fields txt is the KEY.txt, and the others are fields of the "
-                        "KEY.json: measure them one at a time")
+    check_labels(labels, cfg.data)
     cfg = dataclasses.replace(cfg, alt_field="", caption_field=labels[0])
     try:
         if not train:
@@ -181,11 +186,9 @@ def main(argv: list[str]) -> int:
     where, names = argv[0], argv[1].split(",") if len(argv) > 1 else ()
     if where == "scenes":
         _, labeled = open_scenes(0, names, 1000, train=False)
-    elif names:
-        labeled = file_images(sources.open_source(where, names[0]), names, 1000)
     else:
-        raise DataError(f"no label is named: which fields of the KEY.json in {where} are classes? "
-                        "Name them as the second word")
+        check_labels(names, where)
+        labeled = file_images(sources.open_source(where, names[0]), names, 1000)
     for name, texts in labeled.labels.items():
         counts = Counter(texts.ravel().tolist())
         most = [f"{text or '(none)'} {count}" for text, count in counts.most_common(8)]

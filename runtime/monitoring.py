@@ -104,7 +104,7 @@ class Monitor:
         if num_bad:
             self.log_bad_samples(num_bad, pending.bad)
         if run.state["bad_samples"]:
-            self.check_bad_fraction(run.state["bad_samples"], images)
+            self.check_bad_fraction(images)
         if step % run.cfg.log_every == 0 or step == stage.end:
             self.log_window(pending, images, grad_norm)
         return signal
@@ -142,9 +142,9 @@ class Monitor:
                 self.bar.write("skipped: " + ": ".join(line.split("\t")[1:]))
             self.num_shown_bad += len(lines)
 
-    def check_bad_fraction(self, num_bad: int, images: int) -> None:
+    def check_bad_fraction(self, images: int) -> None:
         """TrainingError if more than --max-bad-fraction of the samples read are bad."""
-        run = self.run
+        run, num_bad = self.run, self.run.state["bad_samples"]
         num_read = min(images, len(run.source))
         judged = num_read >= min(MIN_JUDGED_SAMPLES, len(run.source))
         if judged and num_bad > run.cfg.max_bad_fraction * num_read:

@@ -211,6 +211,7 @@ def test_a_checkpoint_that_could_not_be_uploaded_is_kept(bucket, capsys):
     assert [step for step, _ in checkpoint.steps(again.folder)] == [4]
     again.close()
 
+
 def test_metrics_are_uploaded_first_and_the_summary_last():
     names = ["summary.json", "step-00000002.npz", "samples.png", "metrics.jsonl"]
     assert sorted(names, key=remote_folder.upload_order) == [
