@@ -1,12 +1,21 @@
 """Several processes in 50 steps and two stages: every division, each process lost."""
 import signal
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.hosts import close, complete_run, interrupt, read_losses, start, wait
-from tests.runtime.test_hosts import check_zero1
+from tests.helpers.hosts import (
+    COMMAND,
+    close,
+    complete_run,
+    interrupt,
+    launch,
+    read_losses,
+    start,
+    wait,
+)
 
 STAGES = ("resolution=16 steps=25 batch=8 lr=1e-3 warmup=5, "
           "resolution=24 steps=25 batch=8 lr=1e-3 warmup=5")
@@ -44,10 +53,6 @@ def test_each_process_is_lost_and_any_number_continues(cache, causal, tmp_path):
     assert close(read_losses(folder), causal)
 
 
-def test_zero1_makes_the_same_updates_in_50_steps(cache, tmp_path):
-    check_zero1(cache, tmp_path, 50)
-
-
 def test_lit_with_the_grid_pool_is_one_run(cache, tmp_path):
     """2 processes x 2 devices = 8 devices = 1 device: each process computes the discriminant."""
     photos = tmp_path / "photos"
@@ -64,3 +69,31 @@ def test_lit_with_the_grid_pool_is_one_run(cache, tmp_path):
     assert len({step for step, _ in one}) == 6
     assert close(complete_run(cache, tmp_path / "devices", 1, 8, *flags), one)
     assert close(complete_run(cache, tmp_path / "hosts", 2, 2, *flags), one)
+
+
+SLOW_END = """
+import sys, time
+import jax
+import train
+from runtime import validation
+
+initialize, finish = jax.distributed.initialize, validation.Evaluator.finish
+jax.distributed.initialize = lambda **flags: initialize(**flags | {"shutdown_timeout_seconds": 2})
+
+def finish_slowly(evaluator, params):
+    finish(evaluator, params)
+    if evaluator.run.parallel.is_main:
+        time.sleep(6)
+validation.Evaluator.finish = finish_slowly
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_the_others_wait_for_what_the_first_process_saves_last(cache, tmp_path):
+    """JAX aborts all processes if one is still at work so long after another has left."""
+    stage = "resolution=16 steps=2 batch=8 lr=1e-3"
+    command = [sys.executable, "-c", SLOW_END, *COMMAND[2:], "--stages", stage, "--workdir",
+               str(tmp_path / "run"), "--distributed"]
+    for status, _, errors in wait(launch(cache, command, 2, 1)):
+        assert status == 0, errors
+    assert (tmp_path / "run" / "summary.json").exists()
