@@ -34,6 +34,7 @@ from inputs.tokenizer import EOS, WordPiece, train_vocab
 from runtime.errors import BadSample, DataError, run_command
 
 SAMPLES_PER_TASK = 8  # one task per sample would cost more in thread wake-ups than in decoding
+MAX_FIRST_TRIES = 10_000  # bad samples in a row, before the first good one, that end a run
 
 
 class Loader:
@@ -57,6 +58,7 @@ class Loader:
         self.field_weights = caption_weights(caption_field or "txt")
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.bad: dict[int, str] = {}  # samples that cannot be used, with the reason
+        self.any_good = False          # whether a sample was ever used
         self.order: Callable[[int], int] = lambda position: position % len(source)
         if self.is_training and source.starts is not None:  # None: synthetic samples need no order
             chunk_of = source.chunk_of if source.shuffle_by_chunk else None
@@ -94,17 +96,22 @@ class Loader:
             try:
                 captions, image = self.read(position, i)
                 pixels, texts = self.prepare(position, i, captions, image, resolution)
+                self.any_good = True
                 return pixels, texts, i
             except BadSample as problem:
                 self.bad[i] = str(problem)
 
     def candidates(self, first: int) -> Iterator[int]:
-        """Sample `first` and, to replace it, those after it, without those known to be bad."""
-        for i in itertools.chain(range(first, len(self.source)), range(first)):
+        """Sample `first` and, to replace it, those after it, without those known to be bad. Data
+        of which nothing can be used is not read to its end."""
+        followers = itertools.chain(range(first, len(self.source)), range(first))
+        for number, i in enumerate(followers, start=1):
             if i not in self.bad:
                 yield i
-        raise DataError("no sample in the data can be used; the last one tried: "
-                        f"{self.source.name(i)}: {self.bad[i]}")
+            if number >= MAX_FIRST_TRIES and not self.any_good:
+                break
+        raise DataError(f"no sample in the data can be used; of {number:,} that were tried, the "
+                        f"last one: {self.source.name(i)}: {self.bad[i]}")
 
     # ---- one sample
     def read(self, position: int, i: int) -> tuple[list[str], bytes | Image.Image]:

@@ -21,7 +21,7 @@ from PIL import Image
 from inputs.images import open_image
 from inputs.tar_headers import IMAGE_SUFFIXES, TEXT_SUFFIXES
 from inputs.tokenizer import is_dropped
-from runtime.errors import BadSample, ConfigError, DataError
+from runtime.errors import PASSING, BadSample, ConfigError, DataError
 
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 256 << 20, 1 << 20  # a larger file is a broken sample
 Choose = Callable[[int], int]                         # n captions to the one to use, 0..n-1
@@ -219,6 +219,9 @@ class FileSource:
             check_size(size, limit)
             data = self.storage.read_span(path, offset, offset + size)
         except OSError as problem:
+            if problem.errno in PASSING:
+                raise DataError(f"{printable(path)} cannot be read ({problem.strerror}): the same "
+                                "command continues from the last checkpoint") from None
             raise BadSample(f"cannot be read ({problem.strerror or problem})") from None
         if len(data) < size:
             raise BadSample("is cut off")

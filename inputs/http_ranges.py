@@ -8,8 +8,10 @@ Source: RFC 9110, sections 13 (versions), 14 (ranges) and 15 (status codes).
 import http.client
 import re
 import socket
+import string
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import NamedTuple
 
@@ -43,7 +45,8 @@ def fetch(url: str, begin: int, end: int, deadline: float) -> tuple[bytes, Info]
     time.monotonic(). Raises Passing or Refused."""
     headers = {"Range": f"bytes={begin}-{end - 1}", "User-Agent": "openvision2",
                "Accept-Encoding": "identity"}
-    request = urllib.request.Request(url, headers=headers)
+    address = urllib.parse.quote(url, safe=string.punctuation)  # spaces, letters beyond ASCII
+    request = urllib.request.Request(address, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as answer:
             info = check_answer(answer, begin)

@@ -173,6 +173,10 @@ def check_settings(cfg: Any) -> None:
     if cfg.alt_field and cfg.objective != "openvision":
         raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
                           "leave it out, or take that objective")
+    changed = cfg.keep_ratio != 0.35 or cfg.prefix_attention != "causal"
+    if cfg.objective != METHOD and changed:
+        raise ConfigError(f"--keep-ratio and --prefix-attention are read by --objective {METHOD} "
+                          "alone: leave them out, or take that objective")
     if cfg.objective != "lit" and (cfg.feature_copies or cfg.image_pool != "attention"):
         raise ConfigError("--feature-copies and --image-pool are read by --objective lit alone: "
                           "leave them out, or take that objective")

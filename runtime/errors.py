@@ -84,6 +84,8 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} -h lists what can be given)\n")
 
 
+# Of the machine or a file server: a later attempt may succeed, so they say nothing about a file.
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -80,6 +80,8 @@ def refuse(tmp_path, capsys, monkeypatch):
     ("--num-devices 9999", "9999 devices"),
     ("--vocab-size 20", "--vocab-size"),
     ("--feature-copies 8", "--feature-copies and --image-pool are read by --objective lit alone"),
+    ("--objective clip --keep-ratio 0.5", "--keep-ratio and --prefix-attention are read by"),
+    ("--objective cappa --prefix-attention bidirectional", "read by --objective openvision2 alone"),
     ("--image-pool mean", "--feature-copies and --image-pool are read by --objective lit alone"),
 ])
 def test_a_bad_flag_is_named(refuse, argv, message):

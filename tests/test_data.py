@@ -33,6 +33,20 @@ def source(request, tmp_path):
     return tar if request.param == "tar" else train_val_split(tar, 2)[0]
 
 
+def test_data_of_which_nothing_can_be_used_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """Unless a sample was good: then more bad ones in a row are passed over."""
+    monkeypatch.setattr(data, "MAX_FIRST_TRIES", 5)
+    files = [(name, b"no image" if name.endswith("jpg") else content)
+             for name, content in members(30)]
+    loader = reader(open_source(put(tmp_path / "bad.tar", files)), workers=1)
+    with pytest.raises(DataError, match="no sample in the data can be used; of 5 that were tried"):
+        loader.batch(range(4), 16)
+    assert len(loader.bad) == 5
+    mixed = put(tmp_path / "mixed.tar", members(1) + files[3:])
+    loader = reader(open_source(mixed), augment=None, workers=1)
+    assert set(loader.batch(range(30), 16)["sample"]) == {0}
+
+
 # ------------------------------------------------------------------------------------ batches
 def test_a_batch_follows_from_seed_and_position(source):
     steps = [range(8 * s, 8 * s + 8) for s in range(5)]

@@ -4,6 +4,7 @@ import os
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -49,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(int(fault))
         if fault == "close":
             return self.connection.close()
-        path = os.path.join(server.folder, self.path.partition("?")[0].lstrip("/"))
+        name = urllib.parse.unquote(self.path.partition("?")[0])
+        path = os.path.join(server.folder, name.lstrip("/"))
         if not os.path.isfile(path):
             return self.send_error(404)
         stat = os.stat(path)

@@ -72,6 +72,16 @@ def memory_copy(server):
 
 
 # ------------------------------------------------------------------------------ what is read
+def test_an_address_may_have_spaces_and_any_letters(server):
+    folder = os.path.join(server.folder, "größere Bilder")
+    os.mkdir(folder)
+    shutil.copy(os.path.join(server.folder, "00000.tar"), folder)
+    local = open_source(os.path.join(folder, "00000.tar"))
+    for name in ("größere Bilder", "gr%C3%B6%C3%9Fere%20Bilder"):
+        source = open_source(f"{server.url}/{name}/{{00000..00000}}.tar")
+        assert_same(batches(source, 1), batches(local, 1))
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_local_files_web_servers_and_buckets_give_the_same_batches(server, kind):
     memory_copy(server)
