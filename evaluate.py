@@ -168,9 +168,13 @@ def format_result(name: str, result: dict[str, Any]) -> str:
         return checkpoint.to_json(result if name == "caption" else {name: result}, indent=1)
     rows = []
     for title, shares in result.items():
-        percentages = {label: 100 * share for label, share in shares.items()}
+        percentages = {label: percent(share) for label, share in shares.items()}
         rows.append({f"{name}, % right": title} | percentages)
     return format_table(rows)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share == share else "–"  # NaN: no training image has the label
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
