@@ -281,8 +281,8 @@ def main(argv: list[str]) -> int:
         status = run_command(dry_run if is_dry_run else train, cfg)
     except jax.errors.JaxRuntimeError as problem:
         if "RESOURCE_EXHAUSTED" in str(problem):
-            message = ("out of memory: try --grad-accum 4 (the same update in four microbatches), "
-                       "then --remat block, then a smaller batch in --stages")
+            message = ("out of memory: try --zero1 (for several devices), --grad-accum 4, "
+                       "--remat dots or block, --loss-chunk 16, then a smaller batch in --stages")
         elif jax.process_count() > 1:
             message = distributed.PEER_LOST
         else:

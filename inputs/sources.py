@@ -1,4 +1,4 @@
-"""Where captioned images come from: the embedded `scenes`, a folder, or WebDataset tars.
+"""Where captioned images come from: the `scenes`, a folder, WebDataset tars or parquet files.
 
 A folder has images with KEY.txt or KEY.json beside them; tars are as img2dataset writes them.
 Memory does not grow with the samples of tars, and by about the length of a path per sample of a

@@ -2,9 +2,9 @@
 call them, before JAX starts its devices.
 
 Why: on two cores, two CPU devices save an eighth of the toy's step, keeping freed memory a tenth
-(with an arena per thread a third), and full AVX-512 vectors 5%. The first two cost up to twice the
-memory, so large models do without. docs/performance.md has measurements of the arenas and of
-fragments.
+(with an arena per thread more than a quarter), and full AVX-512 vectors 5%. The first two cost up
+to twice the memory, so large models do without. docs/performance.md has measurements of the arenas
+and of fragments.
 """
 import contextlib
 import ctypes

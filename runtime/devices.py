@@ -1,7 +1,7 @@
 """Data parallelism: how batches, parameters and optimizer states lie on devices.
 
 The same code serves one CPU, several CPU devices, GPUs, and the chips of a TPU pod with one process
-per host; no other file depends on the hardware.
+per host. How arrays are divided over devices is decided in this file alone.
 
     python -m runtime.devices        lists the devices; for eight CPU devices, set
                                      XLA_FLAGS=--xla_force_host_platform_device_count=8

@@ -296,5 +296,6 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", run_out)
     assert train.main(["toy"]) == 1
     assert capsys.readouterr().err == (
-        "error: out of memory: try --grad-accum 4 (the same update in four microbatches), then "
-        "--remat block, then a smaller batch in --stages (RESOURCE_EXHAUSTED: Out of memory)\n")
+        "error: out of memory: try --zero1 (for several devices), --grad-accum 4, --remat dots or "
+        "block, --loss-chunk 16, then a smaller batch in --stages "
+        "(RESOURCE_EXHAUSTED: Out of memory)\n")
