@@ -19,7 +19,7 @@ import config
 import layers
 import train
 from objectives import registry
-from runtime import checkpoint, curriculum
+from runtime import checkpoint, curriculum, plots
 from runtime.devices import DataParallel
 from runtime.run_folder import Run
 from runtime.validation import ValidationSet
@@ -132,6 +132,8 @@ def test_interrupted_run_equals_the_uninterrupted(uninterrupted, cache, tmp_path
     output, errors = again.communicate()
     assert again.returncode == 0 and "continuing" in output, errors
     assert_equal_runs(folder, uninterrupted)
+    seconds = [row["seconds"] for row in plots.read_metrics(folder / "metrics.jsonl")]
+    assert seconds == sorted(seconds) and seconds[0] > 0  # the clock goes on after a pause
 
 
 def test_evaluate_reproduces_the_summary(uninterrupted, cache):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -151,6 +152,22 @@ def test_the_timed_step_trains():
     losses = [run() for _ in range(8)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # the warm-up begins at rate 0
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_speedup_is_the_other_librarys_time_divided_by_ours(monkeypatch):
+    """By medians: one slow step of three does not count."""
+    run = SimpleNamespace(peak_bytes=lambda: 2**30, compile_seconds=1.0,
+                          parallel=SimpleNamespace(num_devices=2))
+    seconds = {"matmul": [0.5, 0.5, 9], "jax": [2, 2, 9], "torch": [3, 9, 3]}
+    monkeypatch.setattr(step_time, "make_steps", lambda *_: ({"jax": run, "torch": run}, {
+        "jax": [1.0] * 3, "torch": [1.0] * 3}))
+    monkeypatch.setattr(step_time, "large_matmul", lambda: (lambda: None, 1e9))
+    monkeypatch.setattr(step_time, "time_interleaved", lambda runs, repeats: seconds)
+    ours, theirs, _ = step_time.rows(SMALL, 16, 4, "torch", 3)
+    assert ours["speedup"] == 1.5 and theirs["speedup"] == 1
+    assert ours["images/s"] == 2 and ours["ms"] == ours["min ms"] == 2000
+    flops = step_time.model_flops(SMALL, 16) * 4 / 2  # per second
+    assert ours["% of matmul rate"] == pytest.approx(100 * flops / 2e9)
 
 
 def test_table5_weights_step_times_by_the_images_of_the_stages(monkeypatch):

@@ -52,8 +52,9 @@ def write_run(folder: Path, steps: int = 10, finished: bool = True, text: str = 
     rows = []
     for step in range(1, steps + 1):
         stage, images = (1, step * 8) if step <= 4 else (2, 32 + (step - 4) * 4)
+        speed = 900.0 if step == 2 else 100.0 * stage
         rows.append({"step": step, "stage": stage, "images": images, "loss": 5 / step,
-                     "grad_norm": 1.0, "lr": 1e-3, "images_per_second": 100.0 * stage,
+                     "grad_norm": 1.0, "lr": 1e-3, "images_per_second": speed,
                      "data_wait_fraction": 0.25, "bad_samples": 0, "seconds": step * 2.0})
     if rows:
         rows.append({"step": steps, "val_loss": 0.5, "val_loss_shuffled": 3.0,

@@ -2,9 +2,12 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+import decoder
+import vit
 from config import RECIPES
 from data import Loader
 from inputs import opening, sources
@@ -15,6 +18,7 @@ from runtime.devices import DataParallel
 from runtime.errors import TrainingError
 from runtime.validation import ValidationSet
 from tests.evaluation.conftest import scene_vocabulary
+from tests.helpers.models import noisy_params
 from tests.helpers.samples import TOK, members, spill
 from train import openvision2_loss
 
@@ -63,6 +67,26 @@ def test_cappa_is_validated_token_by_token(monkeypatch):
     model = registry.ModelSpec(None, None, 1.0, "cappa")
     loss = validation.make_loss(model, None, DataParallel(1))
     loss(np.zeros(1), {"position": np.zeros((1, 2), np.int32)})
+
+
+def test_captions_are_generated_from_the_kept_tokens_alone():
+    """The kept patches come with them, and other values of the dropped tokens change nothing."""
+    cfg = dataclasses.replace(RECIPES["toy"], encoder="micro/8", max_text_len=8, scan_unroll=1)
+    model = model_spec(cfg)
+    parallel, rng = DataParallel(1), np.random.default_rng(0)
+    params = noisy_params({"encoder": vit.param_specs(model.encoder)}
+                          | registry.param_specs(model))
+    batch = {"images": rng.integers(0, 256, (3, 32, 32, 3), np.uint8),
+             "text": np.zeros((3, 8), np.int32), "position": np.arange(3, dtype=np.int32)}
+    one_device = jax.tree.map(lambda x: x[None], (params, batch))
+    captions, kept = validation.make_generate(model, 8, parallel)(*one_device)
+    assert kept.shape == (1, 3, 5)  # a third of 16 patches
+    tokens = np.asarray(vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"])
+    read = np.take_along_axis(tokens, np.asarray(kept)[0][..., None], axis=1)
+    expected = decoder.generate(params["decoder"], read, model.decoder, 8)
+    assert np.array_equal(captions[0], expected)
+    complete = decoder.generate(params["decoder"], tokens, model.decoder, 8)
+    assert not np.array_equal(complete, expected)
 
 
 @pytest.mark.parametrize("length, known", [(80, True), (8, False)])
