@@ -102,8 +102,9 @@ class Loader:
                 self.bad[i] = str(problem)
 
     def candidates(self, first: int) -> Iterator[int]:
-        """Sample `first` and, to replace it, those after it, without those known to be bad. Data
-        of which nothing can be used is not read to its end."""
+        """Sample `first` and, to replace it, those after it, without those known to be bad.
+        DataError when none is left, or if none of the first MAX_FIRST_TRIES was good: so it never
+        just ends."""
         followers = itertools.chain(range(first, len(self.source)), range(first))
         for number, i in enumerate(followers, start=1):
             if i not in self.bad:

@@ -35,8 +35,8 @@ from layers import (
 from vit import block_flops, block_specs, transformer_block, transformer_stack
 
 PAD, BOS, EOS = 0, 1, 2  # those of inputs/tokenizer.py; a test compares them
-# The paper names no decoder for So400m and g: we take OpenVision 1's. So400m's decoder is as large
-# as its encoder, which gives the paper's FLOPs. g is not listed here: it uses H's decoder.
+# The release lists no decoder for So400m and g: we take OpenVision 1's. So400m's is as large as its
+# encoder: 1,008.7 GFLOPs per image at 384 px, where the paper has 1,017.7. g uses H's.
 DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "micro": (3, 96, 3, 256),          # ours: for the toy
     "Ti": (12, 192, 3, 768),
@@ -116,10 +116,10 @@ def attention_mask(K: int, S: int, prefix_attention: str) -> np.ndarray:
 def embed_tokens(params: dict, text: jax.Array, cfg: DecoderConfig,
                  first_position: int = 0) -> jax.Array:
     """text (B,T) to vectors (B,T,D). text[:, 0] is at first_position of the caption."""
-    x = params["embed"]["embedding"].astype(cfg.dtype)[text]
+    x = params["embed"]["embedding"][text].astype(cfg.dtype)  # cast last: gradients add up in fp32
     if not cfg.text_pos_embed:
         return x
-    # The first Transformer's frequencies (arXiv:1706.03762); the encoder's are MoCo v3's.
+    # The first Transformer's frequencies (arXiv:1706.03762), without the -1 of the encoder's table.
     omega = 10000.0 ** (-np.arange(cfg.width // 2) / (cfg.width // 2))
     angle = (first_position + jnp.arange(text.shape[1]))[:, None] * omega                # (T,D/2)
     return x + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1).astype(cfg.dtype)

@@ -256,7 +256,7 @@ def count_params(specs: dict) -> int:
 
 
 def with_init_scales(specs: dict, scales: dict) -> dict:
-    """The same specs with other initial scales, {layer: (distribution, std from (inputs, outputs))}
+    """The same specs with other initial scales, {layer: (distribution, std from (fan_in, fan_out))}
     as in vit.RELEASED_INIT. Biases, norms, position tables and unnamed layers keep theirs."""
     def rescale(path: tuple, spec: ParamSpec) -> ParamSpec:
         layer = path[-2].key if len(path) > 1 else ""

@@ -40,8 +40,8 @@ from runtime.validation import Evaluator
 # ------------------------------------------------------------------------------ the method
 def openvision2_loss(params: dict, batch: dict, keys: jax.Array,
                      model: ModelSpec) -> tuple[jax.Array, jax.Array]:
-    """The summed caption loss of a batch, and how many caption tokens are in that sum. The gradient
-    of this loss is the only training signal. keys (B,): one per image, to draw its patches."""
+    """The summed caption loss of a batch (the only training signal), and its number of tokens.
+    keys (B,): one per image. vit() gets `keep`, so that its last block can skip dropped tokens."""
     def keep(tokens: jax.Array) -> jax.Array:                                  # (B,N,E) to (B,K,E)
         return keep_random_tokens(keys, tokens, model.keep_ratio, model.shuffle_kept)[0]
     kept = vit.vit(params["encoder"], batch["images"], model.encoder, select=keep)["tokens"]

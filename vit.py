@@ -167,8 +167,8 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
         return x, {name: extras[name] for name in extra_names}
     scanned, unroll = body, min(cfg.scan_unroll, cfg.depth)
     if cfg.remat != "none":
-        # A scan needs no prevent_cse: XLA does not merge its forward and backward loops. It would
-        # merge the two passes of unrolled blocks, which undoes remat.
+        # Not unrolled: XLA would merge the forward and backward passes of unrolled blocks, which
+        # undoes remat. It does not merge the two loops of a scan, so prevent_cse is not needed.
         scanned, unroll = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False), 1
     if select is None or unroll < cfg.depth:
         x, extras = jax.lax.scan(scanned, x, blocks, unroll=unroll)
@@ -179,8 +179,8 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
 
 # --------------------------------------------------------------------------------- encoder
 def sincos_position_embedding(grid: Grid, width: int) -> np.ndarray:
-    """2-D sin-cos table (N,D) fp32 in the form of MoCo v3, as released: columns [sin x, cos x,
-    sin y, cos y], omega_i = 10000^(-i/(D/4-1)). The formula fits any grid, so a change of
+    """2-D sin-cos table (N,D) fp32, as released: columns [sin x, cos x, sin y, cos y], omega_i =
+    10000^(-i/(D/4-1)), where MoCo v3 has no -1. The formula fits any grid, so a change of
     resolution needs no resized table. ValueError for a width that cannot hold it."""
     rows, columns = np.broadcast_to(grid, 2)
     if width % 4 or width < 8:

@@ -112,7 +112,7 @@ class SceneSource:
         return [self.caption(i, field) for field in fields], self.image(i)
 
     def caption_nats(self, i: int) -> float:
-        """The entropy of the caption, in nats, without the image."""
+        """-log of the caption's probability without the image, in nats."""
         return scene_captions.caption_nats(self.scene(i), self.field)
 
     def grade(self, text: str, i: int) -> dict[str, tuple[int, int]]:

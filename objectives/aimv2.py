@@ -78,9 +78,12 @@ def generate(params: dict, batch: dict, model: Any) -> jax.Array:
 
 
 def blind_loss(facts: Any) -> float | None:
-    """The best guess of a patch without the image is the mean patch at its position. On scenes its
-    loss is a sixth below that of gray patches."""
+    """The best guess of a patch without the image is the mean patch at its position. `loss` is a
+    mean over the N-p patches after a prefix of p, and each length p of 1..N-1 is as likely."""
     if facts.caption_nats is None or facts.caption_tokens is None:
         return None
     text = (facts.caption_nats / facts.caption_tokens).mean()
-    return float(text + PIXEL_WEIGHT * np.var(facts.pixel_targets(), axis=0).mean())
+    patch_losses = np.var(facts.pixel_targets(), axis=0).mean(-1)                  # (N,)
+    N = len(patch_losses)
+    weights = np.cumsum(1 / (N - np.arange(1, N))) / (N - 1)  # of patches 1..N-1: in sum 1
+    return float(text + PIXEL_WEIGHT * (weights * patch_losses[1:]).sum())

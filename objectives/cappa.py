@@ -1,8 +1,9 @@
 """CapPa (arXiv:2306.07915): captioning by cross-attention. Most captions are predicted in parallel.
 
 In each block the text attends to the image between its self-attention and its MLP. A caption is
-predicted token by token or, by the image's own draw, all at once from mask tokens that attend to
-each other. The positions are learned, because without a causal mask nothing else orders the tokens.
+predicted token by token or (drawn at random for each image) all at once, from mask tokens that
+attend to each other. The positions are learned, because without a causal mask nothing else orders
+the tokens.
 """
 import functools
 from typing import Any

@@ -1,5 +1,5 @@
-"""CLIP (arXiv:2103.00020): an image's pooled feature must be nearest to its own caption's among all
-captions of the batch, and the caption's to its image's."""
+"""CLIP (arXiv:2103.00020). For each image, its own caption must have the most similar feature among
+all captions of the batch. For each caption, its own image must, among all images."""
 from typing import Any
 
 import jax

@@ -1,8 +1,9 @@
 """Fisher's linear discriminant (1936) of images of which each is a class of its own.
 
-How augmented copies of an image differ says what does not matter. The discriminant is the linear
-map to the directions in which images differ most, relative to that. Each is scaled by the square
-root of that ratio, so that the first ones do not outweigh the rest. LiT's --image-pool grid reads
+Differences between augmented copies of one image are noise. The discriminant is the linear map to
+the directions in which the variation between images is largest relative to that noise. Each
+direction is divided by the square root of its ratio, so that the first ones do not outweigh the
+rest. LiT's --image-pool grid reads
 the patch tokens through it (lit.py). It is computed, not trained: gradient steps from random
 weights overfit, because an image's tokens are more numbers than there are images.
 
@@ -37,7 +38,8 @@ def discriminant(features: Callable[[int], np.ndarray], copies: int,
     values, vectors = np.linalg.eigh(whitened.T @ whitened)
     rank = min(num_directions, n - 1, F, int((values > 1e-6 * values[-1]).sum()))
     values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
-    # Singular values of `whitened` are the ratios, the roots of the eigenvalues.
+    # The ratios are the singular values of `whitened`, the square roots of these eigenvalues. Its
+    # directions are whitened @ vectors / ratios, and each is divided by sqrt(ratio).
     matrix = np.zeros((F, num_directions), np.float32)
     matrix[:, :rank] = np.linalg.solve(root.T, whitened @ (vectors / values**0.75))
     return {"mean": mean, "matrix": matrix}

@@ -50,8 +50,8 @@ from runtime.curriculum import parse_stages
 from runtime.errors import ConfigError
 
 METHOD = "openvision2"
-# Folded into the seed's key for initial parameters. Masks fold in positions in the run, which are
-# below it. So no key serves both.
+# Folded into the seed's key for the initial parameters. The random token keep folds in positions,
+# which are smaller. So no key is used for both.
 INIT_DOMAIN = 1 << 31
 OTHER_OBJECTIVES = ("clip", "siglip", "lit", "openvision", "cappa", "aimv2", "genlip")
 OBJECTIVES = (METHOD, *OTHER_OBJECTIVES)
@@ -61,7 +61,7 @@ CONTRASTIVE = ("clip", "siglip", "lit", "openvision")  # these compare the image
 class BlindFacts(NamedTuple):
     """What is known of a validation set without seeing its images."""
     batch_sizes: list[int]                     # images in each batch, among which CLIP compares
-    caption_nats: np.ndarray | None            # (n,) entropy of each caption, where it is known
+    caption_nats: np.ndarray | None            # (n,) -log probability of each caption, if known
     caption_tokens: np.ndarray | None          # (n,) tokens of each caption
     pixel_targets: Callable[[], np.ndarray]    # (n,N,P*P*3), for AIMv2
 
@@ -73,7 +73,7 @@ class BlindFacts(NamedTuple):
 
     @property
     def matching_nats(self) -> float:
-        """The contrastive loss of a guess: log of the batch size, by images."""
+        """The contrastive loss of a guess: log of the batch size, averaged over images."""
         total = sum(n * np.log(n) for n in self.batch_sizes)
         return float(total / sum(self.batch_sizes))
 

@@ -11,7 +11,7 @@ import decoder
 from layers import ParamSpec
 from objectives import clip
 
-INIT_SCALE, INIT_BIAS = 10.0, -10.0  # at first nearly all pairs count as wrong, as nearly all are
+INIT_SCALE, INIT_BIAS = 10.0, -10.0  # at first all pairs are predicted as no match: most are none
 
 
 def param_specs(model: Any) -> dict:
@@ -47,7 +47,8 @@ def loss(params: dict, batch: dict, keys: jax.Array, model: Any) -> tuple[jax.Ar
 
 
 def blind_loss(facts: Any) -> float:
-    """A guess says for each pair of a batch of n: 1 of n is a match. By images."""
+    """Without the image, the best prediction for each pair of a batch of n is a match with
+    probability 1/n. The mean is over images."""
     total = 0.0
     for n in facts.batch_sizes:
         if n > 1:

@@ -40,7 +40,9 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     for part in text.split(","):
         numbers = parse_numbers(part)
         missing = [name for name in ("resolution", "batch", "lr") if name not in numbers]
-        if ("steps" in numbers) == ("images" in numbers):
+        if "steps" in numbers and "images" in numbers:
+            raise ConfigError(f"--stages: {part.strip()!r} has both steps and images: give one")
+        if "steps" not in numbers and "images" not in numbers:
             missing.append("steps or images (one of the two)")
         if missing:
             raise ConfigError(f"--stages: {part.strip()!r} lacks {', '.join(missing)}")
@@ -51,7 +53,8 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
         else:
             steps = numbers["steps"]
         if warmup >= steps:
-            raise ConfigError(f"--stages: the warm-up of {part.strip()!r} is as long as the stage")
+            raise ConfigError(f"--stages: the warm-up of {part.strip()!r} must be shorter than the "
+                              f"stage ({steps} steps)")
         stages.append(Stage(len(stages) + 1, numbers["resolution"], batch, numbers["lr"], steps,
                             warmup, start, first_image))
         start += steps
@@ -73,7 +76,7 @@ def parse_numbers(text: str) -> dict:
             integer = int(number)
         except (ValueError, OverflowError):
             number = integer = -1
-        if not math.isfinite(number) or number < 0 or (name != "lr" and integer != number):
+        if number < 0 or (name != "lr" and integer != number):
             kind = "number" if name == "lr" else "whole number"
             raise ConfigError(f"--stages: {word!r} wants a {kind} that is not negative")
         if number == 0 and name != "warmup":

@@ -96,7 +96,7 @@ def test_a_bad_flag_is_named(refuse, argv, message):
     ("  ", "lacks resolution, batch, lr"),
     ("resolution=32", "lacks batch, lr"),
     ("resolution=32 batch=8 lr=1e-3", r"lacks steps or images \(one of the two\)"),
-    ("resolution=32 batch=8 lr=1e-3 steps=5 images=40", "lacks steps or images"),
+    ("resolution=32 batch=8 lr=1e-3 steps=5 images=40", "both steps and images: give one"),
     (TINY + ",", "lacks resolution"),
     (TINY + " color=3", "'color=3' is not one of resolution="),
     (TINY + " steps=4", "'steps=4' is not one of .* each once"),
@@ -114,7 +114,7 @@ def test_a_bad_flag_is_named(refuse, argv, message):
     (TINY.replace("=16", "=0"), "'resolution=0' must be above 0$"),
     (TINY.replace("steps=1", "steps=0"), "'steps=0' must be above 0$"),
     (TINY + " images=0", "'images=0' must be above 0$"),
-    (TINY + " warmup=1", "warm-up .* is as long as the stage"),
+    (TINY + " warmup=1", r"warm-up .* must be shorter than the stage \(1 steps\)"),
     (TINY.replace("=16", "=3"),
      "resolution 3 of stage 1 is below the patch size 4 of micro/4: take 4"),
 ])

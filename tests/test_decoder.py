@@ -35,6 +35,17 @@ def test_special_tokens_are_those_of_the_tokenizer():
     assert expected == (decoder.PAD, decoder.BOS, decoder.EOS)
 
 
+def test_the_gradient_of_a_common_token_adds_up_in_fp32():
+    """bfloat16 cannot add 1 to 256."""
+    cfg, params, _, _ = example(dtype="bfloat16")
+    text = np.full((4, 250), 7, np.int32)
+
+    def total(params):
+        return decoder.embed_tokens(params, text, cfg).astype(jnp.float32).sum()
+    grads = jax.jit(jax.grad(total))(params)["embed"]["embedding"]
+    assert grads.dtype == jnp.float32 and (grads[7] == 1000).all() and not grads[8].any()
+
+
 @pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
 def test_text_depends_on_every_image_token_and_on_no_future_token(prefix):
     cfg, params, image, text = example(prefix)

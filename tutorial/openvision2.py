@@ -13,8 +13,8 @@
 # ```
 #
 # The encoder is the product. A multimodal model such as LLaVA can read its patch tokens. The
-# decoder exists only to train the encoder, and is not needed afterwards. There is no text encoder
-# and no contrastive loss, as CLIP and the first OpenVision have. So one image needs one pass
+# decoder exists only to train the encoder, and is not needed afterwards. Unlike CLIP and the first
+# OpenVision, the method has no text encoder and no contrastive loss. So one image needs one pass
 # through two networks, and no image is compared with the other images of its batch.
 #
 # Each section but the last ends with an exercise. Its answer is hidden: click on it.
@@ -51,10 +51,10 @@ from masking import keep_random_tokens, num_kept_tokens, sample_keep_indices
 from objectives.registry import flops, init_params, model_spec, param_counts
 from runtime import plots
 from runtime.cpu_tuning import enable_compilation_cache, tune_cpu
-from runtime.curriculum import parse_stages
+from runtime.curriculum import make_optimizer, parse_stages
 from runtime.devices import DataParallel
 from runtime.validation import ValidationSet, caption_metrics
-from train import make_optimizer, make_step, openvision2_loss
+from train import make_step, openvision2_loss
 
 # %% [markdown]
 # ## 0. The model and its data
@@ -65,8 +65,9 @@ from train import make_optimizer, make_step, openvision2_loss
 # environment variable `TUTORIAL_LENGTH` scales the length of the training: 1 is what is shown here.
 #
 # Two losses show whether a model uses the image. The *blind loss* is the best possible loss without
-# the image: `caption_nats`, minus the logarithm of a caption's probability under the program that
-# draws scenes, per token. A model that never sees the image cannot do better on average. The
+# the image. The program that draws scenes gives each caption a known probability. The blind loss is
+# the negative logarithm of that probability (`caption_nats`), summed over the captions and divided
+# by the number of their tokens. A model that never sees the image cannot do better on average. The
 # *shuffled loss* (`val_loss_shuffled`) is the loss when each image has the caption of another.
 #
 # **What to expect.** The sizes of a tiny model, and three images with their captions.
@@ -120,7 +121,7 @@ K = num_kept_tokens(N, model.keep_ratio)
 for name, part in {"encoder": model.encoder, "decoder": model.decoder}.items():
     print(f"{name}: {part.depth} blocks, width {part.width}, {part.num_heads} heads, "
           f"{param_counts(cfg)[name]:,} parameters")
-print(f"tokenizer: {len(tokenizer)} pieces")
+print(f"tokenizer: {len(tokenizer)} tokens")
 for stage in stages:
     num_patches = (stage.resolution // P) ** 2
     print(f"stage {stage.number}: {stage.steps} steps at {stage.resolution} px: {num_patches} "
@@ -146,9 +147,9 @@ _ = show("00-scenes", visualize.draw_sheet([tiles]))
 # <details><summary>Answer</summary>
 #
 # If it is above the loss with the right captions, the model uses the image. But it is not the blind
-# loss: a model that relies on the image pays for a wrong one, far more than a blind model. At its
-# lowest, early in training, it is nearest (1.10 against 0.79 in section 8). So where the blind loss
-# is unknown, `train.py` reports the lowest shuffled loss of the run.
+# loss: a model that relies on the image has a much higher loss with a wrong image than a blind
+# model has. At its lowest, early in training, it is nearest (1.10 against 0.79 in section 8). So
+# where the blind loss is unknown, `train.py` reports the lowest shuffled loss of the run.
 # </details>
 
 # %% [markdown]
@@ -176,7 +177,8 @@ _ = show("01-patches", visualize.draw_sheet([tiles]))
 
 # %% [markdown]
 # **Exercise.** The paper's encoder L/14 (24 blocks, width 1024) has patches of 14 pixels. How many
-# patch tokens has an image of 224 pixels? And one of 84 pixels, as in the paper's first stage?
+# patch tokens does an image of 224 pixels per side have? And an image of 84 pixels, as in the first
+# stage of the released recipe?
 #
 # <details><summary>Answer</summary>
 #
@@ -196,7 +198,7 @@ _ = show("01-patches", visualize.draw_sheet([tiles]))
 # where it is larger: neighbors are most similar.
 
 # %%
-# reads the parameters only of an encoder with a learned table, which some imported ones have
+# the parameters matter only for an imported encoder with a learned position table
 table = vit.position_embedding(params["encoder"], grid, model.encoder)
 print(f"table {table.shape}: added to the {projected.shape} vectors of the patches")
 similarity = l2_normalize(table) @ l2_normalize(table).T
@@ -256,7 +258,7 @@ def attention_row(params, pixels, resolution, name):
     tiles = [(figures.pixel_tile(pixels), name)]
     for n, layer in enumerate(weights):
         number = effective_patches(layer).mean()
-        tile = visualize.attention_tile(pixels, layer[patch], covered=1.0)  # by patches: all of it
+        tile = visualize.attention_tile(pixels, layer[patch], covered=1.0)  # no pixel left out
         tiles.append((tile, f"layer {n + 1}: {number:.0f} of {grid * grid}"))
     return [(figures.framed(tile, patch, grid), text) for tile, text in tiles]
 
@@ -293,7 +295,7 @@ _ = show("03-attention", visualize.draw_sheet(rows))
 # many draws, all patches are kept about equally often.
 
 # %%
-keys = jax.random.split(jax.random.key(0), 2000)  # any; those of training are in section 7
+keys = jax.random.split(jax.random.key(0), 2000)  # any keys; training makes its own (section 7)
 keep_indices = np.asarray(sample_keep_indices(keys, N, K))
 print(f"K = int({model.keep_ratio} * {N}) = {K} of {N} patches")
 print(f"first draw: {keep_indices[0].tolist()}")
@@ -332,7 +334,9 @@ _ = show("04-keep", visualize.draw_sheet([tiles]))
 # orders the caption, and the image tokens hold the encoder's positions.
 #
 # The token `[bos]` begins a caption: it is an input and never a target. `[eos]` ends it: it is a
-# target, and nothing is predicted after it. Shorter captions are padded to T positions.
+# target, and nothing is predicted after it. Shorter captions are padded to T positions. The decoder
+# reads `text[:, :-1]` and predicts `text[:, 1:]`, the same tokens one position later. So its
+# sequence has K + T - 1 = 25 tokens.
 #
 # **What to expect.** A triangle. Each row is a token of the sequence, each column a token that it
 # may attend to. The padding is left out.
@@ -344,7 +348,7 @@ names = ["[bos]", *(tokenizer.decode(text[t:t + 1]) for t in range(1, len(text) 
 inputs, targets = names[:-1], names[1:]
 print(f"inputs:  {' '.join(inputs)}")
 print(f"targets: {' '.join(targets)}")
-# vit.vit normalizes uint8 pixels itself. Floats it takes as normalized (section 7).
+# vit.vit normalizes uint8 pixels itself. It takes float images as already normalized (section 7).
 tokens = vit.vit(params["encoder"], batch["images"], model.encoder)["tokens"]
 kept, kept_indices = keep_random_tokens(keys[:64], tokens, model.keep_ratio, model.shuffle_kept)
 sequence = decoder.embed_sequence(params["decoder"], kept, batch["text"][:, :-1], model.decoder)
@@ -380,7 +384,8 @@ _ = show("05-mask", figures.draw_mask(np.asarray(mask), row_names, K))
 #
 # **What to expect.** Without training the loss is above ln V, that of a uniform guess, because
 # random logits are not uniform. V is 192: the embedding has room for more than the tokenizer's 138
-# pieces. The image makes no difference.
+# tokens. The image makes hardly any difference, and not a useful one: here the other images give
+# the lower loss.
 
 
 # %%
@@ -498,19 +503,21 @@ tiles = [(kept_tile(pixels[0], kept_here), "kept"),
 _ = show("07-gradients", visualize.draw_sheet([tiles]))
 
 # %% [markdown]
-# **Exercise.** By how much does a single step change a parameter? Compare `stepped` with `params`.
+# **Exercise.** By how much does a single step change a parameter? Compare `stepped` with
+# `untrained`.
 #
 # <details><summary>Answer</summary>
 #
 # ```python
-# change = jax.tree.map(lambda a, b: float(jnp.median(jnp.abs(a - b))), stepped, params)
+# change = jax.tree.map(lambda a, b: float(jnp.median(jnp.abs(a - b))), stepped, untrained)
 # print(change)
 # ```
 #
-# Nearly every entry of the blocks moves by about the learning rate, 0.001: in its first step, Adam
-# divides each gradient by its own absolute value. Gradient clipping does not change that. Rows of
-# the embedding whose token is in no caption do not move at all: their gradient is 0, and they have
-# no weight decay. Nor does the encoder's final norm: the decoder reads the tokens before it.
+# Each number is the median change of one array. In the blocks it is about the learning rate, 0.001:
+# nearly every entry moves by that. In its first step, Adam divides each gradient by its own
+# absolute value. Gradient clipping does not change that. Rows of the embedding whose token is in no
+# caption do not move at all: their gradient is 0, and they have no weight decay. Nor does the
+# encoder's final norm: the decoder reads the tokens before it.
 # </details>
 
 # %% [markdown]
@@ -523,8 +530,9 @@ _ = show("07-gradients", visualize.draw_sheet([tiles]))
 # Every evaluation keeps the same patches of an image, whatever the seed. Captions are greedy.
 #
 # **What to expect.** A minute or two. First the decoder learns the grammar: the loss falls fast,
-# toward the dashed line, the blind loss. Then it crosses the line, because the encoder has begun to
-# see. The shuffled loss stays above the line: it falls at first, then rises far above it.
+# toward the dashed line, the blind loss. Then it crosses the line, because the decoder now uses the
+# image tokens. The shuffled loss stays above the line. It is lowest at its first measurement, then
+# rises far above the line.
 
 # %% tags=["trained"]
 validation = {stage.resolution: ValidationSet(cfg, val_loader, stage.resolution, 64, model,
@@ -607,10 +615,12 @@ print(f"validation loss {validated.y[-1]:.2f}, blind loss {blind_loss:.2f}, shuf
 # The decoder generates a caption token by token, each the most probable one: `decoder.generate`.
 # It reads K of the N tokens, as in training.
 #
-# **What to expect.** First nothing sensible, then correct grammar about another scene, then the
-# scene itself. Green captions are right in every detail, in any wording. Color and place are
-# learned before shape: after so short a training, about half name a wrong one. Below, the losses
-# of section 6: the tokens that describe the scene are cheap only with its own image.
+# **What to expect.** First nothing sensible, then correct grammar with a wrong scene, then more and
+# more of the right scene. Green captions are right in every detail, in any wording. Color and place
+# are learned before shape: after so short a training, about half of the captions name a wrong
+# shape. Below, the losses of section 6: the tokens of color, place and size are cheap only with the
+# scene's own image. The shape costs nearly the same with both, because it is not learned yet. The
+# first token costs the same too: no image shows the wording.
 
 # %% tags=["trained"]
 print("share of 64 captions with the right ...", *learned, sep="\n")
@@ -626,7 +636,7 @@ _ = show("09-losses", figures.draw_token_losses(targets, losses))
 #
 # <details><summary>Answer</summary>
 #
-# The decoder now believes the image. Given an image with a red circle, it is sure of "red", and a
+# The decoder now relies on the image. Given an image with a red circle, it is sure of "red", and a
 # caption that says "blue" is very improbable. Before training, no token was favored for a reason.
 # So the shuffled loss grows with how much a model relies on the image.
 # </details>
@@ -641,9 +651,10 @@ _ = show("09-losses", figures.draw_token_losses(targets, losses))
 #
 # **What to expect.** At the new resolution the loss is higher at first: patches show smaller parts
 # of the objects, and there are positions that the encoder has never seen. A short training adapts
-# it. Here it ends where the first stage did: in 150 steps the higher resolution gains nothing yet.
-# `object_accuracy` is the share of captions with the right color, shape and place together,
-# `background_accuracy` that with the right color and pattern, `exact_match` with everything right.
+# it. Here the loss ends where the first stage did, and fewer shapes are right: 150 steps are too
+# few to gain from the higher resolution. `object_accuracy` is the share of captions with the right
+# color, shape and place together. `background_accuracy` is the share with the right background
+# color and pattern, `exact_match` the share with everything right.
 
 # %% tags=["trained"]
 high = stages[1].resolution
@@ -655,6 +666,7 @@ params = parallel.unreplicate(on_devices)
 after = validation[high].losses(on_devices)
 print(f"after the stage at {high} px: validation loss {after['val_loss']:.2f} at {high} px, "
       f"shuffled loss {after['val_loss_shuffled']:.2f}")
+print(f"share of 64 captions with the right ...\n{learned[-1]}")
 scores = caption_metrics(validation[high], on_devices)
 for name in ("exact_match", "object_accuracy", "color_accuracy", "shape_accuracy",
              "size_accuracy", "place_accuracy", "background_accuracy"):
@@ -671,15 +683,17 @@ for stage in stages:
           f"decoder {parts['decoder'] / 1e6:.1f}, without the drop {whole['decoder'] / 1e6:.1f}")
 
 # %% [markdown]
-# **Exercise.** Compute the same for the paper's L/14 at its two resolutions. How much does the
-# curriculum save, if 12.8 of 13.8 billion images are seen at 84 pixels?
+# **Exercise.** Compute the same for the recipe `l14` at its two resolutions. How much does the
+# curriculum save, if 12.8 of 13.8 billion images are seen at 84 pixels? And how much if no token is
+# dropped (`large._replace(keep_ratio=1.0)`)?
 #
 # <details><summary>Answer</summary>
 #
 # ```python
 # large = model_spec(RECIPES["l14"])
-# cost = {r: sum(flops(large, r, RECIPES["l14"].max_text_len).values()) for r in (84, 224)}
-# print(cost, 13.8 * cost[224] / (12.8 * cost[84] + 1.0 * cost[224]))
+# for m in (large, large._replace(keep_ratio=1.0)):
+#     cost = {r: sum(flops(m, r, RECIPES["l14"].max_text_len).values()) for r in (84, 224)}
+#     print(cost, 13.8 * cost[224] / (12.8 * cost[84] + 1.0 * cost[224]))
 # ```
 #
 # It is a factor of 3.2, and 3.4 if no token is dropped. The paper's Table 5 measures hours: 190
@@ -705,7 +719,8 @@ for name, weights in {"untrained": untrained, "trained": params}.items():
 _ = show("11-attention", visualize.draw_sheet(rows))
 
 captioner = Captioner(params, model.encoder, model.decoder, tokenizer, cfg, high)
-tokens_high = encoder(batch_high["images"][MAIN:MAIN + 1]).tokens
+trained = Encoder(params["encoder"], model.encoder, high)
+tokens_high = trained(batch_high["images"][MAIN:MAIN + 1]).tokens
 text, maps, shares = visualize.caption_attention(captioner, tokens_high)
 tiles = []
 for t in range(min(12, int((text[0] != decoder.PAD).sum()) - 1)):
@@ -727,7 +742,7 @@ _ = show("11-words", visualize.draw_sheet([tiles[:6], tiles[6:]]))
 # </details>
 
 # %% [markdown]
-# ## 12. What the features know
+# ## 12. What the features contain
 #
 # The decoder has done its work. What remains is the encoder, and the question what its features are
 # good for. The *pooled* feature is one vector (D,) per image: the mean of its N tokens, then the
@@ -763,8 +778,8 @@ def nearest(encoder):
     return cosines.argmax(1)
 
 
-encoders = {"trained": encoder, "random": random_encoder(encoder, 0),
-            "pixels": raw_pixel_encoder(encoder)}
+encoders = {"trained": trained, "random": random_encoder(trained, 0),
+            "pixels": raw_pixel_encoder(trained)}
 contents = [content_of(scene) for scene in scenes]
 chosen = {name: nearest(e) for name, e in encoders.items()}
 print(f"share of {len(images)} images whose nearest neighbor has the same ...")
