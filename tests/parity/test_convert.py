@@ -285,7 +285,8 @@ def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     untrained_run("runs/toy")
     untrained_run("runs/toy-map", objective="lit", image_pool="map", init_encoder="random")
-    torch.save(small_tower().state_dict(), "open_clip_pytorch_model.bin")
+    os.mkdir("released")
+    torch.save(small_tower().state_dict(), "released/open_clip_pytorch_model.bin")
     for command in commands:
         script, *argv = shlex.split(command)
         if script == "-m":
