@@ -85,5 +85,5 @@ def blind_loss(facts: Any) -> float | None:
     text = (facts.caption_nats / facts.caption_tokens).mean()
     patch_losses = np.var(facts.pixel_targets(), axis=0).mean(-1)                  # (N,)
     N = len(patch_losses)
-    weights = np.cumsum(1 / (N - np.arange(1, N))) / (N - 1)  # of patches 1..N-1: in sum 1
+    weights = np.cumsum(1 / (N - np.arange(1, N))) / (N - 1)  # of patches 1..N-1; their sum is 1
     return float(text + PIXEL_WEIGHT * (weights * patch_losses[1:]).sum())

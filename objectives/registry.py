@@ -173,7 +173,7 @@ def check_settings(cfg: Any) -> None:
     if cfg.alt_field and cfg.objective != "openvision":
         raise ConfigError(f"--alt-field {cfg.alt_field} is read by --objective openvision alone: "
                           "leave it out, or take that objective")
-    changed = cfg.keep_ratio != 0.35 or cfg.prefix_attention != "causal"
+    changed = cfg.keep_ratio != 0.35 or cfg.prefix_attention != "causal"  # the defaults
     if cfg.objective != METHOD and changed:
         raise ConfigError(f"--keep-ratio and --prefix-attention are read by --objective {METHOD} "
                           "alone: leave them out, or take that objective")

@@ -11,7 +11,7 @@ import decoder
 from layers import ParamSpec
 from objectives import clip
 
-INIT_SCALE, INIT_BIAS = 10.0, -10.0  # at first all pairs are predicted as no match: most are none
+INIT_SCALE, INIT_BIAS = 10.0, -10.0  # so at first no pair is predicted to match: most do not
 
 
 def param_specs(model: Any) -> dict:

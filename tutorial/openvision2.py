@@ -619,7 +619,7 @@ print(f"validation loss {validated.y[-1]:.2f}, blind loss {blind_loss:.2f}, shuf
 # more of the right scene. Green captions are right in every detail, in any wording. Color and place
 # are learned before shape: after so short a training, about half of the captions name a wrong
 # shape. Below, the losses of section 6: the tokens of color, place and size are cheap only with the
-# scene's own image. The shape costs nearly the same with both, because it is not learned yet. The
+# scene's own image. The shape is only a little cheaper, because it is hardly learned yet. The
 # first token costs the same too: no image shows the wording.
 
 # %% tags=["trained"]
