@@ -3,6 +3,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -70,15 +71,18 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses an unknown flag first, because argparse takes its value for a word of its own."""
+        """Expands ~/ where the shell does not, as in --data=~/a.tar,~/b.tar. Refuses an unknown
+        flag first, because argparse takes its value for a word of its own."""
+        home = os.path.join(os.path.expanduser("~"), "")
+        words = [re.sub("(?<![^=,])~/", lambda _: home, word) for word in args or ()]
         flags = self._option_string_actions
-        for word in args or ():
+        for word in words:
             name = word.partition("=")[0]
             if not self._subparsers and name[:2] == "--" != name and name not in flags:
                 close = difflib.get_close_matches(name[2:], [flag[2:] for flag in flags], 1)
                 advice = f": is --{close[0]} meant?" if close else ""
                 self.error(f"unknown flag {name}{advice}")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} -h lists what can be given)\n")

@@ -45,6 +45,14 @@ def refuse(tmp_path, capsys, monkeypatch):
     return lambda *argv: refusal(list(argv), capsys)
 
 
+def test_the_home_folder_is_found_where_the_shell_leaves_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", r"/home/a\1-b")
+    argv = ["--data=~/a.tar,~/b~/c.tar", "--val", "~/photos", "--workdir", "runs/~/x"]
+    cfg, _ = config.parse_args(argv)
+    assert cfg.data == r"/home/a\1-b/a.tar,/home/a\1-b/b~/c.tar"
+    assert cfg.val == r"/home/a\1-b/photos" and cfg.workdir == "runs/~/x"
+
+
 @pytest.mark.parametrize("argv, message", [
     ("--color red", "unknown flag --color"),
     ("--see 1", "unknown flag --see: is --seed meant?"),
