@@ -8,7 +8,8 @@ The layout is as released (vit.py says what that means): token embedding, image 
 bias, pre-norm blocks with tanh GELU, final norm, untied head without bias. There is no position
 embedding (except with --text-pos-embed): only the causal mask orders the tokens.
 
-Letters: B images, K image tokens, T text positions, C text positions in a chunk of the loss,
+Letters: B images, K image tokens, T text positions (one fewer, where a function gets text[:, :-1]
+or text[:, 1:]), C text positions in a chunk of the loss,
 S = K + T, Q positions in a block's input, D width, H heads, Dh = D/H, V vocabulary size, E encoder
 width, L layers. Text is [bos] tokens [eos], padded with 0. Each token is predicted from all image
 tokens and the tokens before it.
@@ -36,7 +37,7 @@ from vit import block_flops, block_specs, transformer_block, transformer_stack
 
 PAD, BOS, EOS = 0, 1, 2  # those of inputs/tokenizer.py; a test compares them
 # The release lists no decoder for So400m and g: we take OpenVision 1's. So400m's is as large as its
-# encoder: 1,008.7 GFLOPs per image at 384 px, where the paper has 1,017.7. g uses H's.
+# encoder: with both, an image of 384 px takes 1,008.7 GFLOPs; the paper has 1,017.7. g uses H's.
 DECODER_SIZES = {  # depth, width, num_heads, mlp_dim
     "micro": (3, 96, 3, 256),          # ours: for the toy
     "Ti": (12, 192, 3, 768),
@@ -279,7 +280,8 @@ if __name__ == "__main__":
         rows = attention_mask(4, len(names), prefix_attention).tolist()
         for name, row in zip(names, rows):
             print(f"{name:>8}  " + " ".join("x" if attends else "." for attends in row))
-    print("\n decoder  depth  width   params   GFLOPs per image, 89 image and 127 text tokens")
+    print("\nwith a vocabulary of 32,000, an encoder of width 1,024, 89 image and 127 text tokens:")
+    print(" decoder  depth  width   params   GFLOPs per image")
     for size in DECODER_SIZES:
         c = decoder_config(size, vocab_size=32000, image_width=1024)
         millions = count_params(param_specs(c)) / 1e6

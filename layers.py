@@ -51,7 +51,7 @@ def linear_backward(residuals: tuple, g: jax.Array) -> tuple:
     d_x = g @ kernel.astype(g.dtype).T
     d_kernel = jnp.matmul(rows.T, g_rows, preferred_element_type=jnp.float32)
     d_bias = jnp.matmul(ones, g_rows, preferred_element_type=jnp.float32)[0]
-    return d_x, d_kernel.astype(kernel.dtype), d_bias.astype(kernel.dtype)
+    return d_x, d_kernel.astype(kernel.dtype), d_bias.astype(kernel.dtype)  # the bias's dtype too
 
 
 linear_with_bias.defvjp(linear_forward, linear_backward)
@@ -103,8 +103,8 @@ def gelu_linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, exact:
 
 
 def gelu_linear_backward(exact: bool, residuals: tuple, g: jax.Array) -> tuple:
-    """Only x is kept: gelu(x) and its slope are cheaper to compute again than to store. Without the
-    barrier XLA:CPU would compute erf again inside each matmul that reads it."""
+    """gelu(x) and its slope are cheaper to compute again than to keep. Without the barrier XLA:CPU
+    would compute erf again inside each matmul that reads it."""
     x, kernel = residuals
     hidden, slope = fusion_barrier(gelu_and_slope(x, exact))
     d_hidden, d_kernel, d_bias = linear_backward((hidden, kernel), g)
@@ -162,25 +162,9 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array,
     q = q * q.shape[-1] ** -0.5
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))                      # (B,H,Q or S,Dh)
     C = query_chunk_size(q.shape[2])
-    if q.shape[2] == C:
-        outputs, attention_weights = softmax_attention(q, k, v, mask)
-        return outputs.swapaxes(1, 2), attention_weights
-
-    B, H, Q, Dh = q.shape
-    chunks = [q.reshape(B, H, Q // C, C, Dh)]
-    if mask is not None:  # to four axes with all Q rows, so that it can be cut into chunks as q is
-        mask = jnp.broadcast_to(mask, (*mask.shape[:-2], Q, k.shape[2]))
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        chunks.append(mask.reshape(*mask.shape[:2], Q // C, C, -1))
-    chunks = [jnp.moveaxis(chunk, 2, 0) for chunk in chunks]             # (Q/C,B,H,C,...)
-
-    @jax.checkpoint
-    def attend_chunk(_: None, chunk: list) -> tuple:
-        q_chunk, *mask_chunk = chunk
-        return None, softmax_attention(q_chunk, k, v, *mask_chunk)
-    _, (outputs, attention_weights) = jax.lax.scan(attend_chunk, None, chunks)
-    outputs = jnp.moveaxis(outputs, 0, 2).reshape(B, H, Q, Dh)
-    return outputs.swapaxes(1, 2), jnp.moveaxis(attention_weights, 0, 2).reshape(B, H, Q, -1)
+    attend = softmax_attention if q.shape[2] == C else chunked_attention
+    outputs, attention_weights = attend(q, k, v, mask)
+    return outputs.swapaxes(1, 2), attention_weights
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array,
@@ -191,6 +175,27 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array,
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     attention_weights = jax.nn.softmax(scores, axis=-1)
     return attention_weights.astype(v.dtype) @ v, attention_weights
+
+
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array,
+                      mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """softmax_attention, one chunk of queries after the other."""
+    B, H, Q, Dh = q.shape
+    C = query_chunk_size(Q)
+    chunks = [q.reshape(B, H, Q // C, C, Dh)]
+    if mask is not None:  # to four axes with all Q rows, so that it can be cut into chunks as q is
+        mask = jnp.broadcast_to(mask, (*mask.shape[:-2], Q, k.shape[2]))
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        chunks.append(mask.reshape(*mask.shape[:2], Q // C, C, -1))
+    chunks = [jnp.moveaxis(chunk, 2, 0) for chunk in chunks]             # (Q/C,B,H,C,...)
+
+    @jax.checkpoint
+    def attend(chunk: list) -> tuple:
+        q_chunk, *mask_chunk = chunk
+        return softmax_attention(q_chunk, k, v, *mask_chunk)
+    outputs, attention_weights = jax.lax.map(attend, chunks)             # (Q/C,B,H,C,Dh or S)
+    return (jnp.moveaxis(outputs, 0, 2).reshape(B, H, Q, Dh),
+            jnp.moveaxis(attention_weights, 0, 2).reshape(B, H, Q, -1))
 
 
 def query_chunk_size(Q: int) -> int:

@@ -26,6 +26,8 @@ def sample_keep_indices(keys: jax.Array, num_tokens: int, num_kept: int,
     keys (B,) holds one key per image, so that an image's draw does not depend on its device or its
     row in the batch. The indices are sorted, or in random order if `shuffled` (released).
     """
+    # The patches with the K largest of N random numbers are a uniform random subset. top_k returns
+    # them by the size of their numbers, which is a random order.
     noise = jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys)     # (B,N)
     _, keep_indices = jax.lax.top_k(noise, num_kept)                               # (B,K)
     if not shuffled:
@@ -48,7 +50,7 @@ if __name__ == "__main__":
         K = num_kept_tokens(grid * grid, ratio)
         keys = jax.random.split(jax.random.key(0), 1)
         kept = sample_keep_indices(keys, grid * grid, K)[0].tolist()
-        print(f"keep ratio {ratio}: the decoder reads {K} of {grid * grid} patches (#)")
+        print(f"keep ratio {ratio}: the decoder reads {K} of {grid * grid} tokens (#)")
         for row in range(grid):
             patches = range(row * grid, (row + 1) * grid)
             print("    " + " ".join("#" if patch in kept else "." for patch in patches))

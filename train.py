@@ -2,13 +2,13 @@
 
     python train.py                      the toy: synthetic images, minutes on a laptop
     python train.py images --data DIR    your images, also with a small model
-    python train.py l14 --data ...       the paper's L/14, on TPUs or GPUs, from the same file
+    python train.py l14 --data ...       the paper's L/14, for TPUs or GPUs, from the same file
 
-The method is `openvision2_loss`. `make_step` around it is the one training step: on one CPU, on
-eight simulated devices, and on the chips of a TPU pod. README.md lists what a run leaves in its
-folder. The same command, started again on that folder, continues from the last checkpoint.
+The method is `openvision2_loss`. `make_step` around it is the one training step, for one CPU, eight
+simulated devices, a GPU, and the chips of a TPU pod (docs/limits.md says what was never run). The
+same command, started again on a run's folder, continues from the last checkpoint.
 
-Letters: B images per device, R pixels per side, N patches, K kept ones, T text positions, E width.
+Letters: B images per device, R pixels per side, N patches, K kept, T text length, E encoder width.
 """
 import contextlib
 import sys
@@ -100,19 +100,19 @@ def make_step(model: ModelSpec, optimizer: optax.GradientTransformation, seed: i
         return jax.lax.scan(add, ((jnp.float32(0), jnp.int32(0)), zeros), microbatches)[0]
 
     def step(params: dict, opt_state: Any, batch: dict) -> tuple:
-        own_params = params  # those that this device updates: all, or its shards
+        own_params = params  # those that this device updates: all, or with zero1 its shards
         if zero1:  # the barrier makes XLA slice first, to free the full arrays after the gradient
             shards = jax.tree.map(local_shard, params)
             own_params, params = jax.lax.optimization_barrier((shards, params))
-        if grad_accum == 1:
-            sums, grads = loss_and_grads(params, batch)
-        else:
-            sums, grads = accumulate(params, batch)
+        # 1. Sums over this device's images: the loss, its tokens, the gradients (to fp32).
+        sums, grads = (loss_and_grads if grad_accum == 1 else accumulate)(params, batch)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        # 2. Sums over all devices, divided by the number of tokens.
         loss, count = jax.lax.psum(sums, "devices")
         count = jnp.maximum(count, 1)
         grads = jax.tree.map(reduce_scatter, grads) if zero1 else jax.lax.psum(grads, "devices")
         grads = jax.tree.map(lambda g: g / count, grads)
+        # 3. Clipping, and AdamW.
         grad_norm = global_norm(grads, params) if zero1 else optax.tree.norm(grads)
         if grad_clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, grad_clip / grad_norm), grads)
@@ -170,7 +170,7 @@ def train_run(run: Run) -> int:
         run.loader = registry.objective_module("lit").training_loader(run, params)
     params = run.parallel.replicate(params)
     monitor = Monitor(run)
-    evaluator = Evaluator(run, monitor, openvision2_loss)  # other objectives use their own loss
+    evaluator = Evaluator(run, monitor, openvision2_loss)  # which another objective replaces
 
     with distributed.PreemptionHandler(run.parallel) as preemption:
         try:

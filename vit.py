@@ -70,8 +70,8 @@ class ViTConfig:
     patch_size: int
     cls_token: bool = False      # the released weights have one; nothing reads its output
     learned_pos_grid: int = 0    # grid side of an imported encoder's position table; 0: sin-cos
-    gated_attention: bool = False  # each block gates its attention outputs, as GenLIP's do
-    norm_tokens: bool = False    # "tokens" are taken after the final norm, as in GenLIP
+    gated_attention: bool = False  # for objectives/genlip.py: gates on the attention outputs
+    norm_tokens: bool = False    # for objectives/genlip.py: "tokens" come after the final norm
     dtype: str = "float32"       # of activations and matmul inputs; parameters stay fp32
     remat: str = "none"          # a key of REMAT
     scan_unroll: int = 1         # layers per scan step; more can run faster and compile longer
@@ -130,14 +130,14 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
     mask: broadcastable to (B,H,Q,S), as in dot_product_attention. cache, in generation: (keys,
     values, position). keys and values (B,S,H,Dh) have room for the whole sequence, in which x
     begins at `position`. select, in the last block: select(array) picks tokens on axis 1, and only
-    their outputs are computed. With a mask too, the mask must be (Q,S), and select must pick the
-    same tokens in all images. Also returns {"keys", "values", "attention_weights"}."""
+    their outputs are computed; a mask must then be (Q,S), and the picked tokens those of every
+    image. Also returns {"keys", "values", "attention_weights"}."""
     B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
     q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
     if select is not None:
-        x, normed, q = select(x), select(normed), select(q)
-        mask = None if mask is None else select(mask[None])                    # (1, picked, S)
+        x, normed, q = select(x), select(normed), select(q)    # Q is the number picked from here on
+        mask = None if mask is None else select(mask[None])    # the same rows, behind a batch axis
     q, k, v = (a.reshape(B, -1, num_heads, D // num_heads) for a in (q, k, v))
     if cache is not None:
         keys, values, position = cache
@@ -159,22 +159,22 @@ def transformer_stack(x: jax.Array, blocks: dict, cfg: Any, extra_names: tuple[s
     """All L blocks: one compiled body, scanned over the leading axis of the parameters. cfg gives
     depth, num_heads, remat and scan_unroll; `options` go to `block`. Returns x (B,Q,D) and, without
     `select`, the extras named in extra_names, of all blocks, with a leading L.
-    With `select`, x has only the tokens that it picks on axis 1. If the scan is fully unrolled, the
-    last block computes only these. Otherwise every block computes all tokens: a scan over all
-    blocks but the last would make XLA copy the weights of those blocks."""
-    def body(x: jax.Array, w: dict, **last_options: Any) -> tuple[jax.Array, dict]:
+    With `select`, x has only the tokens that it picks on axis 1. The last block computes only these
+    if the scan is fully unrolled: a shorter scan would make XLA copy the weights of its blocks."""
+    def run_block(x: jax.Array, w: dict, **last_options: Any) -> tuple[jax.Array, dict]:
         x, extras = block(x, w, cfg.num_heads, **options, **last_options)
         return x, {name: extras[name] for name in extra_names}
-    scanned, unroll = body, min(cfg.scan_unroll, cfg.depth)
     if cfg.remat != "none":
-        # Not unrolled: XLA would merge the forward and backward passes of unrolled blocks, which
+        # Never unrolled: XLA would merge the forward and backward passes of unrolled blocks, which
         # undoes remat. It does not merge the two loops of a scan, so prevent_cse is not needed.
-        scanned, unroll = jax.checkpoint(body, policy=REMAT[cfg.remat], prevent_cse=False), 1
-    if select is None or unroll < cfg.depth:
-        x, extras = jax.lax.scan(scanned, x, blocks, unroll=unroll)
-        return x if select is None else select(x), extras
-    x, _ = jax.lax.scan(body, x, jax.tree.map(lambda a: a[:-1], blocks), unroll=cfg.depth)
-    return body(x, jax.tree.map(lambda a: a[-1], blocks), select=select)
+        run_again = jax.checkpoint(run_block, policy=REMAT[cfg.remat], prevent_cse=False)
+        x, extras = jax.lax.scan(run_again, x, blocks)
+    elif select is None or cfg.scan_unroll < cfg.depth:
+        x, extras = jax.lax.scan(run_block, x, blocks, unroll=min(cfg.scan_unroll, cfg.depth))
+    else:  # unrolled: the last block runs on its own, for the picked tokens
+        x, _ = jax.lax.scan(run_block, x, jax.tree.map(lambda a: a[:-1], blocks), unroll=cfg.depth)
+        return run_block(x, jax.tree.map(lambda a: a[-1], blocks), select=select)
+    return (x if select is None else select(x)), extras
 
 
 # --------------------------------------------------------------------------------- encoder
