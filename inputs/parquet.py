@@ -5,6 +5,7 @@ unpacked once, a few rows at a time, into a file of the local cache (inputs/parq
 There, every row can be read alone. Training then reads groups as it reads tars: a group is a shard,
 and a chunk is a series of its rows.
 """
+import contextlib
 import functools
 import os
 import threading
@@ -152,7 +153,8 @@ class ParquetSource(TarSource):
             with self.checking:
                 path = self.disk.find(self.key(shard))
                 if path and parquet_groups.read_rows(path) is None:
-                    os.remove(path)
+                    with contextlib.suppress(FileNotFoundError):  # another process deletes too
+                        os.remove(path)
             rows = parquet_groups.read_rows(self.unpack(shard))
             if rows is not None and len(rows) == self.group(shard).rows:
                 return rows

@@ -131,10 +131,12 @@ class RemoteStorage:
                           for start in starts[first:first + 4]]
                 for piece in pieces:
                     out.write(piece.result())
-        path = self.disk.get(self.key(url), make)
-        if os.path.exists(path) and os.path.getsize(path) != info.size:  # the machine stopped
-            os.remove(path)
+        for _ in range(3):
             path = self.disk.get(self.key(url), make)
+            with contextlib.suppress(FileNotFoundError):  # another process deletes too
+                if os.path.getsize(path) == info.size:
+                    break
+                os.remove(path)  # the machine stopped while it was written
         return path
 
     def encoder_copy(self, url: str) -> str:

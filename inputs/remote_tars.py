@@ -50,7 +50,7 @@ def load_index(storage: Any, url: str, with_rows: bool = True) -> TarIndex:
         index = tar_index.read_index(path, with_rows)
         if index is not None:
             return index
-        if os.path.exists(path):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes too
             os.remove(path)  # damaged
     raise DataError(LOST.format(storage.disk.folder))
 

@@ -189,6 +189,19 @@ def test_the_cache_may_vanish_or_be_damaged_at_any_time(tmp_path, monkeypatch):
         assert np.array_equal(images, expected["images"])
 
 
+def test_two_processes_may_delete_the_same_damaged_group(tmp_path, monkeypatch):
+    source = open_source(write(tmp_path / "in" / "a.parquet", [row(0), row(1)]), "caption")
+    read_rows = parquet_groups.read_rows
+
+    def read_and_lose(path):
+        """As if it were damaged, and another process were faster."""
+        os.remove(path)
+        monkeypatch.setattr(parquet_groups, "read_rows", read_rows)
+    source.unpack(0)
+    monkeypatch.setattr(parquet_groups, "read_rows", read_and_lose)
+    assert len(source.load_rows(0)) == 2
+
+
 def test_full_or_forbidden_cache_is_one_sentence(tmp_path, monkeypatch):
     where = write(tmp_path / "a.parquet", [row(i) for i in range(9)])
     (tmp_path / "file").write_text("")

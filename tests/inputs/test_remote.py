@@ -191,6 +191,21 @@ def test_damaged_and_vanishing_cache_files_are_made_again(server):
         assert_same(batches(source), expected)
 
 
+def test_two_runs_may_delete_the_same_damaged_copy(server, monkeypatch):
+    storage, url = open_storage(server.url), f"{server.url}/00000.tar"
+    os.truncate(storage.local_copy(url), 60)
+    getsize = os.path.getsize
+
+    def lose(path):
+        """As if another run were faster."""
+        monkeypatch.setattr(os.path, "getsize", getsize)
+        size = getsize(path)
+        os.remove(path)
+        return size
+    monkeypatch.setattr(os.path, "getsize", lose)
+    assert getsize(storage.local_copy(url)) == getsize(f"{server.folder}/00000.tar")
+
+
 def test_two_runs_share_a_cache(server):
     def run(_):
         return batches(open_source(f"{server.url}/{TARS}"))
