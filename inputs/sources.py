@@ -148,7 +148,7 @@ class FolderSource(FileSource):
 
     def byte_ranges(self, i: int) -> tuple[ByteRange, ByteRange]:
         image, _, suffix = self.names[self.begins[i]:self.begins[i + 1]].partition(b"\0")
-        path = os.path.normpath(os.path.join(self.where, os.fsdecode(image)))
+        path = os.path.join(self.where, os.path.normpath(os.fsdecode(image)))
         text = f"{path.rpartition('.')[0]}.{os.fsdecode(suffix)}"
         return ByteRange(path, 0, -1), ByteRange(text, 0, -1)
 

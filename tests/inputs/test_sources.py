@@ -116,6 +116,14 @@ def test_odd_names_are_only_names(tmp_path):
         assert all(source.name(i).encode() for i in range(len(source)))  # they can be printed
 
 
+def test_a_folder_beside_the_target_of_a_link_is_found(tmp_path):
+    """LINK/.. is the folder that the link's target is in."""
+    samples.spill(tmp_path / "far" / "images", members(3))
+    (tmp_path / "far" / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "other")
+    assert len(captions(open_source(f"{tmp_path}/link/../images"))) == 3
+
+
 def test_incomplete_and_repeated_files_are_counted(tmp_path):
     files = [*members(2), ("x.jpg", sample(0)["jpg"]), ("y.txt", b"no image"), ("z.gif", b"GIF"),
              ("README.md", b"-"), ("000000000.png", encoded(photo()))]
