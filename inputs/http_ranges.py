@@ -55,13 +55,13 @@ def fetch(url: str, begin: int, end: int, deadline: float) -> tuple[bytes, Info]
         if problem.code in PASSING or problem.code >= 500:
             raise Passing(f"status {problem.code}") from None
         raise Refused(STATUS_ADVICE.get(problem.code, f"status {problem.code}")) from None
+    except (ValueError, http.client.InvalidURL) as problem:  # of an address
+        raise Refused(str(problem)) from None
     except (OSError, http.client.HTTPException) as problem:
         cause = getattr(problem, "reason", problem)
         if isinstance(cause, socket.gaierror):
             raise Passing(f"the server's name is not found ({cause.strerror})") from None
         raise Passing(str(cause) or type(cause).__name__) from None
-    except ValueError as problem:  # of an address
-        raise Refused(str(problem)) from None
 
 
 def check_answer(answer: http.client.HTTPResponse, begin: int) -> Info:

@@ -316,7 +316,9 @@ def test_a_full_cache_disk_is_one_sentence(server, monkeypatch):
 @pytest.mark.parametrize("where, message", [
     ("http://127.0.0.1:9/a.tar", "after 3 attempts"), ("https://x.example/*.tar", "lists no files"),
     ("memory://none/*.tar", "no file matches"), ("memory://none/a.tar", "nothing of that name"),
-    ("nope://b/a.tar", "no kind of address"), ("http:///a.tar", "cannot be read")])
+    ("nope://b/a.tar", "no kind of address"),
+    ("https://127.0.0.1:80a/a.tar", "cannot be read: nonnumeric port"),
+    ("http:///a.tar", "cannot be read")])
 def test_wrong_addresses_are_one_sentence(where, message):
     with pytest.raises(DataError, match=message) as problem:
         open_source(where)
