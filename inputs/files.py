@@ -21,7 +21,7 @@ from PIL import Image
 from inputs.images import open_image
 from inputs.tar_headers import IMAGE_SUFFIXES, TEXT_SUFFIXES
 from inputs.tokenizer import is_dropped
-from runtime.errors import PASSING, BadSample, ConfigError, DataError
+from runtime.errors import BadSample, ConfigError, DataError, raise_passing
 
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 256 << 20, 1 << 20  # a larger file is a broken sample
 Choose = Callable[[int], int]                         # n captions to the one to use, 0..n-1
@@ -211,7 +211,8 @@ class FileSource:
         return self.read_bytes(image, MAX_IMAGE_BYTES), text_bytes
 
     def read_bytes(self, where: ByteRange, limit: int) -> bytes:
-        """BadSample if they cannot be read, are cut off or are more than `limit`."""
+        """BadSample if they cannot be read, are cut off or are more than `limit`. DataError for an
+        error that may pass."""
         path, offset, size = where
         try:
             if size < 0:
@@ -219,9 +220,7 @@ class FileSource:
             check_size(size, limit)
             data = self.storage.read_span(path, offset, offset + size)
         except OSError as problem:
-            if problem.errno in PASSING:
-                raise DataError(f"{printable(path)} cannot be read ({problem.strerror}): the same "
-                                "command continues from the last checkpoint") from None
+            raise_passing(problem, printable(path))
             raise BadSample(f"cannot be read ({problem.strerror or problem})") from None
         if len(data) < size:
             raise BadSample("is cut off")

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from runtime.errors import BadSample
+from runtime.errors import BadSample, DataError
 
 # by content, not by name; other formats might start a program (EPS)
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -27,6 +27,8 @@ CROP_ASPECTS = (0.75, 1.33)  # width / height: TensorFlow's defaults, which the 
 JITTER_PROB = 0.8            # of an image
 JITTER_BLOCK = 8192          # pixels changed at a time, so that intermediate results stay in cache
 
+OUT_OF_MEMORY = ("memory ran out while an image was decoded: give the process more of it, or lower "
+                 "--workers or --worker-processes; a run continues from its last checkpoint")
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -47,6 +49,8 @@ def open_image(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError:
         names = f"{', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
         raise BadSample(f"image cannot be opened: it is not a complete {names} file") from None
+    except MemoryError:
+        raise DataError(OUT_OF_MEMORY) from None
     except Exception as problem:  # Pillow's plugins raise anything on corrupt bytes
         raise BadSample(f"image cannot be opened ({type(problem).__name__})") from None
     pixels = image.width * image.height
@@ -67,7 +71,8 @@ def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
     resized, not padded.
 
     Alpha is composited on white, an animation's first frame is used, a camera's orientation is
-    applied. `augment` needs rng, a numpy Generator. BadSample if it cannot be decoded."""
+    applied. `augment` needs rng, a numpy Generator. BadSample if it cannot be decoded, DataError if
+    memory runs out."""
     if image.mode in ("I", "F"):
         raise BadSample("image has 32-bit pixels, whose white level is not known")
     try:
@@ -85,6 +90,9 @@ def decode_and_augment(image: Image.Image, resolution: int | tuple[int, int],
             image = image.transpose(EXIF_TRANSPOSE[orientation])
         return np.asarray(augment_image(image, augment, rng) if augment else image)
     except Exception as problem:  # Pillow's plugins raise anything on corrupt bytes
+        # Pillow refuses very long rows by a MemoryError too.
+        if isinstance(problem, MemoryError) and max(image.size) < 1 << 24:
+            raise DataError(OUT_OF_MEMORY) from None
         raise BadSample(f"image cannot be decoded ({type(problem).__name__})") from None
 
 

@@ -23,7 +23,7 @@ from inputs.images import read_image
 from inputs.parquet_columns import Column
 from inputs.parquet_groups import Footer
 from inputs.tars import TarSource
-from runtime.errors import BadSample, DataError
+from runtime.errors import BadSample, DataError, raise_passing
 
 MAX_CAPTION_BYTES, MAX_CAPTION_ROWS = 64 << 20, 100_000  # of a group whose captions are in memory
 
@@ -89,11 +89,13 @@ class ParquetSource(TarSource):
         return [paths[n] for n in readable], [results[n] for n in readable]
 
     def try_footer(self, path: str) -> Footer | str:
-        """A footer without its metadata; or what is wrong with the file."""
+        """A footer without its metadata; or what is wrong with the file. DataError for an error
+        that may pass."""
         try:
             footer = parquet_groups.read_footer(self.origin, path)
             self.columns(footer.metadata)
         except (OSError, ValueError) as problem:
+            raise_passing(problem, printable(path))
             return tar_index.reason(problem)
         return footer._replace(metadata=None)
 

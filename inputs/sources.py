@@ -28,9 +28,10 @@ from inputs.files import (
     ReadOptions,
     caption_weights,
     pair_files,
+    printable,
 )
 from inputs.tar_headers import FORKS, TEXT_SUFFIXES, is_sample_file
-from runtime.errors import BadSample, DataError, run_command
+from runtime.errors import BadSample, DataError, raise_passing, run_command
 
 
 class Source(Protocol):
@@ -156,6 +157,7 @@ class FolderSource(FileSource):
 def walk_folders(top: str, skipped: Counter) -> Iterator[tuple[str, list[str]]]:
     """(folder, its files sorted) from `top` down. Links are followed, and no folder comes twice."""
     def count_unreadable(problem: OSError) -> None:
+        raise_passing(problem, printable(problem.filename))
         skipped["folders that cannot be read"] += 1
 
     visited = {os.path.realpath(top)}
@@ -239,8 +241,7 @@ def draw_indices(size: int, count: int) -> np.ndarray:
 
 
 def subsample(source: Any, count: int) -> Any:
-    """At most `count` samples of a validation source. They are drawn at random, because files are
-    often sorted by content."""
+    """At most `count` samples of a validation source, at random: files may be sorted by content."""
     if isinstance(source, SceneSource):
         return source
     if len(source) < 2:
@@ -249,8 +250,7 @@ def subsample(source: Any, count: int) -> Any:
 
 
 def train_val_split(source: FileSource, count: int) -> tuple[Complement, Subset]:
-    """(training, validation): a fixed random draw of `count` samples, at most a tenth, at least
-    2."""
+    """(training, validation): a fixed random draw of `count` samples, from 2 to a tenth of all."""
     if len(source) < 3:
         plural = "s" if len(source) > 1 else ""
         raise DataError(f"{source.where} holds {len(source)} sample{plural}: give at least three, "

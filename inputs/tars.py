@@ -31,7 +31,7 @@ from inputs.files import (
 )
 from inputs.tar_headers import TEXT_SUFFIXES
 from inputs.tar_index import TarIndex, reason
-from runtime.errors import BadSample, DataError
+from runtime.errors import BadSample, DataError, raise_passing
 
 MAX_SHUFFLE_BYTES = 256 << 20  # of tars that a process keeps in memory for training
 MIN_CHUNKS = 16                # per lane, where the tars do not fit in memory
@@ -59,6 +59,7 @@ class TarSource(FileSource):
                 self.paths.append(path)
                 indexes.append(index_or_error)
             else:
+                raise_passing(index_or_error, printable(path))
                 unreadable.append((printable(path), reason(index_or_error)))
         if unreadable:
             path, why = unreadable[0]
@@ -122,12 +123,13 @@ class TarSource(FileSource):
 
     def load_rows(self, shard: int) -> np.ndarray:
         """(samples, 4) int64 of one tar: offset and size of the image and of the text. BadSample if
-        the tar is gone, DataError if it has changed."""
+        the tar is gone, DataError if it has changed or for an error that may pass."""
         path, rows = self.paths[shard], self.unsaved_rows.get(shard)
         if rows is None:
             try:
                 index = self.load_index(path)
             except (OSError, ValueError) as problem:
+                raise_passing(problem, printable(path))
                 raise BadSample(f"{printable(path)} can no longer be read "
                                 f"({reason(problem)})") from None
             if index.meta["crc"] != self.crcs[shard]:

@@ -93,6 +93,13 @@ PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDO
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def raise_passing(problem: Exception, name: str) -> None:
+    """DataError if an error is one of PASSING: a file must not be left out because of it."""
+    if isinstance(problem, OSError) and problem.errno in PASSING:
+        raise DataError(f"{name} cannot be read ({problem.strerror}): start the same command "
+                        "again, which continues from the last checkpoint") from None
+
+
 def run_command(command: Callable[[Any], int], args: Any) -> int:
     """command(args), its exit status; a user's mistake becomes one line on stderr and status 1."""
     try:

@@ -24,7 +24,7 @@ from typing import Any
 from data import Loader
 from inputs import tokenizer
 from inputs.images import silence_pillow
-from runtime.errors import BadSample, DistributedError
+from runtime.errors import BadSample, DataError, DistributedError, UserError
 
 PIPE_BROKEN = (EOFError, pickle.UnpicklingError, BrokenPipeError)  # the other process has ended
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,10 +48,13 @@ class ProcessLoader(Loader):
             requests = [self.read_next(task[n][0], search) for n, search in missing.items()]
             replies = self.ask(requests, resolution)
             for n, (_, i, *_), reply in zip(list(missing), requests, replies):
-                if isinstance(reply, str):
-                    self.bad[i] = reply
+                if isinstance(reply, DataError):
+                    raise reply
+                if isinstance(reply, BadSample):
+                    self.bad[i] = str(reply)
                 else:
                     samples[n] = *reply, i
+                    self.any_good = True
                     del missing[n]
         return samples
 
@@ -63,9 +66,9 @@ class ProcessLoader(Loader):
             except BadSample as problem:
                 self.bad[i] = str(problem)
 
-    def ask(self, requests: list[tuple], resolution: int) -> list[tuple | str]:
+    def ask(self, requests: list[tuple], resolution: int) -> list[tuple | UserError]:
         """What this thread's worker makes of (position, i, captions, image): pixels and texts, or
-        the reason why the sample is bad. DistributedError if the worker has ended."""
+        its BadSample or DataError. DistributedError if the worker has ended."""
         try:
             process = self.process()
             pickle.dump((requests, resolution), process.stdin, pickle.HIGHEST_PROTOCOL)
@@ -101,11 +104,11 @@ def end_workers(processes: list[subprocess.Popen]) -> None:
 
 
 # -------------------------------------------------------------------------------- in a worker
-def answer(loader: Loader, request: tuple, resolution: int) -> tuple | str:
+def answer(loader: Loader, request: tuple, resolution: int) -> tuple | UserError:
     try:
         return loader.prepare(*request, resolution)
-    except BadSample as problem:
-        return str(problem)
+    except (BadSample, DataError) as problem:
+        return problem
 
 
 def main() -> None:

@@ -3,20 +3,23 @@ no worker outlives its loader. A run with them is killed and continued in test_s
 import gc
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import data
 from data import Loader
 from inputs.files import ReadOptions
 from inputs.sources import open_source, train_val_split
 from runtime.errors import DataError, DistributedError
-from runtime.worker_processes import ProcessLoader
+from runtime.worker_processes import ProcessLoader, answer
 from tests.helpers.paths import ROOT
 from tests.helpers.samples import TOK, TRAINING, members, put, reader, sample, spill
 from tests.helpers.workers import wait_for_end, workers_of
@@ -84,6 +87,25 @@ def test_bad_samples_are_replaced_and_counted_as_by_threads(tmp_path):
         bad |= expected["bad"].keys()
         assert_same(processes.batch(range(start, start + 16), 8), expected)
     assert bad == {3, 4, 5, 17, 18, 30}
+
+
+def test_many_bad_samples_in_a_row_after_a_good_one_do_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_FIRST_TRIES", 3)
+    files = [(name, b"no image" if name.endswith("jpg") and name > "000000001.jpg" else content)
+             for name, content in members(9)]
+    loader = process_reader(open_source(put(tmp_path / "a.tar", files)), 1, augment=None)
+    assert loader.batch(range(2), 8)["sample"].tolist() == [0, 1]
+    assert loader.batch(range(2, 4), 8)["sample"].tolist() == [0, 0]
+
+
+def test_missing_memory_in_a_worker_is_one_sentence():
+    def fail(*_):
+        raise DataError("memory ran out")
+    reply = answer(SimpleNamespace(prepare=fail), (), 8)
+    loader = process_reader(open_source("scenes"), 1)
+    loader.ask = lambda requests, _: [pickle.loads(pickle.dumps(reply))] * len(requests)
+    with pytest.raises(DataError, match="memory ran out"):
+        loader.batch(range(2), 8)
 
 
 def test_signals_to_a_worker_are_ignored_and_a_killed_one_is_an_error(tmp_path):
