@@ -55,8 +55,9 @@ class RemoteFolder(FolderLock):
         self.url, self.keep, self.keep_every = url, cfg.keep_checkpoints, cfg.keep_every
         self.protocol = remote.scheme(url)
         self.known: dict[str, tuple[int, int]] = {}  # in the bucket: size and time of the copy
-        self.last_sync, self.filled = 0.0, False
-        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self.last_sync, self.filled = float("-inf"), False
+        self.process_ids = process_ids()
+        self.owner = self.process_ids | {"pid": os.getpid(), "id": uuid.uuid4().hex}
         self.stop, self.beat = threading.Event(), threading.Thread()
 
     # ---- requests
@@ -133,7 +134,7 @@ class RemoteFolder(FolderLock):
 
     def is_dead(self, owner: dict[str, Any]) -> bool:
         """Whether the lock is that of a process of this machine that has ended."""
-        if owner.get("host") != self.owner["host"]:
+        if any(owner.get(name) != value for name, value in self.process_ids.items()):
             return False
         try:
             os.kill(int(owner["pid"]), 0)
@@ -219,6 +220,16 @@ class RemoteFolder(FolderLock):
                         remote.call(self.protocol, "rm_file", f"{self.url}/{LOCK_NAME}")
         finally:
             super().close()
+
+
+def process_ids() -> dict[str, Any]:
+    """Where a process id means one process. Containers may share the host's name, or its kernel."""
+    ids: dict[str, Any] = {"host": socket.gethostname()}
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        ids["pid_namespace"] = os.stat("/proc/self/ns/pid").st_ino
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            ids["boot"] = file.read().strip()
+    return ids
 
 
 def step_of(name: str) -> int:

@@ -3,6 +3,7 @@
 file:// stands for a bucket here; tests/remote has S3 and GCS."""
 import json
 import os
+import subprocess
 import time
 
 import numpy as np
@@ -139,6 +140,19 @@ def test_one_process_writes(bucket, monkeypatch, capsys):
     assert os.path.exists(bucket / LOCK_NAME)
     second.close()
     assert check(bucket) == 2 and not os.path.exists(bucket / LOCK_NAME)
+
+
+@pytest.mark.parametrize("name, other", [("host", "b"), ("pid_namespace", 1), ("boot", "b")])
+def test_a_lock_of_another_container_is_not_taken_for_that_of_an_ended_process(bucket, name, other):
+    """There the same number may be a living process, also if the host's name is the same."""
+    folder = open_folder(bucket)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    ended = folder.owner | {"pid": process.pid}
+    assert folder.is_dead(ended)
+    assert not folder.is_dead(ended | {name: other})
+    del ended[name]  # as an earlier version wrote it
+    assert not folder.is_dead(ended)
 
 
 def test_a_half_filled_copy_never_reaches_the_bucket(bucket, monkeypatch):
