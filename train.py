@@ -218,9 +218,9 @@ def train_stage(run: Run, monitor: Monitor, evaluator: Evaluator, stage: Stage, 
                 save()
         with contextlib.closing(run.batches(stage)) as batches:
             for step in range(run.step + 1, stage.end + 1):
-                wait_start = time.time()
+                wait_start = time.monotonic()
                 batch, bad = next(batches)
-                monitor.data_wait += time.time() - wait_start
+                monitor.data_wait += time.monotonic() - wait_start
 
                 # This starts the step and does not wait for it.
                 params, opt_state, metrics = monitor.profiler.run_step(step, train_step, params,

@@ -56,10 +56,10 @@ class Monitor:
             checkpoint.write_text(run.path("environment.json"), text)
         self.tensorboard = None
         if cfg.tensorboard and run.parallel.is_main:
-            self.tensorboard = TensorBoardWriter(cfg.workdir, run.start_time)
+            self.tensorboard = TensorBoardWriter(cfg.workdir, time.time() - run.elapsed())
         self.bar = tqdm(disable=True)
         self.blind_loss: float | None = None  # the best possible loss without the image, if known
-        self.last_plot = 0.0
+        self.last_plot = float("-inf")
         self.num_shown_bad = 0
 
     @property
@@ -80,7 +80,7 @@ class Monitor:
 
     def start_window(self) -> None:
         """A window is the steps between two lines of metrics.jsonl."""
-        self.window_start = time.time()
+        self.window_start = time.monotonic()
         self.window_step = self.run.step  # the losses of a continued run's window begin before it
         self.data_wait = 0.0  # seconds in which the loop waited for a batch
 
@@ -112,13 +112,13 @@ class Monitor:
     def log_window(self, pending: PendingStep, images: int, grad_norm: float) -> None:
         """A line of metrics.jsonl: the mean loss since the line before."""
         state, window = self.run.state, self.run.state["window"]
-        seconds = time.time() - self.window_start
+        seconds = time.monotonic() - self.window_start
         num_images = (pending.step - self.window_step) * self.stage.batch
         loss = sum(window) / len(window)
         self.log(step=pending.step, stage=self.stage.number, images=images, loss=loss,
                  grad_norm=grad_norm, lr=pending.lr, images_per_second=num_images / seconds,
                  data_wait_fraction=self.data_wait / seconds, bad_samples=state["bad_samples"])
-        if time.time() - self.last_plot > PLOT_SECONDS:
+        if time.monotonic() - self.last_plot > PLOT_SECONDS:
             self.plot()
         if pending.step - len(window) > self.first_step:  # the first window of a stage compiles
             state["train_seconds"] += seconds
@@ -170,7 +170,7 @@ class Monitor:
             stage_starts = {stage.start: f"{stage.resolution} px" for stage in self.run.stages}
             plots.draw_curve(self.run.cfg.workdir, self.val_loss_blind, stage_starts)
             self.run.lock.sync(urgent=False)
-        self.last_plot = time.time()
+        self.last_plot = time.monotonic()
 
     def add_image(self, name: str) -> None:
         """Shows an image of the folder in TensorBoard too."""

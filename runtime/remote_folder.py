@@ -184,7 +184,7 @@ class RemoteFolder(FolderLock):
 
     def sync(self, urgent: bool = True) -> None:
         """Brings the bucket up to date. ConfigError if another process has taken the folder."""
-        is_early = not urgent and time.time() - self.last_sync < SYNC_SECONDS
+        is_early = not urgent and time.monotonic() - self.last_sync < SYNC_SECONDS
         if self.file is None or not self.filled or is_early:
             return
         owner = remote.with_retries(self.url, self.read_owner, "used as --workdir")
@@ -203,7 +203,7 @@ class RemoteFolder(FolderLock):
         for name in self.known.keys() - local.keys():
             self.call("rm_file", f"{self.url}/{name}")
             del self.known[name]
-        self.last_sync = time.time()
+        self.last_sync = time.monotonic()
 
     def close(self) -> None:
         """Uploads what is left, and unlocks."""

@@ -144,7 +144,7 @@ class Run:
                                   f"{fingerprint}: all processes must read the same files")
         self.arrays: dict[str, np.ndarray] = {}   # of the checkpoint, until on the devices
         self.state = new_state() | parallel.broadcast_from_main(self.load_checkpoint)
-        self.start_time = time.time() - self.state["seconds"]  # as if the run had never paused
+        self.start_time = time.monotonic() - self.state["seconds"]  # as if it had never paused
         self.tokenizer = self.open_tokenizer()
         augment = images.Augment(*[getattr(cfg, name) for name in images.Augment._fields])
         self.loader = self.make_loader(self.source, augment)
@@ -165,7 +165,7 @@ class Run:
         return os.path.join(self.cfg.workdir, name)
 
     def elapsed(self) -> float:  # seconds of the run, without pauses
-        return time.time() - self.start_time
+        return time.monotonic() - self.start_time
 
     def prepare_folder(self) -> None:
         """ConfigError unless the folder can be written to, and no other process writes to it."""

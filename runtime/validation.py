@@ -211,7 +211,7 @@ class Evaluator:
     def evaluate(self, params: Any) -> None:
         """Logs the validation losses of the run's step. TrainingError if one is not finite."""
         run, monitor, state = self.run, self.monitor, self.run.state
-        start = time.time()
+        start = time.monotonic()
         losses = self.validation_set.losses(params)
         shuffled = losses["val_loss_shuffled"]
         if not np.isfinite(losses["val_loss"] + shuffled):
@@ -224,7 +224,7 @@ class Evaluator:
         monitor.add_image("curve.png")
         monitor.postfix["validation"] = f"{losses['val_loss']:.3f}"
         monitor.bar.set_postfix(monitor.postfix)
-        monitor.window_start += time.time() - start  # evaluation is not training time
+        monitor.window_start += time.monotonic() - start  # evaluation is not training time
 
     def finish(self, params: Any) -> None:
         """What a finished run leaves: encoder.npz, samples.png, summary.json and report.html."""

@@ -179,8 +179,9 @@ def test_metrics_of_an_earlier_version_get_todays_names(tmp_path):
          "data_wait_fraction": 0.5}]
 
 
-def test_the_rate_of_a_continued_window_counts_the_steps_since_the_start():
-    """15 losses of a window of 20 steps are from before the stop, and their time is not known."""
+def test_the_rate_of_a_continued_window_counts_the_steps_since_the_start(monkeypatch):
+    """15 losses of a window of 20 steps are from before the stop, and their time is not known. The
+    clock is set back meanwhile, which changes nothing."""
     monitor, row = Monitor.__new__(Monitor), {}
     state = {"window": [1.0] * 15, "bad_samples": 0, "train_seconds": 0, "train_images": 0}
     monitor.run = SimpleNamespace(step=415, state=state)
@@ -188,7 +189,9 @@ def test_the_rate_of_a_continued_window_counts_the_steps_since_the_start():
     monitor.postfix, monitor.last_plot = {}, float("inf")
     monitor.log = lambda **figures: row.update(figures)
     monitor.start_window()
-    monitor.run.step, monitor.window_start = 420, time.time() - 10
+    monitor.run.step = 420
+    monitor.window_start -= 10
+    monkeypatch.setattr(time, "time", lambda: 0.0)
     state["window"] += [2.0] * 5
     monitor.log_window(SimpleNamespace(step=420, lr=0.0), 420 * 8, 1.0)
     assert row["images_per_second"] == pytest.approx(5 * 8 / 10, rel=0.1)
@@ -202,9 +205,9 @@ def test_the_total_speed_leaves_out_the_first_window_which_compiles():
     monitor.stage, monitor.first_step = SimpleNamespace(batch=8, number=1), 0
     monitor.postfix, monitor.last_plot, monitor.data_wait = {}, float("inf"), 0.0
     monitor.log = lambda **figures: None
-    monitor.window_start, monitor.window_step = time.time() - 100, 0
+    monitor.window_start, monitor.window_step = time.monotonic() - 100, 0
     monitor.log_window(SimpleNamespace(step=5, lr=0.0), 40, 1.0)
     assert state["train_images"] == 0
-    state["window"], monitor.run.step, monitor.window_start = [1.0] * 5, 10, time.time() - 10
+    state["window"], monitor.run.step, monitor.window_start = [1.0] * 5, 10, time.monotonic() - 10
     monitor.log_window(SimpleNamespace(step=10, lr=0.0), 80, 1.0)
     assert state["train_images"] == 40
