@@ -98,13 +98,14 @@ class DiskCache:
                 os.remove(part)
 
     def explain(self, problem: OSError) -> None:
-        """DataError if the problem is one of the cache, and not of what is read."""
+        """DataError if the problem is one of the cache or of a folder above it, and not of what is
+        read."""
         name = os.fspath(problem.filename or "")
         if problem.errno in DISK_FULL:
             raise DataError(f"the disk of the cache {self.folder} is full: make room, or name "
                             "another folder with --cache-dir or a limit below "
                             f"{self.limit / 1e9:g} with --cache-gb") from None
-        if name.startswith(self.folder):
+        if name and (name.startswith(self.folder) or self.folder.startswith(f"{name}/")):
             raise DataError(f"the cache {self.folder} cannot be written to ({problem.strerror}): "
                             "name another folder with --cache-dir") from None
 

@@ -205,7 +205,7 @@ def test_two_processes_may_delete_the_same_damaged_group(tmp_path, monkeypatch):
 def test_full_or_forbidden_cache_is_one_sentence(tmp_path, monkeypatch):
     where = write(tmp_path / "a.parquet", [row(i) for i in range(9)])
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", "/proc/cache"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b", "/proc/cache"):
         source = open_source(where, "caption", options=ReadOptions(cache_dir=str(folder)))
         with pytest.raises(DataError, match=r"cannot be written to .*--cache-dir"):
             source.image(0)
