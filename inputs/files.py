@@ -279,7 +279,8 @@ def json_caption(fields: Any, field: str, flag: str, choose: Choose) -> str:
     """A field of a parsed KEY.json; of a list, the text that `choose` chooses."""
     if not isinstance(fields, dict) or field not in fields:
         names = ", ".join(fields) if isinstance(fields, dict) else "no fields"
-        raise BadSample(f"json has no field {field!r} (it has {names[:200]}); name one with {flag}")
+        names = names[:200].encode("utf-8", "replace").decode()  # as below
+        raise BadSample(f"json has no field {field!r} (it has {names}); name one with {flag}")
     text = fields[field]
     if isinstance(text, list):
         texts = [part for part in text if isinstance(part, str) and has_word(part)]

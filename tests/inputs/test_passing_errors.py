@@ -118,5 +118,7 @@ def test_an_image_with_broken_exif_data_is_read(kind):
 def test_a_caption_that_is_no_text_is_named():
     with pytest.raises(BadSample, match="caption is no text: 7"):
         files.json_caption({"a": 7}, "a", "--caption-field", files.choose_first)
+    with pytest.raises(BadSample, match=r"no field 'a' \(it has \?\)"):  # which can be printed
+        files.json_caption({"\ud83d": "a cat"}, "a", "--caption-field", files.choose_first)
     with pytest.raises(BadSample, match="caption is empty"):
         files.json_caption({"a": None}, "a", "--caption-field", files.choose_first)
