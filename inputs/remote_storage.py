@@ -19,6 +19,7 @@ from runtime.errors import DataError
 
 SMALL_SET_BYTES = 1 << 30  # below it, chunks are shorter than a block, so blocks are read
 BLOCK_BYTES = 1 << 20
+MAX_SMALL_BYTES = 64 << 20
 NUM_THREADS = 16           # requests at once
 # How many samples are fetched before they are needed: at least, at most.
 MIN_AHEAD, MAX_AHEAD = 512, 4096
@@ -152,8 +153,11 @@ class RemoteStorage:
         return self.local_copy([*checkpoints, *encoders][-1])
 
     def fetch_small(self, url: str) -> bytes:
-        """A complete small file, which is not cached."""
+        """A complete small file, which is not cached. DataError if it is none: a server that
+        ignores the end of an address sends another file."""
         info = file_info(url)
+        if info.size > MAX_SMALL_BYTES:
+            raise DataError(f"{url} is larger than {MAX_SMALL_BYTES >> 20} MiB")
         return fetch(url, 0, info.size, info)
 
     def open_file(self, url: str) -> BinaryIO:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from inputs import tar_index
 from inputs.http_ranges import Info
+from inputs.remote import is_http
 from inputs.tar_index import INDEX_SUFFIX, INDEX_VERSION, TarIndex
 from runtime.errors import DataError
 
@@ -55,11 +56,16 @@ def load_index(storage: Any, url: str, with_rows: bool = True) -> TarIndex:
     raise DataError(LOST.format(storage.disk.folder))
 
 
+def beside(url: str, suffix: str, without: str = "") -> str:
+    """The address of a file beside another. The query of a web address comes behind the name."""
+    name, mark, query = url.partition("?") if is_http(url) else (url, "", "")
+    return f"{name.removesuffix(without)}{suffix}{mark}{query}"
+
+
 def index_beside(storage: Any, url: str, info: Info) -> bytes | None:
     """The content of TAR.index.npz beside a tar. None if there is none for a tar of this size."""
     try:
-        beside = url + INDEX_SUFFIX
-        content = storage.fetch_small(beside)
+        content = storage.fetch_small(beside(url, INDEX_SUFFIX))
     except DataError:
         return None
     index = tar_index.read_index(io.BytesIO(content), with_rows=True)
@@ -70,7 +76,7 @@ def made_index(storage: Any, url: str) -> bytes:
     """The index of a copy in the cache."""
     expected = 0
     try:
-        stats = json.loads(storage.fetch_small(url.removesuffix(".tar") + "_stats.json"))
+        stats = json.loads(storage.fetch_small(beside(url, "_stats.json", without=".tar")))
         expected = int(stats["successes"])
     except (DataError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         pass

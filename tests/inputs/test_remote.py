@@ -131,6 +131,29 @@ def test_indexes_beside_the_tars_are_used(server, beside):
     assert_same(batches(source), batches(open_source(f"{server.folder}/*.tar")))
 
 
+def test_indexes_are_beside_the_tars_also_where_addresses_have_a_query(server):
+    paths = [f"{server.folder}/{n:05}.tar" for n in range(4)]
+    for path in paths:
+        with open(path.replace(".tar", "_stats.json"), "w") as file:
+            file.write('{"successes": 16}')
+    assert open_source(f"{server.url}/{TARS}?token=1").skipped[f"{tar_index.MISSING}, first "
+                                                              f"{server.url}/00000.tar?token=1"]
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    server.requests.clear()
+    tar_index.index_tars(paths)
+    open_source(f"{server.url}/{TARS}?token=1")
+    read = sum(end - begin for path, begin, end in server.requests if ".tar?" in path)
+    assert read < sum(map(os.path.getsize, paths)) / 2
+
+
+def test_a_file_beside_a_tar_that_is_no_small_one_is_not_fetched(server, monkeypatch):
+    """As where a server answers each address with the tar."""
+    monkeypatch.setattr(remote_storage, "MAX_SMALL_BYTES", 1000)
+    shutil.copy(f"{server.folder}/00000.tar", f"{server.folder}/00000.tar.index.npz")
+    assert len(open_source(f"{server.url}/00000.tar")) == 15
+    assert [end - begin for path, begin, end in server.requests if "index" in path] == [1]
+
+
 def large_set(server, monkeypatch):
     """A source that is read as one of many gigabytes is."""
     monkeypatch.setattr(http_ranges, "SILENCE_SECONDS", 20)
