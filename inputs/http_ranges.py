@@ -41,8 +41,8 @@ STATUS_ADVICE = {
 
 
 def fetch(url: str, begin: int, end: int, deadline: float) -> tuple[bytes, Info]:
-    """The bytes begin..end of a file (not empty), and what the file is. `deadline` is a value of
-    time.monotonic(). Raises Passing or Refused."""
+    """The bytes begin..end of a file (at least one), and what the file is; of an empty file none.
+    `deadline` is a value of time.monotonic(). Raises Passing or Refused."""
     headers = {"Range": f"bytes={begin}-{end - 1}", "User-Agent": "openvision2",
                "Accept-Encoding": "identity"}
     address = urllib.parse.quote(url, safe=string.punctuation)  # spaces, letters beyond ASCII
@@ -52,6 +52,8 @@ def fetch(url: str, begin: int, end: int, deadline: float) -> tuple[bytes, Info]
             info = check_answer(answer, begin)
             return read_body(answer, min(end, info.size) - begin, deadline), info
     except urllib.error.HTTPError as problem:
+        if problem.headers.get("Content-Range", "").strip() == "bytes */0":  # with status 416
+            return b"", Info(0, "")
         if problem.code in PASSING or problem.code >= 500:
             raise Passing(f"status {problem.code}") from None
         raise Refused(STATUS_ADVICE.get(problem.code, f"status {problem.code}")) from None

@@ -59,7 +59,10 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         begin, end = int(match[1]), min(int(match[2]) + 1, size)
         if begin >= size:
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{size}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         server.requests.append((self.path, begin, end))
         if fault == "no ranges":
             self.send_response(200)

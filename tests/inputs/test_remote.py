@@ -325,6 +325,16 @@ def test_a_broken_tar_among_good_ones_is_counted(server):
     assert "00002.tar" in why
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_an_empty_file_on_a_web_server_is_counted_as_a_local_one(server, kind):
+    with open(f"{server.folder}/00002.{kind}", "wb"):
+        pass
+    source = open_source(f"{server.url}/{{00000..00003}}.{kind}")
+    local = open_source(f"{server.folder}/*.{kind}")
+    assert len(source) == len(local) == 45
+    assert [*source.skipped] == [why.replace(server.folder, server.url) for why in local.skipped]
+
+
 def test_a_full_cache_disk_is_one_sentence(server, monkeypatch):
     source = open_source(f"{server.url}/{TARS}")
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
