@@ -156,12 +156,12 @@ def train(cfg: Config) -> int:
 def train_run(run: Run) -> int:
     """Trains through the stages that are left. Returns the exit status."""
     if run.finished:
-        print(f"{run.cfg.workdir} is finished: see {run.path('samples.png')}; delete the folder or "
-              "name another --workdir to train again")
+        print(f"{run.lock.workdir} is finished: see {run.path('samples.png')}; delete the folder "
+              "or name another --workdir to train again")
         return 0
     if run.step:
         if run.parallel.is_main:
-            print(f"continuing {run.cfg.workdir} from step {run.step} of {run.stages[-1].end}")
+            print(f"continuing {run.lock.workdir} from step {run.step} of {run.stages[-1].end}")
         shapes = jax.eval_shape(lambda: registry.init_params(run.cfg, run.model))
         params = run.restore(shapes, "params")
     else:

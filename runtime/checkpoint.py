@@ -183,11 +183,11 @@ def steps(folder: str) -> list[tuple[int, str]]:
     return sorted((int(m[1]), os.path.join(folder, m[0])) for m in matches if m)
 
 
-def latest(folder: str, check: Callable[[str, dict, dict], None] = lambda *_: None
-           ) -> tuple[str, dict[str, np.ndarray], dict[str, Any]] | None:
+def latest(folder: str, check: Callable[[str, dict, dict], None] = lambda *_: None,
+           workdir: str = "") -> tuple[str, dict[str, np.ndarray], dict[str, Any]] | None:
     """(path, arrays, meta) of a run's newest checkpoint, None if there is none. If it is damaged,
-    the previous one is loaded, with a warning; CheckpointError if all are damaged. check(path,
-    shapes, meta) may raise before the arrays are read."""
+    the previous one is loaded, with a warning; CheckpointError if all are. check(path, shapes,
+    meta) may raise before the arrays are read. workdir: what the folder is a copy of, if it is."""
     paths = [path for _, path in steps(folder)]
     for path in reversed(paths):
         try:
@@ -201,8 +201,8 @@ def latest(folder: str, check: Callable[[str, dict, dict], None] = lambda *_: No
         except CheckpointError as problem:
             print(f"warning: {problem}; trying the checkpoint before it", flush=True)
     if paths:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged: delete the folder to "
-                              "start again, or restore one")
+        raise CheckpointError(f"every checkpoint in {workdir or folder} is damaged: delete the "
+                              "folder to start again, or restore one")
     return None
 
 

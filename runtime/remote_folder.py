@@ -24,7 +24,8 @@ from typing import Any
 from config import Config
 from inputs import remote
 from inputs.disk_cache import default_folder
-from runtime.errors import ConfigError, DataError
+from runtime import checkpoint
+from runtime.errors import CheckpointError, ConfigError, DataError
 from runtime.run_folder import LEFT_OVER, LOCK_NAME, FolderLock, Locked
 
 BEAT_SECONDS = 20
@@ -52,7 +53,8 @@ class RemoteFolder(FolderLock):
 
     def __init__(self, url: str, local: str, cfg: Config):
         super().__init__(local)
-        self.url, self.keep, self.keep_every = url, cfg.keep_checkpoints, cfg.keep_every
+        self.workdir = self.url = url
+        self.keep, self.keep_every = cfg.keep_checkpoints, cfg.keep_every
         self.protocol = remote.scheme(url)
         self.known: dict[str, tuple[int, int]] = {}  # in the bucket: size and time of the copy
         self.last_sync, self.filled = float("-inf"), False
@@ -152,19 +154,32 @@ class RemoteFolder(FolderLock):
 
     # ---- copies
     def fill(self) -> None:
-        """Replaces the local copy by what is in the bucket: of checkpoints, the newest."""
+        """Replaces the local copy by what is in the bucket: of checkpoints, the newest, and older
+        ones until one is sound."""
         names = [name for name in self.names() if name != LOCK_NAME]
         checkpoints = [name for name in names if CHECKPOINT.fullmatch(name)]
+        newest, older = checkpoints[-self.keep:], checkpoints[:-self.keep]
         self.remove_local_files(max([step_of(name) for name in checkpoints], default=0))
         for name in names:
             if LEFT_OVER.fullmatch(name):
                 self.call("rm_file", f"{self.url}/{name}")
-            elif name not in checkpoints[:-self.keep]:
+            elif name not in older:
                 self.download(name)
             elif not self.keep_every or step_of(name) % self.keep_every:
                 self.known[name] = 0, 0  # left by a kill: the next upload deletes it
+        while older and not any(self.is_sound(name) for name in reversed(newest)):
+            newest = [older.pop()]
+            self.download(newest[0])
         self.filled = True
         print(f"{self.url}: its local copy is {self.folder}", flush=True)
+
+    def is_sound(self, name: str) -> bool:
+        """Whether the copy of a checkpoint can be read to its end."""
+        try:
+            checkpoint.load(os.path.join(self.folder, name))
+        except CheckpointError:
+            return False
+        return True
 
     def remove_local_files(self, uploaded_step: int) -> None:
         """Removes the local copy. A checkpoint of a later step than the bucket has, which could not

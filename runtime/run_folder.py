@@ -52,6 +52,7 @@ class FolderLock:
 
     def __init__(self, folder: str):
         self.folder, self.path = folder, os.path.join(folder, LOCK_NAME)
+        self.workdir = folder  # as the user names it
         self.file: TextIO | None = None
         self.made_folder = False
 
@@ -183,8 +184,8 @@ class Run:
                               ": name a folder that you can write to") from None
         for name in ("summary.json", "encoder.npz"):
             if os.path.exists(self.path(name)) and not checkpoint.steps(folder):
-                raise ConfigError(f"{self.lock.flag} {folder} has {name} and no checkpoint: name "
-                                  "another folder, or delete this one to train again")
+                raise ConfigError(f"--workdir {self.lock.workdir} has {name} and no checkpoint: "
+                                  "name another folder, or delete this one to train again")
 
     # ---- data
     def report_skipped_samples(self) -> None:
@@ -228,7 +229,7 @@ class Run:
     def load_checkpoint(self) -> dict[str, Any]:
         """The state in the newest checkpoint, whose arrays are then in `self.arrays`; {} for a new
         run. ConfigError if settings or data differ, CheckpointError if shapes differ."""
-        newest = checkpoint.latest(self.cfg.workdir, self.check_resumable)
+        newest = checkpoint.latest(self.cfg.workdir, self.check_resumable, self.lock.workdir)
         if newest is None:
             return {}
         _, self.arrays, meta = newest
@@ -249,7 +250,7 @@ class Run:
             if self.fingerprints[name] != before:
                 differences.append(f"the {name} is {self.fingerprints[name]}, was {before}")
         if differences:
-            raise ConfigError(f"{self.cfg.workdir} holds a run with other settings: "
+            raise ConfigError(f"{self.lock.workdir} holds a run with other settings: "
                               f"{'; '.join(differences)}. Use its settings to continue it, or "
                               "another --workdir")
         target = jax.eval_shape(lambda: init_params(self.cfg, self.model))

@@ -112,6 +112,34 @@ def test_old_checkpoints_go_also_those_that_a_kill_left_and_milestones_stay(buck
     assert not [name for name in os.listdir(bucket) if name.endswith(".part")]
 
 
+def test_an_older_checkpoint_is_copied_if_the_newest_are_damaged(bucket):
+    folder = open_folder(bucket, keep_every=2)
+    folder.acquire()
+    for step in (2, 4, 6, 8):
+        checkpoint.save_step(folder.folder, step, {"x": np.arange(step)}, {}, 2, 2)
+    folder.close()
+    (bucket / "step-00000008.npz").write_text("cut")
+    for name in ("step-00000006.npz", "step-00000004.npz"):
+        content = (bucket / name).read_bytes().replace(np.int64(3).tobytes(), bytes(8))
+        (bucket / name).write_bytes(content)
+    again = open_folder(bucket, "b", keep_every=2)
+    again.acquire()
+    assert checkpoint.latest(again.folder)[2]["step"] == 2
+    again.close()
+    assert [step for step, _ in checkpoint.steps(str(bucket))] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("step-00000002.npz", "every checkpoint in {} is damaged: delete the folder"),
+    ("summary.json", "--workdir {} has summary.json and no checkpoint")])
+def test_a_bucket_is_named_where_its_folder_must_be_deleted(bucket, capsys, name, message):
+    bucket.mkdir()
+    (bucket / name).write_text("{}")
+    url = f"file://{bucket}"
+    assert train.main([*FLAGS, "--workdir", url]) == 1
+    assert message.format(url) in capsys.readouterr().err
+
+
 def test_one_process_writes(bucket, monkeypatch, capsys):
     first = open_folder(bucket)
     first.acquire()
@@ -198,7 +226,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(cache, bucket, tmp_path):
     process.communicate()
     process = start(1)
     output, errors = process.communicate()
-    assert process.returncode == 0 and "continuing" in output, errors
+    assert process.returncode == 0 and f"continuing file://{bucket} from" in output, errors
     undisturbed = start_training(cache, *FLAGS, "--workdir", str(tmp_path / "plain"))
     assert undisturbed.wait() == 0
     assert_equal_runs(bucket, tmp_path / "plain")
