@@ -159,16 +159,18 @@ class FileSource:
             self.check_field(field)
 
     def check_field(self, field: str) -> None:
-        """A wrong --caption-field fails from the start. DataError if the first samples lack it."""
-        problems = []
-        for i in range(min(len(self), 200)):
+        """A wrong --caption-field fails from the start. DataError if the first 200 samples lack it;
+        with several fields, 200 random ones, because a part of the source may lack one of them."""
+        problems, count = [], min(len(self), 200)
+        draw = np.random.default_rng(0).choice(len(self), count, replace=False).tolist()
+        for i in range(count) if len(self.fields) == 1 else draw:
             try:
                 self.caption(i, field)
                 return
             except BadSample as problem:
                 problems.append(str(problem))
-        raise DataError(f"no caption can be read from the first {len(problems)} samples of "
-                        f"{self.where}: {problems[0]}")
+        raise DataError(f"no caption can be read from {count} samples of {self.where}: "
+                        f"{problems[0]}")
 
     def advice(self) -> str:
         """What a place without a sample has instead, and what it needs."""

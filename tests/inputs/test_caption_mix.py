@@ -13,9 +13,9 @@ from tests.helpers import samples
 from tests.helpers.samples import TOK, TRAINING, put, sample
 
 
-def write(path, fields_of):
+def write(path, fields_of, count=40):
     files = []
-    for i in range(40):
+    for i in range(count):
         files += [(f"{i:03}.jpg", sample(i)["jpg"]),
                   (f"{i:03}.json", json.dumps(fields_of(i)).encode())]
     return put(path, files)
@@ -58,6 +58,13 @@ def test_a_sample_that_lacks_the_drawn_field_uses_another(tmp_path):
     where = write(tmp_path / "a.tar", lambda i: both(i) if i % 2 else {"b": f"a cat 2{i}"})
     drawn = share_of_a(sources.open_source(where, "a:9,b"), "a:9,b")
     assert 0.4 < drawn.mean() < 0.5
+
+
+def test_a_field_that_a_part_of_the_source_has_may_be_in_a_mix(tmp_path):
+    where = write(tmp_path / "a.tar", lambda i: both(i) if i > 250 else {"a": "a cat"}, 300)
+    assert sources.open_source(where, "a,b").fields == ["a", "b"]
+    with pytest.raises(DataError, match=r"from 200 samples of .*no field 'b'"):
+        sources.open_source(where, "b")
 
 
 def test_scenes_mix_their_kinds_of_captions():
