@@ -18,6 +18,7 @@ from interop.layouts import LAYOUTS, block_arrays, to_library
 from interop.model_card import model_card, read_metrics
 from interop.tokenizer_files import TokenizerFiles, tokenizer_files
 from interop.transfer import (
+    check_out_folder,
     mlp_ratio,
     open_clip_preprocessing,
     require,
@@ -148,6 +149,7 @@ def export_pair(path: str, library: str, out: str, resolution: int = 0) -> list[
     ConvertError if no class of the library holds this pair."""
     if library not in LIBRARIES:
         raise ConvertError(f"--pair is written for {' or '.join(LIBRARIES)}, not for {library}")
+    check_out_folder(out)
     pair = read_pair(path)
     cfg, resolution = pair.model.encoder, resolution or pair.resolution
     check(path, pair, resolution)

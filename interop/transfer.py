@@ -28,6 +28,14 @@ def require(module: str, purpose: str) -> Any:
                            "pip install -e '.[hf]'") from None
 
 
+def check_out_folder(folder: str) -> None:
+    """ConvertError if `folder` is that of a run: the encoder would replace its encoder.npz, and
+    a library's config.json its settings."""
+    if checkpoint.steps(folder) or os.path.exists(os.path.join(folder, "metrics.jsonl")):
+        raise ConvertError(f"--out {folder} is the folder of a run, whose files would be replaced: "
+                           "name another folder")
+
+
 # ---------------------------------------------------------------------------------- reading
 def load_arrays(path: str) -> dict[str, np.ndarray]:
     """The tensors of a .safetensors or torch file, or of the weights file in a folder. Of a torch
@@ -107,13 +115,15 @@ def load_torch(path: str) -> dict[str, np.ndarray]:
 def import_encoder(path: str, out: str, heads: int = 0) -> list[str]:
     """Writes the encoder in a file or folder to `out` (.npz, or a folder for encoder.npz). Returns
     notes on what was read."""
+    file = out if out.endswith(".npz") else os.path.join(out, "encoder.npz")
+    folder = os.path.dirname(file) or "."
+    check_out_folder(folder)
     try:
         arrays = load_arrays(path)
         params, cfg, resolution, notes = detect(arrays, heads or heads_in_config(path))
     except LayoutError as problem:
         raise ConvertError(f"{path}: {problem}") from None
-    file = out if out.endswith(".npz") else os.path.join(out, "encoder.npz")
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     source = os.path.basename(os.path.abspath(path))
     meta = {"encoder": vars(cfg), "resolution": resolution, "source": source}
     checkpoint.save(file, params, meta)
@@ -190,6 +200,7 @@ def export_encoder(path: str, library: str, out: str, resolution: int = 0) -> li
     """Writes the encoder of a run's folder or an .npz to the folder `out`, for a library of
     LIBRARY_FILES. resolution: in pixels, 0 for the encoder's. Returns the paths written.
     ConvertError if the library cannot hold this encoder."""
+    check_out_folder(out)
     params, cfg, meta = checkpoint.read_encoder(path)
     resolution = resolution or meta["resolution"]
     if cfg.gated_attention and library != "npz":

@@ -35,6 +35,17 @@ def test_mistakes_are_reported_in_one_line(run, tmp_path, capsys, monkeypatch):
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("argv", [
+    ["export", "{run}", "--to", "npz", "--out", "{run}"],
+    ["export", "{run}", "--to", "open_clip", "--pair", "--out", "{run}"],
+    ["import", "weights.safetensors", "--out", "{run}"],
+    ["import", "weights.safetensors", "--out", "{run}/encoder.npz"]])
+def test_nothing_is_written_into_the_folder_of_a_run(argv, run, capsys):
+    before = os.listdir(run)
+    assert convert.main([word.replace("{run}", run) for word in argv]) == 1
+    assert "is the folder of a run" in capsys.readouterr().err and os.listdir(run) == before
+
+
 LIBRARY_DEFAULTS = {  # what the libraries would otherwise take: another epsilon, tanh GELU, a crop
     "transformers": ('"layer_norm_eps": 1e-06', '"hidden_act": "gelu"', '"intermediate_size": 80',
                      '"resample": 2'),
