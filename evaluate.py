@@ -17,12 +17,9 @@ import numpy as np
 
 from config import MAX_SEED
 from evaluation import pair, probe, retrieval, search, visualize, vqa, zeroshot
-from evaluation.captioning import (
-    compare_with_references,
-    evaluate_captions,
-    override_config,
-)
+from evaluation.captioning import compare_with_references, evaluate_captions
 from evaluation.context import EvalContext
+from evaluation.run_data import check_split, override_config
 from evaluation.templates import read_templates
 from inputs import images, opening, sources
 from runtime import checkpoint
@@ -96,6 +93,7 @@ def measure_zeroshot_vectors(context: EvalContext, templates: list[str]) -> dict
 def measure_retrieval(context: EvalContext) -> dict[str, Any]:
     count = context.args.num_samples or 1000
     cfg = override_config(context.run_config, context.changes, count)
+    check_split(context.run_config, cfg)
     pool = retrieval.Pool(opening.open_validation_data(cfg), count)
     if context.has_text_encoder:
         return retrieval.measure_vectors(context.pair, pool)

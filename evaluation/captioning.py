@@ -9,7 +9,6 @@ the blind loss.
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ import data
 from caption import load_run_checkpoint
 from config import Config, validate
 from evaluation.caption_metrics import caption_scores
+from evaluation.run_data import check_split, override_config
 from inputs import opening, tokenizer
 from inputs.files import caption_weights
 from inputs.sources import SceneSource
@@ -28,23 +28,6 @@ from runtime.curriculum import parse_stages
 from runtime.devices import DataParallel
 from runtime.errors import BadSample, CheckpointError, ConfigError
 from runtime.validation import ValidationSet, caption_metrics
-
-
-def override_config(cfg: Config, changes: dict[str, Any], count: int) -> Config:
-    """The run's settings with changes and `count` validation images (0: as many as the run has).
-
-    Where the run split its validation images from its training data, val_samples stays: another
-    number would be another draw, and nearly all of its images would be training images."""
-    new = dataclasses.replace(cfg, **changes)
-    split_by_run = not new.val and cfg.data != "scenes" and place(new.data) == place(cfg.data)
-    if not count or split_by_run:
-        return new
-    return dataclasses.replace(new, val_samples=count)
-
-
-def place(data: str) -> str:
-    """--data in one spelling: photos/, ./photos and an absolute path are the same folder."""
-    return data.rstrip("/") if "://" in data else os.path.realpath(data)
 
 
 def open_validation(path: str, changes: dict[str, Any], count: int,
@@ -65,6 +48,7 @@ def open_validation(path: str, changes: dict[str, Any], count: int,
     model = model_spec(cfg)
     target = jax.eval_shape(lambda: init_params(cfg, model))
     params = parallel.replicate(checkpoint.restore(arrays, target, path, prefix="params"))
+    check_split(run_cfg, cfg)
     source = opening.open_validation_data(cfg)
     if not changes and cfg == run_cfg and source.fingerprint() != meta["data"]["validation data"]:
         raise ConfigError(f"the validation data is now {source.fingerprint()}, and was "

@@ -8,8 +8,8 @@ from typing import Any
 import caption
 from config import Config, from_dict
 from evaluation import pair
-from evaluation.captioning import override_config
 from evaluation.labels import LabeledImages, open_labeled_images
+from evaluation.run_data import override_config
 from inputs.files import caption_weights
 from interop import layouts, transfer
 from interop.encoder import Encoder
@@ -105,7 +105,8 @@ class EvalContext:
         """(training, validation) images of probes and neighbors."""
         count = self.args.num_samples or (1000 if self.data_config.data == "scenes" else 2000)
         sized = override_config(self.run_config, self.changes, count)
-        return open_labeled_images(sized, self.args.label_fields, count)
+        return open_labeled_images(sized, self.args.label_fields, count,
+                                   run_cfg=self.run_config)
 
     def val_images(self, default_count: int) -> LabeledImages:
         """Validation images for measures that train nothing; all of them for --classnames all."""
@@ -116,4 +117,4 @@ class EvalContext:
             fields = ",".join(caption_weights(self.data_config.caption_field))  # without weights
             labels = labels or (fields,)
         sized = override_config(self.run_config, self.changes, count)
-        return open_labeled_images(sized, labels, count, train=False)[1]
+        return open_labeled_images(sized, labels, count, False, self.run_config)[1]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
+from evaluation.run_data import check_split
 from evaluation.tasks import progress
 from inputs import images, opening, scenes, sources
 from interop.encoder import Encoder, Features
@@ -141,17 +142,19 @@ def check_labels(labels: Sequence[str], where: str) -> None:
                         "KEY.json: measure them one at a time")
 
 
-def open_labeled_images(cfg: Config, labels: Sequence[str], count: int,
-                        train: bool = True) -> tuple[LabeledImages | None, LabeledImages]:
-    """(training, validation) images of a run's settings: at most `count` of its validation images
-    and four times as many to train on, or None without `train`. DataError says what is wrong with
-    the data or the labels."""
+def open_labeled_images(cfg: Config, labels: Sequence[str], count: int, train: bool = True,
+                        run_cfg: Config | None = None
+                        ) -> tuple[LabeledImages | None, LabeledImages]:
+    """(training, validation) images of the settings cfg: at most `count` of its validation images
+    and four times as many to train on, or None without `train`. run_cfg: the settings of the run,
+    for run_data.check_split. DataError says what is wrong with the data or the labels."""
     val = cfg.val or cfg.data
     if val == "scenes" and (not train or cfg.data == "scenes"):
         return open_scenes(cfg.seed, labels, min(count, UNSEEN // 4), train)
     check_labels(labels, cfg.data)
     cfg = dataclasses.replace(cfg, alt_field="", caption_field=labels[0])
     try:
+        check_split(run_cfg or cfg, cfg)
         if not train:
             return None, file_images(opening.open_validation_data(cfg), labels, count)
         train_source, val_source = opening.open_data(cfg)

@@ -13,12 +13,13 @@ import data
 import decoder
 import evaluate
 from config import RECIPES
-from evaluation import captioning, labels, vqa
+from evaluation import labels, run_data, vqa
 from evaluation.questions import KINDS
 from inputs import opening, scene_captions, scenes
 from objectives import aimv2
 from objectives.registry import model_spec
 from runtime import checkpoint, devices, validation
+from runtime.errors import ConfigError
 from tests.evaluation.conftest import scene_vocabulary
 from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT
@@ -92,13 +93,13 @@ def test_no_count_brings_in_training_images(run, tmp_path, monkeypatch):
     val_names = {val_source.name(i) for i in range(6)}
     assert len(val_names) == 6
     for count in (3, 6, 2000):
-        sized = captioning.override_config(cfg, {}, count)
+        sized = run_data.override_config(cfg, {}, count)
         train, test = labels.open_labeled_images(sized, ("caption",), count)
         assert len(test) == min(count, 6) and len(train) == min(54, 4 * count)
         assert {test.source.name(i) for i in test.indices} <= val_names
         assert not {train.source.name(i) for i in train.indices} & val_names
     for changes in ({"data": "elsewhere", "val": ""}, {"val": "elsewhere"}):
-        assert captioning.override_config(cfg, changes, 3).val_samples == 3
+        assert run_data.override_config(cfg, changes, 3).val_samples == 3
 
     arrays, meta = checkpoint.load(str(run / "step-00000002.npz"))
     settings = {name: getattr(cfg, name) for name in ("data", "caption_field", "val_samples")}
@@ -114,6 +115,24 @@ def test_no_count_brings_in_training_images(run, tmp_path, monkeypatch):
         return losses(self, params)
     monkeypatch.setattr(validation.ValidationSet, "losses", record)
     assert evaluate.main([path, "--num-samples", "3"]) == 0 and measured == [(3, True)] * 3
+
+
+def test_a_field_that_other_images_have_cannot_find_the_validation_images(tmp_path):
+    """Of 60 captioned images one has no json, so that labels from there would redraw the split."""
+    write_images(tmp_path, 60, kind="{}")
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text("a circle")
+    cfg = dataclasses.replace(RECIPES["toy"], data=str(tmp_path), caption_field="txt")
+    by_label = dataclasses.replace(cfg, caption_field="caption")
+    run_data.check_split(cfg, by_label)
+    (tmp_path / "30.json").unlink()
+    with pytest.raises(ConfigError, match="name validation images with --val"):
+        run_data.check_split(cfg, by_label)
+    with pytest.raises(ConfigError, match="that have kind are not those that have txt"):
+        labels.open_labeled_images(cfg, ("kind",), 6, run_cfg=cfg)
+    other = dataclasses.replace(by_label, val=str(tmp_path))
+    run_data.check_split(cfg, other)
+    run_data.check_split(dataclasses.replace(cfg, data="elsewhere"), by_label)
 
 
 def test_mistakes_get_one_line(run, tmp_path, capsys):

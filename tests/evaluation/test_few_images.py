@@ -2,7 +2,7 @@
 import numpy as np
 
 from config import Config
-from evaluation import captioning, linear_probe, neighbors, tasks
+from evaluation import linear_probe, neighbors, run_data, tasks
 
 
 def make_tasks(classes: np.ndarray, test_classes: np.ndarray) -> tasks.Tasks:
@@ -35,5 +35,5 @@ def test_the_runs_own_folder_in_another_spelling_keeps_its_split(tmp_path, monke
     (tmp_path / "photos").mkdir()
     cfg = Config(data="photos", val_samples=500)
     for spelling in ("photos/", "./photos", str(tmp_path / "photos")):
-        assert captioning.override_config(cfg, {"data": spelling}, 20).val_samples == 500
-    assert captioning.override_config(cfg, {"data": "other"}, 20).val_samples == 20
+        assert run_data.override_config(cfg, {"data": spelling}, 20).val_samples == 500
+    assert run_data.override_config(cfg, {"data": "other"}, 20).val_samples == 20
