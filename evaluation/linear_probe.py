@@ -65,6 +65,8 @@ def logistic_regression(x: np.ndarray, classes: np.ndarray, selection: np.ndarra
     """Predictions (m,) for test (m,D). The strength is the one with the lowest cross-entropy on the
     rows `selection` after training on the others; then all labeled rows train."""
     labeled = classes >= 0
+    if len(set(classes[labeled].tolist())) == 1:  # which scikit-learn refuses
+        return np.full(len(test), classes[labeled][0])
     fit_rows, select_rows = labeled & ~selection, labeled & selection
     best_l2, best_loss = L2[-1], np.inf
     if len(set(classes[fit_rows].tolist())) > 1 and select_rows.any():

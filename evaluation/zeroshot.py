@@ -151,9 +151,10 @@ def measure(captioner: Captioner, tokens: np.ndarray, sentences: list[str],
     prior = np.asarray(jax.nn.logsumexp(scores, axis=0) - np.log(len(scores)))
     figures: dict[str, Any] = {"images": len(scores), "names": len(sentences),
                                "chance": 1 / len(sentences)}
+    # A sentence of the same tokens counts as ranked above, and so does a score that is NaN.
     for name, points in (("likelihood", scores), ("prior subtracted", scores - prior)):
         own = np.take_along_axis(points, truth[:, None], 1)
-        rank = (points >= own).sum(1) - 1  # a sentence of the same tokens counts as ranked above
+        rank = points.shape[1] - (points < own).sum(1) - 1
         figures[name] = float((rank == 0).mean())
         figures[f"{name}, first five"] = float((rank < 5).mean())
     return figures

@@ -78,10 +78,12 @@ def test_strength_is_chosen_on_images_that_do_not_train():
 
 
 def test_few_images_still_give_predictions():
-    """A class that is missing among the training rows, and a task with one class among them."""
+    """A class that is missing among the training rows, a task with one class among them, and one
+    with one class at all."""
     x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     selection = np.array([False, False, False, False, True, True])
-    for classes in ([0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1], [0, 1, -1, -1, -1, -1]):
+    for classes in ([0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1], [0, 1, -1, -1, -1, -1],
+                    [2, 2, -1, -1, 2, -1]):
         predictions = linear_probe.logistic_regression(x, np.array(classes), selection, x)
         assert set(predictions.tolist()) <= set(classes)
 

@@ -71,6 +71,12 @@ def test_a_class_that_is_likely_for_every_image_wins_only_without_the_prior(monk
     assert figures["likelihood"] == pytest.approx(1 / 6)
 
 
+def test_scores_that_are_not_numbers_find_nothing(monkeypatch):
+    monkeypatch.setattr(zeroshot, "likelihood", lambda *_: np.full((6, 6), np.nan))
+    figures = zeroshot.measure(None, None, list("abcdef"), np.arange(6))
+    assert figures["likelihood"] == figures["likelihood, first five"] == 0
+
+
 def test_the_group_of_a_class_is_that_of_its_first_image():
     texts = {"name": np.array([["Cat"], ["dog"], ["cat"]]),
              "kind": np.array([["pet"], ["pet"], ["wild"]])}
