@@ -80,17 +80,17 @@ class Demo:
         for n in range(len(paths)):  # compiles, so that the first click need not wait
             self.answer({"run": [str(n)], "scene": ["0"]}, b"")
 
-    def open_examples(self) -> tuple[Any, list[str]]:
-        """The validation images of the first run and their previews; none where they are not
-        here."""
+    def open_examples(self) -> tuple[Any, dict[int, str]]:
+        """The first run's validation images and, by number, the previews of those it can read."""
+        previews = {}
         try:
             source = opening.open_validation_data(self.explainers[0].captioner.settings)
-            count = min(NUM_EXAMPLES, len(source))
-            previews = [png(load_pixels(source.image(i), 96)) for i in range(count)]
+            for i in range(min(NUM_EXAMPLES, len(source))):
+                with contextlib.suppress(BadSample):  # the others can be shown
+                    previews[i] = png(load_pixels(source.image(i), 96))
         except (UserError, OSError) as problem:
-            print(f"no examples, because the validation images of {self.names[0]} cannot be read "
-                  f"({problem})")
-            return None, []
+            print(f"no examples, because the images of {self.names[0]} cannot be read ({problem})")
+            return None, {}
         return source, previews
 
     def read_sample(self, source: Any, index: int, resolution: int) -> tuple[np.ndarray, str]:
@@ -103,11 +103,11 @@ class Demo:
 
     def page_facts(self) -> dict[str, Any]:
         """What the page knows from the start."""
-        runs = []
-        for name, explainer in zip(self.names, self.explainers):
-            runs.append({"name": name, "keep": explainer.captioner.settings.keep_ratio,
-                         "patches": explainer.num_patches})
-        return {"runs": runs, "examples": self.examples, "max_bytes": MAX_UPLOAD_BYTES}
+        runs = [{"name": name, "keep": explainer.captioner.settings.keep_ratio,
+                 "patches": explainer.num_patches}
+                for name, explainer in zip(self.names, self.explainers)]
+        previews = list(self.examples.values())
+        return {"runs": runs, "examples": previews, "max_bytes": MAX_UPLOAD_BYTES}
 
     def answer(self, query: dict[str, list[str]], body: bytes) -> dict[str, Any]:
         """The captions of one image by one run: of a scene, an example, or the bytes of an upload.
@@ -117,7 +117,7 @@ class Demo:
         explainer = self.explainers[number]
         settings, resolution = explainer.captioner.settings, explainer.captioner.resolution
         with self.lock:
-            source, index = self.source, values["example"]
+            source, index = self.source, dict(enumerate(self.examples)).get(values["example"])
             if values["scene"] is not None:
                 field = settings.caption_field if settings.data == "scenes" else "txt"
                 source, index = sources.SceneSource(0, "val", None, field), values["scene"]
@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         points here, and comes from the page of this server. Answers the request if not."""
         host = self.headers.get("Host", "")
         is_own = re.sub(r":\d*$", "", host) in ("127.0.0.1", "localhost", self.server.host)
-        own_origins = None, f"http://{host}"
+        own_origins = None, f"http://{host}", f"https://{host}"  # https: of a forwarder
         if (is_own or self.server.host == "0.0.0.0") and self.headers.get("Origin") in own_origins:
             return True
         self.send_problem(403, "This server answers its own page alone.")

@@ -13,7 +13,9 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
+import config
 import demo
+from inputs import opening
 from tests.helpers.encoders import random_image, untrained_run
 
 NAME = "<script>alert(1)"
@@ -178,6 +180,8 @@ def test_pages_of_other_sites_are_refused(server):
     own = "http://{}:{}".format(*server.server_address)
     assert request(server, "POST", "/caption?scene=1", Origin=own)[0] == 200
     assert request(server, "POST", "/caption?scene=1", Host="localhost:9000")[0] == 200  # forwarded
+    tunnel = {"Host": "localhost:9000", "Origin": "https://localhost:9000"}
+    assert request(server, "POST", "/caption?scene=1", **tunnel)[0] == 200  # by HTTPS
     assert request(server, "POST", "/caption?scene=1", Host="127.0.0.1")[0] == 200  # port 80
 
 
@@ -212,16 +216,31 @@ def test_an_example_that_is_gone_is_refused_without_its_path(tmp_path, capsys):
         (folder / f"{n}.txt").write_text(f"image {n}")
     untrained_run(str(tmp_path / "run"), data=str(folder))
     with serving([str(tmp_path / "run")]) as server:
-        assert len(server.demo.examples) > 0 and ask(server, "example=0")["truth"][:6] == "image "
+        assert len(server.demo.examples) == 2 and ask(server, "example=0")["truth"][:6] == "image "
         for path in folder.glob("*.png"):
             path.unlink()
         assert problem(server, "example=0") == "This example can no longer be read."
     assert str(folder) in capsys.readouterr().err
 
 
+def test_a_broken_image_takes_no_other_example_away(tmp_path):
+    for n in range(40):
+        random_image(n).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text(f"image {n}")
+    untrained_run(str(tmp_path / "run"), data=str(tmp_path))
+    source = opening.open_validation_data(config.Config(data=str(tmp_path)))
+    first, *others = map(source.name, range(4))
+    with open(first, "wb"):
+        pass  # now empty
+    with serving([str(tmp_path / "run")]) as server:
+        truths = [ask(server, f"example={n}")["truth"] for n in range(3)]
+        assert truths == ["image " + path.rpartition("/")[2][:-4] for path in others]
+        assert "from 0 to 2" in problem(server, "example=3")
+
+
 def test_examples_that_are_not_here_are_left_out(tmp_path, capsys):
     untrained_run(str(tmp_path / "run"), data=str(tmp_path / "absent"))
-    assert demo.Demo([str(tmp_path / "run")]).examples == []
+    assert demo.Demo([str(tmp_path / "run")]).examples == {}
     assert "no examples, because" in capsys.readouterr().out
 
 
