@@ -10,8 +10,8 @@ from config import OLD_NAMES
 from runtime import plots
 
 SETTINGS = ("objective", "data", "caption_field", "alt_field", "stages", "keep_ratio", "decoder",
-            "prefix_attention", "min_crop_area", "hflip", "jitter", "hue", "grayscale_prob",
-            "weight_decay", "adam_b2", "dtype", "init_encoder", "seed")
+            "prefix_attention", "gated_attention", "min_crop_area", "hflip", "jitter", "hue",
+            "grayscale_prob", "weight_decay", "adam_b2", "dtype", "init_encoder", "seed")
 PATHS = ("data", "init_encoder")  # of these settings, the card shows the last part
 COUNTS = ("images_seen", "num_val_images")
 LIBRARY_NAMES = {"siglip": "transformers", "vit": "transformers",
@@ -101,10 +101,12 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def norm_text(objective: str) -> str:
+def norm_text(objective: str, settings: dict[str, str]) -> str:
     if objective == "genlip":
         return GENLIP
-    return NORM if objective in NORM_IS_TRAINED else f"{NORM}\n\n{UNTRAINED}"
+    if objective in NORM_IS_TRAINED or "init_encoder" in settings:  # which brought a norm
+        return NORM
+    return f"{NORM}\n\n{UNTRAINED}"
 
 
 def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metrics: dict) -> str:
@@ -126,13 +128,14 @@ def model_card(kind: str, cfg: vit.ViTConfig, resolution: int, meta: dict, metri
         origin = f"trained by `--objective {objective}`"
     if "source" in meta:
         origin = f"imported from `{meta['source']}`"
+    encoder = "ViT with gated attention" if cfg.gated_attention else "plain ViT"
+    settings = setting_rows(meta.get("config", {}))
     inputs = "a PIL image `image` and a list `texts`" if is_pair else "a PIL image `image`"
-    parts = ["# Vision encoder, OpenVision 2", f"A plain ViT, {origin}.",
+    parts = ["# Vision encoder, OpenVision 2", f"A {encoder}, {origin}.",
              table(size_rows(cfg, resolution)), "## Use",
              f"From this folder, with {inputs}:\n\n```python\n{USE[kind]}\n```",
-             PAIR if is_pair else norm_text(objective),
+             PAIR if is_pair else norm_text(objective, settings),
              IMAGES.format(resolution)]
-    settings = setting_rows(meta.get("config", {}))
     if settings:
         parts += ["## Training", table(settings)]
     rows = metric_rows(metrics)

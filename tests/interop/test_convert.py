@@ -87,6 +87,14 @@ def test_the_card_says_what_trained_the_encoder_and_its_norm(objective, trains_n
     assert ("**after** the final norm" in text) == (objective == "genlip")
 
 
+def test_the_card_of_a_run_that_started_from_an_encoder_and_has_gates():
+    cfg = vit.vit_config("micro/8", gated_attention=True)
+    settings = {"gated_attention": True, "init_encoder": "runs/toy"}
+    text = model_card.model_card("npz", cfg, 24, {"config": settings}, {})
+    assert "A ViT with gated attention" in text and "| gated_attention | `True` |" in text
+    assert "give the norm no gradient" not in text
+
+
 def test_the_card_shows_settings_of_earlier_versions():
     rows = model_card.setting_rows({"shuffle": True, "caption": "txt", "b2": 0.99, "data": "a/b"})
     assert rows == {"caption_field": "`txt`", "adam_b2": "`0.99`", "data": "`b`"}
