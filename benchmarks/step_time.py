@@ -53,18 +53,18 @@ def make_batch(cfg: Config, resolution: int, batch: int) -> dict[str, np.ndarray
 
 
 def model_flops(cfg: Config, resolution: int) -> float:
-    """FLOPs of one image in a training step: forward, and twice that backward. What activation
-    checkpointing computes again does not count."""
-    parts = registry.flops(registry.model_spec(cfg), resolution, cfg.max_text_len)
-    return 3 * sum(parts.values())
+    """FLOPs of one image in the step that is timed, whose batch always has pixels."""
+    return registry.training_flops(cfg, resolution, from_pixels=True)
 
 
 def benchmark_devices(cfgs: list[Config], batches: list[int],
                       resolutions: list[int]) -> DataParallel:
     """The devices that all these steps run on: one accelerator, or the CPU as in training. With
     --zero1 all devices of this machine. ConfigError if there is only one to shard over."""
-    step_flops = [model_flops(cfg, resolution) / 3 * batch / cfg.grad_accum
-                  for cfg, batch, resolution in zip(cfgs, batches, resolutions)]
+    step_flops = []
+    for cfg, batch, resolution in zip(cfgs, batches, resolutions):
+        parts = registry.flops(registry.model_spec(cfg), resolution, cfg.max_text_len)
+        step_flops.append(sum(parts.values()) * batch / cfg.grad_accum)
     num_params = max(sum(registry.param_counts(cfg).values()) for cfg in cfgs)
     pieces = [batch // cfg.grad_accum for cfg, batch in zip(cfgs, batches)]
     tune_cpu(num_params, pieces, step_flops=max(step_flops))

@@ -27,6 +27,7 @@ from PIL import Image
 import data
 import vit
 from decoder import count_targets
+from inputs.images import Augment
 from layers import (
     ParamSpec,
     dense_specs,
@@ -157,6 +158,13 @@ class FeatureLoader(data.Loader):
             pixels = super().decode(first_position, i, image, resolution)
             self.features[resolution, first_position] = self.encode(pixels)
         return self.features[resolution, first_position]
+
+
+def stores_tokens(cfg: Any) -> bool:
+    """Whether training computes the tokens of each image, or of its copies, once: with these
+    settings it does if they fit in memory (training_loader)."""
+    augment = Augment(*[getattr(cfg, name) for name in Augment._fields])
+    return cfg.feature_copies > 0 or augment == Augment(min_crop_area=1.0)
 
 
 def check_grid(cfg: Any, model: Any, resolutions: set[int]) -> None:

@@ -112,6 +112,18 @@ def flops(model: Any, resolution: int, text_len: int) -> dict[str, float]:
             "decoder": decoder.flops(model.decoder, kept, text_len - 1)}
 
 
+def training_flops(cfg: Any, resolution: int, from_pixels: bool = False) -> float:
+    """FLOPs of one image in a training step: forward, and twice that backward. What activation
+    checkpointing computes again does not count. LiT's frozen encoder has no backward pass, and no
+    forward pass either where its tokens are stored. from_pixels: as if they were not."""
+    parts = flops(model_spec(cfg), resolution, cfg.max_text_len)
+    total = 3 * sum(parts.values())
+    if cfg.objective == "lit":
+        in_step = from_pixels or not objective_module("lit").stores_tokens(cfg)
+        total -= (2 if in_step else 3) * parts["encoder"]
+    return total
+
+
 def step_flops(cfg: Any) -> float:
     """Forward FLOPs of the largest batch (or microbatch) of all stages."""
     model = model_spec(cfg)
@@ -274,7 +286,7 @@ def run_summary(cfg: Any) -> str:
             f"{s.batch:,} at peak lr {s.lr:g}, warm-up {s.warmup:,} steps")
         total_steps += s.steps
         total_images += s.steps * s.batch
-        total_flops += 3 * forward * s.steps * s.batch
+        total_flops += training_flops(cfg, s.resolution) * s.steps * s.batch
     lines.append(f"in total     {total_steps:,} steps, {total_images:,} images, {total_flops:.3g} "
                  "FLOPs forward and backward")
     return "\n".join(lines)

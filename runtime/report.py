@@ -59,8 +59,8 @@ def plain(value: Any) -> Any:
 
 
 def stage_costs(run: RunRecord) -> list[dict[str, Any]]:
-    """A row for each stage. FLOPs are counted from the settings: 2 per multiply-add, matmuls only,
-    and three times the forward pass for a training step."""
+    """A row for each stage. FLOPs are counted from the settings: 2 per multiply-add, matmuls only;
+    of a training step as in registry.training_flops."""
     if run.cfg is None:
         return []
     model = registry.model_spec(run.cfg)
@@ -70,6 +70,7 @@ def stage_costs(run: RunRecord) -> list[dict[str, Any]]:
         steps = max((row["step"] for row in rows), default=stage.start) - stage.start
         speeds = [row["images_per_second"] for row in rows]
         forward = sum(registry.flops(model, stage.resolution, run.cfg.max_text_len).values())
+        training = registry.training_flops(run.cfg, stage.resolution)
         # The first window compiles, so the median stands for the rest.
         speed = float(np.median(speeds)) if speeds else None
         lines.append({
@@ -77,8 +78,8 @@ def stage_costs(run: RunRecord) -> list[dict[str, Any]]:
             "batch": stage.batch, "steps": steps, "of": stage.steps,
             "images": steps * stage.batch, "images/s (median)": speed,
             "GFLOPs per image, forward": forward / 1e9,
-            "TFLOPs of training": 3 * forward * steps * stage.batch / 1e12,
-            "GFLOPs/s": 3 * forward * speed / 1e9 if speed else None,
+            "TFLOPs of training": training * steps * stage.batch / 1e12,
+            "GFLOPs/s": training * speed / 1e9 if speed else None,
             "waited for data": float(np.mean([row.get("data_wait_fraction", 0) for row in rows]))
             if rows else None})
     return lines

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import vit
+from benchmarks import step_time
 from config import RECIPES, Config
 from inputs import sources
 from inputs.images import Augment
-from objectives import lit
+from objectives import lit, registry
 from runtime.curriculum import make_optimizer, parse_stages
 from tests.helpers.samples import TOK, members, reader, spill
 from tests.objectives.small import ENC, make_model, make_params
@@ -66,6 +67,19 @@ def test_the_optimizer_has_no_state_for_the_encoder_and_does_not_change_it():
     updates, _ = jax.jit(optimizer.update)(grads, state, params)
     assert not any(np.asarray(u).any() for u in jax.tree.leaves(updates["encoder"]))
     assert all(np.asarray(u).any() for u in jax.tree.leaves(updates["text"]))
+
+
+def test_the_frozen_encoder_has_no_backward_pass_in_the_flops_of_a_step():
+    cfg = Config(objective="lit", init_encoder="random", min_crop_area=0.5)
+    parts = registry.flops(registry.model_spec(cfg), 32, cfg.max_text_len)
+    stored = 3 * (sum(parts.values()) - parts["encoder"])
+    assert registry.training_flops(cfg, 32) == stored + parts["encoder"]
+    for changes in ({"min_crop_area": 1.0}, {"feature_copies": 2}):
+        changed = dataclasses.replace(cfg, **changes)
+        assert registry.training_flops(changed, 32) == stored
+        assert step_time.model_flops(changed, 32) == stored + parts["encoder"]
+    assert f"{stored:.3g} FLOPs" in registry.run_summary(dataclasses.replace(
+        changed, stages="resolution=32 steps=1 batch=1 lr=1"))
 
 
 @pytest.mark.parametrize("min_area, copies, stored", [(1.0, 0, True), (0.5, 0, False),
