@@ -72,12 +72,32 @@ def test_a_new_lit_run_computes_it_from_the_tokens_of_all_copies(tmp_path, monke
     assert params["discriminant"]["matrix"] is computed and len(seen) == 3
 
 
+def test_singular_vectors_are_the_same_from_either_matrix():
+    """With rows of zeros, x has more rows than columns, and the same singular values."""
+    wide = np.random.default_rng(0).normal(size=(F, n)).astype(np.float32)
+    tall = np.concatenate([wide, np.zeros((n, n), np.float32)])
+    (ratios, directions), (others, padded) = map(fisher.singular_vectors, (wide, tall))
+    np.testing.assert_allclose(ratios, others, rtol=1e-4)
+    assert padded.shape == (F + n, F) and not padded[F:].any()
+    np.testing.assert_allclose(np.abs((directions * padded[:F]).sum(0)), 1, atol=1e-4)
+    np.testing.assert_allclose(ratios, np.linalg.svd(wide, compute_uv=False), rtol=1e-4)
+
+
+def test_features_in_bf16_are_summed_in_fp32():
+    copies = [(100 + copy).astype("bfloat16") for copy in planted(0)]
+    found = fisher.discriminant(copies.__getitem__, COPIES, K)
+    expected = fisher.discriminant(lambda c: copies[c].astype(np.float32), COPIES, K)
+    assert found["mean"].dtype == np.float32 and np.isfinite(found["matrix"]).all()
+    assert all((found[name] == expected[name]).all() for name in found)
+
+
 def test_equal_images_give_no_directions():
     rng = np.random.default_rng(0)
     copies = rng.normal(size=(4, 30, 8)).astype(np.float32)
     copies[:, 10:] = 1  # twenty images of one color, which augmentation cannot change
     found = fisher.discriminant(copies.__getitem__, 4, 20)
     assert np.isfinite(found["matrix"]).all()
+
 
 def test_the_lengths_of_the_directions_follow_from_the_eigenvalues():
     """Of within^-1 between. A direction's length over all images is ratio**0.5, and its ratio is
