@@ -10,6 +10,7 @@ Letters: n images, H places (4, or 1), R pixels per side.
 """
 import dataclasses
 import functools
+import re
 import sys
 import weakref
 from collections import Counter
@@ -111,6 +112,13 @@ def scene_images(seed: int, split: str, count: int) -> LabeledImages:
     return LabeledImages(source, indices, labels)
 
 
+def about_labels(message: str) -> str:
+    """A message about captions, as one about labels."""
+    message = re.sub("--(caption|alt)-field", "--label-fields", message)
+    message = message.replace("no caption can be read", "no label can be read")
+    return message.replace("caption is no text", "a label must be text, as in \"3\", and is")
+
+
 def file_images(source: Any, labels: Sequence[str], count: int) -> LabeledImages:
     """At most `count` samples whose image and labels can be read. A label is "txt" or a field of
     KEY.json. DataError if fewer than two can be used."""
@@ -121,7 +129,7 @@ def file_images(source: Any, labels: Sequence[str], count: int) -> LabeledImages
             images.decode_and_augment(source.image(i), RAW_SIZE)
         except BadSample as problem:
             if not reason:
-                reason = f"; {source.name(i)}: {problem}".replace("--alt-field", "--label-fields")
+                reason = about_labels(f"; {source.name(i)}: {problem}")
             continue
         indices.append(i)
         for name in labels:
@@ -159,7 +167,7 @@ def open_labeled_images(cfg: Config, labels: Sequence[str], count: int, train: b
             return None, file_images(opening.open_validation_data(cfg), labels, count)
         train_source, val_source = opening.open_data(cfg)
     except DataError as problem:
-        raise DataError(str(problem).replace("--caption-field", "--label-fields")) from None
+        raise DataError(about_labels(str(problem))) from None
     return file_images(train_source, labels, 4 * count), file_images(val_source, labels, count)
 
 

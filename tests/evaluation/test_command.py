@@ -19,7 +19,7 @@ from inputs import opening, scene_captions, scenes
 from objectives import aimv2
 from objectives.registry import model_spec
 from runtime import checkpoint, devices, validation
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, DataError
 from tests.evaluation.conftest import scene_vocabulary
 from tests.helpers.compiling import several_devices
 from tests.helpers.paths import ROOT
@@ -133,6 +133,16 @@ def test_a_field_that_other_images_have_cannot_find_the_validation_images(tmp_pa
     other = dataclasses.replace(by_label, val=str(tmp_path))
     run_data.check_split(cfg, other)
     run_data.check_split(dataclasses.replace(cfg, data="elsewhere"), by_label)
+
+
+def test_labels_that_are_numbers_are_refused_as_labels(tmp_path):
+    write_images(tmp_path, 30)
+    for path in tmp_path.glob("*.json"):
+        path.write_text('{"caption": "a circle", "kind": 3}')
+    cfg = dataclasses.replace(RECIPES["toy"], data=str(tmp_path), caption_field="caption")
+    for names in (("kind",), ("caption", "kind")):
+        with pytest.raises(DataError, match='a label must be text, as in "3", and is: 3'):
+            labels.open_labeled_images(cfg, names, 6)
 
 
 def test_mistakes_get_one_line(run, tmp_path, capsys):
