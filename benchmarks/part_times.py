@@ -62,8 +62,9 @@ def forward_backward(part: Part, step: Any, dtype: str) -> tuple[Callable, float
     return lambda: jax.block_until_ready(compiled(*arguments)), total
 
 
-def adamw(step: Any, cfg: Config) -> tuple[Callable, float]:
+def adamw(step: Any) -> tuple[Callable, float]:
     """A call that updates the parameters of `step` as it does itself, and the bytes of that."""
+    cfg = step.cfg
     optimizer = train.make_optimizer(cfg, parse_stages(cfg.stages)[0])
 
     def update(params: dict, opt_state: Any, grads: dict) -> tuple:
@@ -81,7 +82,8 @@ def adamw(step: Any, cfg: Config) -> tuple[Callable, float]:
         step.state[:] = params, opt_state
         jax.block_until_ready(grad_norm)
     num_params = sum(registry.param_counts(cfg).values())
-    return run, 7 * 4 * num_params  # reads weights, gradients, moments; writes all but gradients
+    # Reads weights, gradients and both moments, and writes all but the gradients.
+    return run, (5 * 4 + 2 * jnp.dtype(cfg.mu_dtype).itemsize) * num_params
 
 
 # ----------------------------------------------------------------------------------- table
@@ -108,7 +110,7 @@ def rows(cfg: Config, resolution: int, batch: int, steps: dict, repeats: int) ->
         if torch_step:
             runs[part.name, "torch"] = torch_step.forward_backward(part, cfg.dtype)
         costs[part.name] = part.count, part.flops, num_bytes
-    runs["AdamW", "jax"], num_bytes = adamw(step, cfg)
+    runs["AdamW", "jax"], num_bytes = adamw(step)
     if torch_step:
         runs["AdamW", "torch"] = torch_step.update
     costs["AdamW"] = 1, 0.0, num_bytes

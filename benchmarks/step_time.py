@@ -88,7 +88,7 @@ class JaxStep:
     def __init__(self, cfg: Config, resolution: int, batch: int, parallel: DataParallel,
                  state: list | None = None):
         """state: [params, opt_state] of another JaxStep on these devices, to share its memory."""
-        model = registry.model_spec(cfg)
+        self.cfg, model = cfg, registry.model_spec(cfg)
         optimizer = train.make_optimizer(cfg, parse_stages(cfg.stages)[0])
 
         def init_optimizer(params: Any) -> Any:
@@ -110,13 +110,17 @@ class JaxStep:
         self.state[:] = params, opt_state
         return float(jax.block_until_ready(metrics["loss"])[0])
 
-    def peak_bytes(self) -> float:
-        """Peak memory as the device counted it, or on a CPU as the compiler planned it."""
-        counted = jax.local_devices()[0].memory_stats() or {}
+    def planned_bytes(self) -> float:
+        """Memory of the step as the compiler planned it."""
         plan = self.compiled.memory_analysis()
         planned = (plan.argument_size_in_bytes + plan.output_size_in_bytes
                    - plan.alias_size_in_bytes + plan.temp_size_in_bytes)
-        return counted.get("peak_bytes_in_use") or planned * self.parallel.num_devices
+        return planned * self.parallel.num_devices
+
+    def peak_bytes(self) -> float:
+        """Peak memory of the process as the device counted it, or on a CPU as planned."""
+        counted = jax.local_devices()[0].memory_stats() or {}
+        return counted.get("peak_bytes_in_use") or self.planned_bytes()
 
 
 # ----------------------------------------------------------------------------- bench.py step
@@ -143,6 +147,7 @@ def make_steps(cfg: Config, resolution: int, batch: int,
     "torch", "torch-compile" or None. ConfigError if the two do not compute the same."""
     check_compare(cfg, compare)
     if compare:  # JAX must leave a part of a GPU's memory to PyTorch
+        cfg = dataclasses.replace(cfg, mu_dtype="float32")  # PyTorch's AdamW has no other
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax_step = JaxStep(cfg, resolution, batch,
                        benchmark_devices([cfg], [batch], [resolution]))
@@ -265,5 +270,5 @@ def measure_costs(cfgs: dict[str, Config], repeats: int = 15) -> dict:
         stage = stages[name, number]
         costs[name]["seconds"] += stage.steps * statistics.median(seconds)
         costs[name]["GFLOPs"] = model_flops(cfgs[name], stage.resolution) / 1e9
-        costs[name]["MiB"] = runs[name, number].peak_bytes() / 2**20
+        costs[name]["MiB"] = runs[name, number].planned_bytes() / 2**20  # all share one process
     return {"machine": machine(), "costs": costs}

@@ -27,6 +27,8 @@ class TorchStep:
         torch.compile."""
         model = registry.model_spec(cfg)
         self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        if self.device == "cuda":  # as in JAX, where fp32 matmuls of a GPU take TF32 inputs
+            torch.set_float32_matmul_precision("high")
         tree = torch_reference.from_jax(params, self.device)
         for part in tree.values():
             part["blocks"] = [jax.tree.map(lambda w: w.detach().clone().requires_grad_(), layer)

@@ -62,7 +62,7 @@ def test_costs_are_of_the_steps_of_all_stages(monkeypatch):
         def __call__(self):
             return 0.0
 
-        def peak_bytes(self):
+        def planned_bytes(self):  # a device counts the peak of all steps together
             return self.bytes
     monkeypatch.setattr(step_time, "JaxStep", FakeStep)
     monkeypatch.setattr(step_time, "time_interleaved",

@@ -1,15 +1,18 @@
 """The parts of a step: together they are its model, their FLOPs are XLA's, the table adds up."""
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import bench
-from benchmarks import step_time
+from benchmarks import part_times, step_time
 from benchmarks.step_parts import step_parts
 from config import Config
 from objectives import registry
+from runtime import devices
 
 SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=512, max_text_len=24, keep_ratio=0.5,
                stages="resolution=48 steps=9 batch=4 lr=1e-3")
@@ -79,6 +82,15 @@ def test_parts_table(tmp_path):
     assert total["ms / floor"] == pytest.approx(total["ms"] / total["floor ms"])
     assert total["torch ms"] is None and total["ms / torch"] is None
     assert "GFLOP/s" in matmul["rate"] and "GB/s" in memory["rate"]
+
+
+def test_the_bytes_of_adamw_follow_the_dtype_of_its_first_moment():
+    num_bytes = []
+    for mu_dtype in ("float32", "bfloat16"):
+        step = SimpleNamespace(cfg=dataclasses.replace(SMALL, mu_dtype=mu_dtype), state=[{}],
+                               parallel=devices.DataParallel(1))
+        num_bytes.append(part_times.adamw(step)[1])
+    assert num_bytes[1] == num_bytes[0] * 24 / 28
 
 
 @pytest.mark.parametrize("flag", [["--remat", "block"], ["--grad-accum", "2"], ["--zero1"],

@@ -3,6 +3,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -14,6 +15,14 @@ from objectives import registry
 
 SMALL = Config(encoder="micro/8", decoder="micro", vocab_size=61, max_text_len=9, keep_ratio=0.5,
                stages="resolution=32 steps=9 batch=2 lr=1e-3", cls_token=True)
+
+
+def test_both_libraries_keep_the_same_moments_in_a_comparison():
+    cfg = dataclasses.replace(SMALL, mu_dtype="bfloat16", stages=f"{SMALL.stages} warmup=1")
+    steps, _ = step_time.make_steps(cfg, 32, 2, "torch")
+    moments = jax.tree.leaves(optax.tree.get(steps["jax"].state[1], "mu"))
+    moments += [state["exp_avg"] for state in steps["torch"].optimizer.state.values()]
+    assert {str(x.dtype).removeprefix("torch.") for x in moments} == {"float32"}
 
 
 @pytest.mark.parametrize("prefix_attention", ["causal", "bidirectional"])
