@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import decoder
+import layers
 import train
 import vit
 from config import Config
@@ -177,8 +178,8 @@ def find_max_batch(needed_bytes: Callable[[int], float | None], batch: int, mult
 
 # ------------------------------------------------------------------------------------ table
 def recompute_fraction(cfg: Config, resolution: int) -> float:
-    """FLOPs that the backward pass computes again (--remat, --loss-chunk), as a share of the FLOPs
-    of a step that keeps all."""
+    """FLOPs that the backward pass computes again (--remat, --loss-chunk, and attention in chunks),
+    as a share of the FLOPs of a step that keeps all."""
     enc, dec = registry.model_spec(cfg)[:2]
     num_patches, T = (resolution // enc.patch_size) ** 2, cfg.max_text_len - 1
     num_kept = registry.num_decoder_tokens(registry.model_spec(cfg), num_patches)
@@ -189,6 +190,8 @@ def recompute_fraction(cfg: Config, resolution: int) -> float:
         fc2 = part.depth * 2 * S * part.width * part.mlp_dim  # no gradient reads its output
         blocks = vit.block_flops(S, part.width, part.mlp_dim, part.depth, gated)
         recomputed += {"none": 0, "dots": attention, "block": blocks - fc2}[cfg.remat]
+        if layers.query_chunk_size(S) < S:  # its scores, whatever --remat computes again
+            recomputed += attention / 2
     if 0 < cfg.loss_chunk < T:
         recomputed += 2 * T * dec.width * dec.vocab_size
     forward = vit.flops(enc, resolution) + decoder.flops(dec, num_kept, T)

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import bench
+import layers
 import train
 from benchmarks import step_time, tpu_memory
 from config import Config
@@ -79,6 +80,15 @@ def test_recompute_fraction_agrees_with_the_traced_matmuls(changes):
     more = gradient_matmul_flops(cfg) / gradient_matmul_flops(SMALL) - 1
     assert more == pytest.approx(fraction, abs=0.02)
     assert tpu_memory.recompute_fraction(SMALL, 48) == 0
+
+
+def test_attention_in_chunks_computes_its_scores_again(monkeypatch):
+    """The encoder's: it has 576 tokens here."""
+    cfg = dataclasses.replace(SMALL, encoder="micro/2")
+    fraction, chunked = tpu_memory.recompute_fraction(cfg, 48), gradient_matmul_flops(cfg)
+    monkeypatch.setattr(layers, "CHUNKED_QUERIES", 1000)
+    assert tpu_memory.recompute_fraction(cfg, 48) == 0
+    assert fraction == pytest.approx(chunked / gradient_matmul_flops(cfg) - 1, rel=0.02)
 
 
 def test_flops_table(tmp_path, capsys):
