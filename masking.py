@@ -2,7 +2,7 @@
 
 The encoder reads all patches. After it, a random draw, new in each step, keeps the tokens for the
 decoder. The decoder costs less on the shorter sequence. In the paper the features also get better
-(Table 7). A likely reason: any third of the tokens must describe the image.
+(Table 7): the model must rely on fewer tokens, so any third of them must describe the image.
 
 Letters: B images, N patches, K kept patches, D width.
 

@@ -286,10 +286,11 @@ _ = show("03-attention", visualize.draw_sheet(rows))
 # The paper keeps 35%. The key of a draw is made from the seed and `position`, which counts all
 # images of a run, over all epochs. So an image gets a new draw each time it is used.
 #
-# Two reasons. The decoder's sequence is shorter, so a step costs less. And the encoder cannot know
-# which tokens will be kept. So each token has to say something about its surroundings, not only
-# about its own patch. In the paper's Table 7, keeping 25% or 35% is better than keeping all, in all
-# columns but one (the second score of MME).
+# Two reasons. The decoder's sequence is shorter, so a step costs less. And the features get better:
+# in the paper's Table 7, keeping 25% or 35% is better than keeping all, in all columns but one (the
+# second score of MME). The paper's explanation is that the model must rely on fewer, more
+# informative tokens (section 3.3). A way to see it: the encoder cannot know which tokens will be
+# kept, so each has to say something about its surroundings, not only about its own patch.
 #
 # **What to expect.** Four draws for one image; what the decoder does not receive is dimmed. Over
 # many draws, all patches are kept about equally often.
@@ -620,7 +621,7 @@ print(f"validation loss {validated.y[-1]:.2f}, blind loss {blind_loss:.2f}, shuf
 # are learned before shape: after so short a training, about half of the captions name a wrong
 # shape. Below, the losses of section 6: the tokens of color, place and size are cheap only with the
 # scene's own image. The shape is only a little cheaper, because it is hardly learned yet. The
-# first token costs the same too: no image shows the wording.
+# first token costs the same with any image: no image shows the wording.
 
 # %% tags=["trained"]
 print("share of 64 captions with the right ...", *learned, sep="\n")
@@ -697,7 +698,8 @@ for stage in stages:
 # ```
 #
 # It is a factor of 3.2, and 3.4 if no token is dropped. The paper's Table 5 measures hours: 190
-# without and 55 with the curriculum. If no token is dropped, 217 (CapPa) and 67.
+# without and 55 with the curriculum, a factor of 3.5. If no token is dropped, 217 (CapPa) and 67, a
+# factor of 3.2. So by hours the order of the two is the other way round.
 # </details>
 
 # %% [markdown]
