@@ -130,8 +130,8 @@ def transformer_block(x: jax.Array, w: dict, num_heads: int, mask: jax.Array | N
     mask: broadcastable to (B,H,Q,S), as in dot_product_attention. cache, in generation: (keys,
     values, position). keys and values (B,S,H,Dh) have room for the whole sequence, in which x
     begins at `position`. select, in the last block: select(array) picks tokens on axis 1, and only
-    their outputs are computed; a mask must then be (Q,S), and the picked tokens those of every
-    image. Also returns {"keys", "values", "attention_weights"}."""
+    their outputs are computed; a mask must then be (Q,S), and the picked tokens the same in all
+    images. Also returns {"keys", "values", "attention_weights"}."""
     B, _, D = x.shape
     normed = layer_norm(x, w["norm1"])
     q, k, v = jnp.split(linear(normed, w["qkv"]), 3, axis=-1)                   # (B,Q,D) each
